@@ -1,0 +1,266 @@
+"""The settings of a sweep: typed, with every default and every rule in one place. No library but the standard one.
+
+`composition` fills these classes from YAML and the command line. A rule that a value breaks raises a ConfigError
+that names the key as it is typed; nothing is ever changed in silence.
+"""
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from lora_search.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+def require(holds: bool, key: str, value: object, rule: str, remedy: str = "") -> None:
+    """Raise a ConfigError unless the rule holds. NaN and infinity break every comparison, so they never pass."""
+    if not holds:
+        raise ConfigError(key, value, rule, remedy)
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = "smollm2-135m-instruct"  # the packaged default, a local folder, a .gguf file, or a hub id
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "model.path", self.path, "must name a model", "Give a folder or a hub id")
+
+
+@dataclass(kw_only=True)
+class ColumnsConfig:
+    """Which column of the file holds which part. `context` may be absent from the file."""
+
+    instruction: str = "instruction"
+    context: str | None = "context"
+    response: str = "response"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    path: str = "construction-faq"  # the packaged default, or a file or folder of one's own
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    on_bad_row: str = "refuse"  # or skip: leave bad rows out and count them
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    max_train_examples: int | None = None
+    max_validation_examples: int | None = None
+    max_length: int | str = "auto"  # tokens per row, or auto: the percentile below of the training rows
+    max_length_percentile: float = 99.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "data.path", self.path, "must name a file or folder")
+        require_choice("data.on_bad_row", self.on_bad_row, ("refuse", "skip"))
+        for key in ("validation_fraction", "test_fraction"):
+            value = getattr(self, key)
+            low_ok = value > 0 if key == "validation_fraction" else value >= 0
+            require(low_ok and value < 1, f"data.{key}", value, "must lie between 0 and 1", "Try 0.1")
+        total = self.validation_fraction + self.test_fraction
+        require(total < 1, "data.validation_fraction + data.test_fraction", total, "must be below 1")
+        for key in ("max_train_examples", "max_validation_examples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"data.{key}", value, "must be at least 1, or null for all")
+        is_length = self.max_length == "auto" or (isinstance(self.max_length, int) and self.max_length >= 8)
+        require(is_length, "data.max_length", self.max_length, "must be a number of tokens >= 8, or auto")
+        percentile = self.max_length_percentile
+        require(0 < percentile <= 100, "data.max_length_percentile", percentile, "must lie in (0, 100]")
+
+
+@dataclass(kw_only=True)
+class TemplateConfig:
+    name: str = "chat"  # the tokenizer's own chat template; or inst: [INST] {prompt} [/INST] {completion}
+    system_prompt: str | None = None  # null leaves the chat template's own default
+
+    def __post_init__(self) -> None:
+        require_choice("template.name", self.name, ("chat", "inst"))
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    r: int = 16
+    alpha: int | float | str = "2r"  # a number, or tied to the rank: "2r", "0.5r", "r"
+    dropout: float = 0.05
+    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # list of names, or all-linear
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "lora.r", self.r, "must be at least 1", "Try 8, 16 or 32")
+        self.alpha_for_rank(self.r)
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must lie in [0, 1)", "Try 0.05")
+        names = self.target_modules
+        is_list = isinstance(names, list) and len(names) > 0 and all(isinstance(n, str) and n for n in names)
+        require(
+            is_list or names == ALL_LINEAR,
+            "lora.target_modules",
+            names,
+            f"must be a list of layer names or {ALL_LINEAR}",
+            "Write it as '[q_proj,v_proj]'",
+        )
+
+    def alpha_for_rank(self, r: int) -> float:
+        """Return alpha as a number: "2r" at rank 8 is 16."""
+        tied = re.fullmatch(r"(\d*\.?\d*)r", self.alpha) if isinstance(self.alpha, str) else None
+        try:
+            value = float(tied[1] or 1) * r if tied else float(self.alpha)
+        except ValueError:
+            value = float("nan")
+        require(0 < value < float("inf"), "lora.alpha", self.alpha, "must be a number > 0 or a multiple of r", 'Try "2r"')
+        return value
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.05
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < 1, "optim.lr", self.lr, "must lie between 0 and 1", "LoRA learns well around 2e-4")
+        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "must lie in [0, 1)")
+        require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must lie in [0, 1)")
+        require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must lie in [0, 1)")
+        require(0 < self.eps < 1, "optim.eps", self.eps, "must lie between 0 and 1")
+        require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must lie in [0, 1]")
+        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be > 0", "Try 1.0")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    epochs: int = 3
+    evals_per_epoch: int = 4  # rungs per epoch
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    early_stopping_patience: int | None = None  # rungs without improvement; null trains to the end
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "evals_per_epoch", "batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, key)
+            require(value >= 1, f"train.{key}", value, "must be at least 1")
+        patience = self.early_stopping_patience
+        require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "must be >= 1 or null")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    slots: int = 4  # trials that train at once on one base
+    tokens_per_pass: int = 1024  # upper bound of useful tokens in one forward/backward
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are float32 always
+
+    def __post_init__(self) -> None:
+        require(self.slots >= 1, "engine.slots", self.slots, "must be at least 1")
+        require(self.tokens_per_pass >= 8, "engine.tokens_per_pass", self.tokens_per_pass, "must be at least 8")
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        require(bool(known), "engine.device", self.device, "must be auto, cpu, cuda or cuda:N")
+        require_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    name: str = "tpe"
+    n_startup_trials: int = 5  # random trials before tpe, gp and cmaes start to model
+
+    def __post_init__(self) -> None:
+        require_choice("sampler.name", self.name, ("tpe", "gp", "random", "grid", "qmc", "cmaes"))
+        require(self.n_startup_trials >= 0, "sampler.n_startup_trials", self.n_startup_trials, "must be >= 0")
+
+
+@dataclass(kw_only=True)
+class PrunerConfig:
+    name: str = "asha"
+    first_rung: int = 1  # the first rung at which a trial may be pruned
+    reduction_factor: int = 3  # asha, hyperband: one in so many goes on at each rung
+    percentile: float = 50.0  # percentile: the share of trials that is kept
+    patience: int = 2  # patient: rungs without improvement
+    n_startup_trials: int = 4  # median, percentile, wilcoxon: finished trials to compare with first
+
+    def __post_init__(self) -> None:
+        names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
+        require_choice("pruner.name", self.name, names)
+        require(self.first_rung >= 1, "pruner.first_rung", self.first_rung, "must be at least 1")
+        require(self.reduction_factor >= 2, "pruner.reduction_factor", self.reduction_factor, "must be at least 2")
+        require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must lie between 0 and 100")
+        require(self.patience >= 1, "pruner.patience", self.patience, "must be at least 1")
+        require(self.n_startup_trials >= 0, "pruner.n_startup_trials", self.n_startup_trials, "must be >= 0")
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    name: str = "sweep"
+    n_trials: int = 12  # a total over all starts and workers: COMPLETE + PRUNED
+    storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
+    heartbeat_seconds: int = 30
+    max_failures_in_a_row: int = 5
+    first_trial_is_default: bool = True  # start from the settings outside `space`
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
+        rule = "must be 1 to 100 letters, digits, '.', '_' or '-' and start with a letter or digit"
+        require(bool(known), "study.name", self.name, rule, "It becomes a folder name under runs/.")
+        require(self.n_trials >= 1, "study.n_trials", self.n_trials, "must be at least 1")
+        require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
+                "Try sqlite:///runs/lora_search.db")  # fmt: skip
+        require(self.heartbeat_seconds >= 1, "study.heartbeat_seconds", self.heartbeat_seconds, "must be at least 1")
+        require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
+                "must be at least 1")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    name: str = "wandb_offline"  # or wandb (online), or none
+    project: str = "lora_search"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("tracker.name", self.name, ("wandb_offline", "wandb", "none"))
+        require(bool(self.project), "tracker.project", self.project, "must not be empty")
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """The whole of one sweep. `space` mirrors the keys it searches, in Hydra's sweep grammar."""
+
+    seed: int = 0
+    runs_dir: str = "runs"
+    study: StudyConfig = field(default_factory=StudyConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
+
+
+def redact(url: str) -> str:
+    """Return the URL without its password."""
+    return re.sub(r"(://[^/@]*?:)[^@]*@", r"\1***@", url)
+
+
+def as_dict(config: Any) -> Any:
+    """Return the settings as plain dicts, with the password of the storage URL left out."""
+    if not is_dataclass(config):
+        return config
+    values = {f.name: as_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, StudyConfig):
+        values["storage"] = redact(config.storage)
+    return values

@@ -1,0 +1,137 @@
+"""The frozen records that cross borders: what to train, and what was measured. No library but the standard one.
+
+Words: a *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "constant"]
+EndReason = Literal["finished", "early_stopped", "diverged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSettings:
+    """Everything that decides a trial's curve, apart from the base model, the data and the seed."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]  # ("all-linear",) means every linear layer of the decoder
+    use_rslora: bool
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    max_grad_norm: float
+    schedule: Schedule
+    warmup_ratio: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    epochs: int
+    evals_per_epoch: int
+    early_stopping_patience: int | None  # in rungs
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples in one optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def num_rungs(self) -> int:
+        return self.epochs * self.evals_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRun:
+    """One claimed trial: its number in the study, its own seed, what it was given and where it keeps its files."""
+
+    number: int
+    seed: int
+    settings: TrialSettings
+    folder: str  # absolute; holds adapter/ and checkpoint/
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step of one trial."""
+
+    examples_seen: int
+    loss: float  # mean NLL per completion token of the effective batch
+    lr: float
+    grad_norm: float  # before clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one trial measured at one rung, or where it ended.
+
+    ``validation_loss`` is the mean NLL over all completion tokens of the validation split, ``perplexity`` its exp.
+    A diverged trial has no finite value at its last rung: ``validation_loss`` and ``perplexity`` are NaN there.
+    """
+
+    trial_number: int
+    rung: int  # 1-based; the report step of the study
+    examples_seen: int
+    train_tokens: int  # useful tokens trained on since the trial began
+    train_seconds: float  # this trial's share of the training time since its last rung
+    tokens_per_second: float  # training throughput of the whole worker since this trial's last rung
+    validation_loss: float
+    perplexity: float
+    best_rung: int  # the rung of the lowest perplexity so far; 0 when there is none
+    best_perplexity: float
+    steps: tuple[StepRecord, ...]  # the optimizer steps since the last rung
+    ended: EndReason | None = None
+    detail: str = ""  # why it ended, for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A trial that the pruner stops, and why."""
+
+    trial_number: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotView:
+    """What a slot is doing right now, for people to watch. None: not measured yet."""
+
+    trial_number: int
+    settings: TrialSettings
+    rung: int  # rungs measured so far
+    examples_seen: int
+    next_rung_examples: int  # examples seen at the next rung
+    loss: float | None  # training loss between the last two rungs
+    perplexity: float | None  # at the last rung
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """Where the study stands. ``finished`` counts COMPLETE and PRUNED trials, over all starts and workers."""
+
+    finished: int
+    n_trials: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    best_number: int | None
+    best_perplexity: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial as the study knows it, for reports."""
+
+    number: int
+    state: str  # COMPLETE, PRUNED, FAIL, RUNNING or WAITING
+    perplexity: float | None  # best over its rungs; None before the first
+    best_rung: int | None
+    params: dict[str, object]  # searched keys only, e.g. {"lora.r": 16}
+    perplexities: dict[int, float]  # rung -> validation perplexity
+    reason: str  # why it was pruned, stopped or failed; empty when it ran to the end
+    examples_seen: int
+    train_tokens: int
+    train_seconds: float
