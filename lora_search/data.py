@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_search.config import DataConfig, SweepConfig
 from lora_search.errors import DataError
-from lora_search.reading import load_rows
 from lora_search.templates import Pair, Row, render
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30
@@ -41,9 +40,11 @@ class Splits:
     counts: dict[str, int]
 
 
-def prepare(config: SweepConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Splits:
-    """Load, clean, split, render and tokenize; write the rendered pairs to ``folder``/{train,validation,test}.jsonl."""
-    rows, counts = load_rows(config.data)
+def prepare(
+    config: SweepConfig, loaded: tuple[list[Row], Counter[str]], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Splits:
+    """Clean, split, render and tokenize; write the rendered pairs to ``folder``/{train,validation,test}.jsonl."""
+    rows, counts = loaded[0], loaded[1].copy()
     unique = _without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     split_rows = split(unique, config.data, config.seed)

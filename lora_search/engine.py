@@ -12,13 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_search.checkpoint import Position, load_checkpoint, save_checkpoint
 from lora_search.data import Example, Splits, epoch_order
+from lora_search.config import ALL_LINEAR, SweepConfig
 from lora_search.lora import SlotBank, export_peft
+from lora_search.model import Base, matches, target_layers
 from lora_search.optim import SlotAdamW, learning_rate
 from lora_search.packing import fill_pass
 from lora_search.passes import PackedModel, SlotRows, num_completion_tokens
+from lora_search.space import Space, largest, possible_targets
 from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
 
 
@@ -269,6 +273,24 @@ class Engine:
             loss=slot.last_loss,
             perplexity=slot.last_perplexity,
         )
+
+
+def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) -> Engine:
+    """Return an engine with room for every trial of the space. Raises ModelError where a target does not exist."""
+    layers: dict[str, nn.Linear] = {}
+    for targets in possible_targets(config, space):
+        layers |= target_layers(base.model, targets)
+    layers = {name: layer for name, layer in target_layers(base.model, (ALL_LINEAR,)).items() if name in layers}
+    bank = SlotBank(base.model, layers, config.engine.slots, largest(config, space, "lora.r"))
+    return Engine(
+        PackedModel(base.model, bank),
+        bank,
+        splits,
+        data_seed=config.seed,
+        tokens_per_pass=config.engine.tokens_per_pass,
+        base_path=base.source,
+        resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
+    )
 
 
 def _step_records(slot: Slot) -> tuple[StepRecord, ...]:

@@ -3,8 +3,10 @@
 Loaded once per worker. What cannot be loaded, or cannot carry adapters, is one ModelError that says what is there.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -19,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_search.attention import NAME as ATTENTION
-from lora_search.config import EngineConfig, ModelConfig
+from lora_search.config import ALL_LINEAR, EngineConfig, ModelConfig
 from lora_search.errors import ConfigError, ModelError
 from lora_search.tiny import make_tiny_model
 
@@ -97,7 +99,7 @@ def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, 
     """Return full name -> layer, in model order, for names as PEFT takes them; all-linear spares the output head."""
     modules = dict(model.named_modules())
     linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not name.endswith("lm_head")}
-    if tuple(target_modules) == ("all-linear",):
+    if tuple(target_modules) == (ALL_LINEAR,):
         return linear
     for target in target_modules:
         matches = [name for name in modules if name == target or name.endswith(f".{target}")]
@@ -108,11 +110,14 @@ def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, 
         if unfit is not None:
             kind = type(modules[unfit]).__name__
             raise ModelError(f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only.")
-    return {
-        name: layer
-        for name, layer in linear.items()
-        if any(name == target or name.endswith(f".{target}") for target in target_modules)
-    }
+    return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
+
+
+def matches(name: str, target_modules: Sequence[str]) -> bool:
+    """Return whether a linear layer is meant, by PEFT's rule: the full name or its tail."""
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return True
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
@@ -167,8 +172,9 @@ def _cached(name: str, make: Callable[[Path], object]) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize a GGUF file into safetensors; bfloat16 keeps more digits than the 4-bit source has."""
     options = {"gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -199,6 +199,22 @@ class SweepStudy:
     def attributes(self) -> dict[str, str]:
         """Return what the study knows about itself."""
         return {key: str(value) for key, value in self.study.user_attrs.items()}
+
+    def remember(self, key: str, measure: Callable[[], str]) -> str:
+        """Return a study attribute, measured now if it is not there yet."""
+        if key not in self.study.user_attrs:
+            self.study.set_user_attr(key, measure())
+        return str(self.study.user_attrs[key])
+
+    @staticmethod
+    def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
+        """Return trials and attributes of a study without changing it."""
+        try:
+            study = optuna.load_study(study_name=config.name, storage=open_storage(config))
+        except KeyError:
+            raise ConfigError("study.name", config.name, "must be a study in study.storage", "Run the sweep first.") from None
+        rows = [_row(t) for t in study.get_trials(deepcopy=False) if not _is_duplicate(t)]
+        return rows, {key: str(value) for key, value in study.user_attrs.items()}
 
     def _enqueue_default(self) -> None:
         params = self.space.default_params(self.config)

@@ -1,0 +1,27 @@
+"""Shared parts: tiny random chat models made on the spot, and the settings of one trial."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lora_search.tiny import make_tiny_model
+from lora_search.trial import TrialRun, TrialSettings
+
+SETTINGS = TrialSettings(
+    r=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj"), use_rslora=False,
+    lr=5e-3, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, max_grad_norm=1.0, schedule="cosine",
+    warmup_ratio=0.1, batch_size=2, gradient_accumulation_steps=2, epochs=2, evals_per_epoch=2,
+    early_stopping_patience=None,
+)  # fmt: skip
+
+
+def make_run(folder: Path, number: int = 0, **changes: object) -> TrialRun:
+    """Return a trial with some settings changed."""
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    return TrialRun(number=number, seed=100 + number, settings=settings, folder=str(folder / str(number)))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))

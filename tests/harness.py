@@ -1,0 +1,53 @@
+"""Builds small engines over tiny models, and drives them to the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_search.config import EngineConfig, ModelConfig
+from lora_search.data import Example, Splits
+from lora_search.engine import Engine
+from lora_search.lora import SlotBank
+from lora_search.model import load_base, matches, resolve_model, target_layers
+from lora_search.passes import PackedModel
+from lora_search.trial import Measurement, TrialRun
+
+
+def random_splits(num_train: int = 12, num_validation: int = 5, seed: int = 0) -> Splits:
+    rng = np.random.default_rng(seed)
+
+    def example() -> Example:
+        length = int(rng.integers(6, 24))
+        return Example(tuple(rng.integers(3, 250, length).tolist()), int(rng.integers(2, length - 2)))
+
+    train = tuple(example() for _ in range(num_train))
+    validation = tuple(example() for _ in range(num_validation))
+    return Splits(train, validation, (), 32, "hash", {})
+
+
+def build_engine(folder: Path, splits: Splits, *, slots: int = 1, tokens_per_pass: int = 64, max_rank: int = 8) -> Engine:
+    config = ModelConfig(path=str(folder))
+    base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype="float32"))
+    layers = target_layers(base.model, ("all-linear",))
+    bank = SlotBank(base.model, layers, slots, max_rank)
+    return Engine(
+        PackedModel(base.model, bank),
+        bank,
+        splits,
+        data_seed=0,
+        tokens_per_pass=tokens_per_pass,
+        base_path=str(folder),
+        resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
+    )
+
+
+def train_all(engine: Engine, runs: Sequence[TrialRun]) -> dict[int, list[Measurement]]:
+    """Train every trial to its end, admitting as slots come free."""
+    waiting, curves = list(runs), {run.number: [] for run in runs}
+    while waiting or engine.free_slots < len(engine.slots):
+        admitted = [waiting.pop(0) for _ in range(min(engine.free_slots, len(waiting)))]
+        engine.admit(admitted)
+        for measurement in engine.advance():
+            curves[measurement.trial_number].append(measurement)
+    return curves
