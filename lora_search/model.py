@@ -102,11 +102,11 @@ def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, 
     if tuple(target_modules) == (ALL_LINEAR,):
         return linear
     for target in target_modules:
-        matches = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not matches:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ModelError(f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear.")
-        unfit = next((name for name in matches if name not in linear), None)
+        unfit = next((name for name in found if name not in linear), None)
         if unfit is not None:
             kind = type(modules[unfit]).__name__
             raise ModelError(f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only.")

@@ -14,11 +14,17 @@ from lora_search.trial import SlotView, StudySummary, TrialRow
 PLAIN_SECONDS = 30.0  # between status lines outside a terminal
 
 
+def _console() -> Console:
+    """Return standard output; wide where no terminal sets a width."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
 class Progress:
     """Context manager around a sweep; all printing goes through it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or _console()
         self._live: Live | None = None
         self._start = time.monotonic()
         self._last_line = 0.0
@@ -52,7 +58,11 @@ class Progress:
 
 
 def _headline(summary: StudySummary, tokens_per_second: float, elapsed: float) -> str:
-    best = "" if summary.best_perplexity is None else f", best {summary.best_perplexity:.3f} (trial {summary.best_number})"
+    best = (
+        ""
+        if summary.best_perplexity is None
+        else f", best {summary.best_perplexity:.3f} (trial {summary.best_number})"
+    )
     left = ""
     if 0 < summary.finished < summary.n_trials:
         left = f", about {_clock(elapsed / summary.finished * (summary.n_trials - summary.finished))} left"
@@ -85,7 +95,9 @@ def leaderboard(rows: Sequence[TrialRow], base_perplexity: float) -> Table:
     keys = sorted({key for row in rows for key in row.params})
     table = Table(title="Validation perplexity", title_justify="left", pad_edge=False)
     for name in ("trial", "perplexity", "gain", "rung", *keys, "state", "why"):
-        table.add_column(name, justify="right" if name in ("trial", "perplexity", "gain", "rung", *keys) else "left")
+        table.add_column(
+            name, justify="right" if name in ("trial", "perplexity", "gain", "rung", *keys) else "left"
+        )
     table.add_row("base", f"{base_perplexity:.3f}", "", "", *("" for _ in keys), "", "the model as it is")
     for row in ranked(rows):
         shown = "-" if row.perplexity is None else f"{row.perplexity:.3f}"
@@ -98,7 +110,9 @@ def leaderboard(rows: Sequence[TrialRow], base_perplexity: float) -> Table:
 
 def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the trials, COMPLETE before the rest, by perplexity."""
-    return sorted(rows, key=lambda r: (r.state != "COMPLETE", r.perplexity is None, r.perplexity or 0.0, r.number))
+    return sorted(
+        rows, key=lambda r: (r.state != "COMPLETE", r.perplexity is None, r.perplexity or 0.0, r.number)
+    )
 
 
 def format_value(value: object) -> str:

@@ -35,7 +35,7 @@ class RungPruner(pruners.BasePruner):
         own, bar = best_until(trial, rung), values[kept - 1]
         if own <= bar:
             return None
-        return f"rung {rung}: perplexity {own:.4f} is not among the best {kept} of {len(values)} (<= {bar:.4f})"
+        return f"rung {rung}: {own:.3f} is not in the best {kept} of {len(values)} (<= {bar:.3f})"
 
     def _judged_rung(self, last_step: int | None) -> int | None:
         rung, judged = self.first_rung, None

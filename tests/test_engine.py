@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lora_search.data import Example, Splits, epoch_order
+from lora_search.lora import export_peft
 from lora_search.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
@@ -106,17 +107,15 @@ def plain_peft_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits
 def test_trajectory_equals_a_plain_peft_loop(tiny_llama: Path, tmp_path: Path, use_rslora: bool) -> None:
     splits = random_splits(num_train=13)
     run = make_run(tmp_path, 0, target_modules=("all-linear",), use_rslora=use_rslora, alpha=6.0)
-    engine = build_engine(tiny_llama, splits, slots=1)
+    engine = build_engine(tiny_llama, splits)
     engine.admit([run])
     slot = engine.slots[0]
     assert slot is not None
-    from lora_search.lora import export_peft
-
     start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings.r, slot.names)
     export_peft(start, run.settings, slot.names, str(tiny_llama), tmp_path / "start")
     expected = plain_peft_losses(tiny_llama, tmp_path / "start", run, splits)
 
-    curve = train_all(engine, [run])[0]
+    curve = train_all(build_engine(tiny_llama, splits), [run])[0]
 
     torch.testing.assert_close(losses(curve), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -130,9 +129,6 @@ def test_exported_adapter_gives_the_same_perplexity_in_plain_peft(tmp_path: Path
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     plain = PeftModel.from_pretrained(base, str(tmp_path / "0" / "adapter"))
-    assert curve[-1].best_perplexity < plain_perplexity(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), SPLITS.validation
-    )
     assert plain_perplexity(plain, SPLITS.validation) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
 
 
