@@ -1,131 +1,269 @@
-"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard and what to type next."""
+"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard and what to type next.
 
+The program prints here and nowhere else.
+"""
+
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from lora_search.ranking import (
+    best_of,
+    ranked,
+    searched_keys,
+    short_names,
+    show_change,
+    show_perplexity,
+    show_seconds,
+    show_value,
+)
 from lora_search.trial import SlotView, StudySummary, TrialRow
 
-PLAIN_SECONDS = 30.0  # between status lines outside a terminal
+LIVE_SECONDS = 0.5  # the live view is drawn at most so often
+LINE_SECONDS = 30.0  # and a plain status line printed at most so often
+PLAIN_WIDTH = 140  # of tables that go to a file
+
+STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 
 
-def _console() -> Console:
-    """Return standard output; wide where no terminal sets a width."""
+def open_console() -> Console:
+    """Return the console of standard output; a file gets wide tables and no colours."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    if console.file.isatty():
+        return console
+    return Console(highlight=False, width=PLAIN_WIDTH, force_terminal=False)
 
 
 class Progress:
-    """Context manager around a sweep; all printing goes through it."""
+    """The terminal during one sweep. As a context it shows the live view and the program's own warnings."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _console()
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or open_console()
+        self._clock = clock
+        self._started = clock()
+        self._drawn = float("-inf")
+        self._time_left = TimeLeft()
         self._live: Live | None = None
-        self._start = time.monotonic()
-        self._last_line = 0.0
+        self._relay = WarningRelay(self)
 
     def __enter__(self) -> "Progress":
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, refresh_per_second=2, transient=True)
+        if self.console.is_interactive:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
+        self._relay.attach()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._relay.detach()
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def event(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(f"[dim]{_clock(time.monotonic() - self._start)}[/dim] {escape(text)}")
+        """Print a line that stays: a step of the set-up, a trial pruned, ended, failed."""
+        elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
+        self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
 
     def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
-        """Show where the sweep stands; cheap enough for every pass."""
-        elapsed = time.monotonic() - self._start
-        headline = _headline(summary, tokens_per_second, elapsed)
-        if self._live is not None:
-            self._live.update(Group(headline, _slot_table(slots)))
-        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self.event(headline)
+        """Show where the sweep stands. Cheap enough for every pass: draws only when the last drawing is old."""
+        now = self._clock()
+        if now - self._drawn < (LINE_SECONDS if self._live is None else LIVE_SECONDS):
+            return
+        self._drawn = now
+        seconds_left = self._time_left.estimate(now, slots, summary)
+        if self._live is None:
+            self.event(status_line(slots, summary, tokens_per_second, seconds_left))
+        else:
+            head = heading(now - self._started, seconds_left, summary, tokens_per_second)
+            self._live.update(Group(head, slot_table(slots)), refresh=True)
 
 
-def _headline(summary: StudySummary, tokens_per_second: float, elapsed: float) -> str:
-    best = (
-        ""
-        if summary.best_perplexity is None
-        else f", best {summary.best_perplexity:.3f} (trial {summary.best_number})"
-    )
-    left = ""
-    if 0 < summary.finished < summary.n_trials:
-        left = f", about {_clock(elapsed / summary.finished * (summary.n_trials - summary.finished))} left"
-    done = f"{summary.finished}/{summary.n_trials} trials done ({summary.pruned} pruned)"
-    return f"{done}{best}, {tokens_per_second:.0f} tokens/s, {_clock(elapsed)} gone{left}"
+class WarningRelay(logging.Handler):
+    """Sends the program's own log records through the view, so that they never tear it."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(level=logging.WARNING)
+        self._progress = progress
+        self._logger = logging.getLogger("lora_search")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.event(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    def attach(self) -> None:
+        self._logger.addHandler(self)
+        self._logger.propagate = False
+
+    def detach(self) -> None:
+        self._logger.removeHandler(self)
+        self._logger.propagate = True
 
 
-def _slot_table(slots: Sequence[SlotView]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("trial", "r", "alpha", "lr", "batch", "targets", "rung", "examples", "loss", "perplexity"):
-        table.add_column(name, justify="left" if name == "targets" else "right", no_wrap=True)
-    for view in slots:
-        s = view.settings
-        table.add_row(
-            str(view.trial_number), str(s.r), f"{s.alpha:g}", f"{s.lr:.2g}", str(s.examples_per_step),
-            _short_targets(s.target_modules), f"{view.rung}/{s.num_rungs}",
-            f"{view.examples_seen}/{view.next_rung_examples}",
-            "" if view.loss is None else f"{view.loss:.3f}",
-            "" if view.perplexity is None else f"{view.perplexity:.3f}",
-        )  # fmt: skip
+class TimeLeft:
+    """Estimates the time left from the rungs trained so far; as many trials are expected to be pruned."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first: dict[int, float] = {}  # trial -> rungs when it was first seen here (a resumed one: > 0)
+        self._last: dict[int, float] = {}
+
+    def estimate(self, now: float, slots: Sequence[SlotView], summary: StudySummary) -> float | None:
+        """Return seconds, or None until one rung's worth has been trained."""
+        if not self._first:
+            self._started = now
+        for slot in slots:
+            self._first.setdefault(slot.trial_number, rungs_trained(slot))
+            self._last[slot.trial_number] = rungs_trained(slot)
+        done = sum(self._last[number] - self._first[number] for number in self._last)
+        if done < 1 or not slots:
+            return None
+        workers = max(1.0, summary.running / len(slots))  # others train on the same study
+        return self._rungs_left(slots, summary) * (now - self._started) / (done * workers)
+
+    def _rungs_left(self, slots: Sequence[SlotView], summary: StudySummary) -> float:
+        busy = {slot.trial_number for slot in slots}
+        lengths = [rungs for number, rungs in self._last.items() if number not in busy]
+        longest = max(slot.settings.num_rungs for slot in slots)
+        usual = sum(lengths) / len(lengths) if lengths else float(longest)
+        waiting = max(0, summary.n_trials - summary.finished - max(summary.running, len(slots)))
+        running = 0.0
+        for slot in slots:
+            rungs = rungs_trained(slot)
+            running += (usual if rungs < usual else slot.settings.num_rungs) - rungs
+        return waiting * usual + running
+
+
+def rungs_trained(slot: SlotView) -> float:
+    """Return the rungs measured and the part of the next one."""
+    return slot.examples_seen * (slot.rung + 1) / max(1, slot.next_rung_examples)
+
+
+def heading(
+    elapsed: float, seconds_left: float | None, summary: StudySummary, tokens_per_second: float
+) -> RenderableType:
+    """Return the study's best, the clock and the bar."""
+    left = f", about {show_seconds(seconds_left)} left" if seconds_left is not None else ""
+    first = Table.grid(expand=True)
+    first.add_column()
+    first.add_column(justify="right", no_wrap=True)
+    first.add_row(best_line(summary), Text(f"{show_seconds(elapsed)}{left}", style="dim"))
+    bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right", no_wrap=True)
+    counts = Text(f"{summary.finished}/{summary.n_trials} trials")
+    counts.append(f"  {summary.pruned} pruned", style="yellow")
+    if summary.failed:
+        counts.append(f"  {summary.failed} failed", style="red")
+    counts.append(f"  {tokens_per_second:,.0f} tokens/s", style="cyan")
+    bar.add_row(ProgressBar(total=summary.n_trials, completed=summary.finished), counts)
+    return Padding(Group(first, bar), (1, 0))
+
+
+def best_line(summary: StudySummary) -> Text:
+    """Return the best perplexity so far."""
+    if summary.best_number is None:
+        return Text("no trial is complete yet", style="dim")
+    line = Text(f"best perplexity {show_perplexity(summary.best_perplexity)}", style="bold green")
+    return line.append(f" (trial {summary.best_number})", style="not bold")
+
+
+def slot_table(slots: Sequence[SlotView]) -> Table:
+    """Return one row per busy slot."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True)
+    for name in ("trial", "r", "alpha", "lr", "batch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("targets", no_wrap=True, overflow="ellipsis", max_width=20)
+    for name in ("loss", "perplexity", "rung"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("next rung", ratio=1, min_width=9, no_wrap=True)
+    for slot in slots:
+        table.add_row(*slot_cells(slot))
     return table
 
 
-def _short_targets(targets: tuple[str, ...]) -> str:
-    return ",".join(target.removesuffix("_proj") for target in targets)
+def slot_cells(slot: SlotView) -> list[RenderableType]:
+    settings = slot.settings
+    accumulation = settings.gradient_accumulation_steps
+    part = rungs_trained(slot) - slot.rung
+    return [
+        str(slot.trial_number),
+        str(settings.r),
+        show_value(settings.alpha),
+        show_value(settings.lr),
+        f"{settings.batch_size}x{accumulation}" if accumulation > 1 else str(settings.batch_size),
+        show_value(settings.target_modules),
+        "-" if slot.loss is None else f"{slot.loss:.3f}",
+        show_perplexity(slot.perplexity),
+        f"{slot.rung}/{settings.num_rungs}",
+        ProgressBar(total=1.0, completed=min(1.0, max(0.0, part)), complete_style="cyan"),
+    ]
 
 
-def leaderboard(rows: Sequence[TrialRow], base_perplexity: float) -> Table:
-    """Return the base model and then the trials, best first."""
-    keys = sorted({key for row in rows for key in row.params})
-    table = Table(title="Validation perplexity", title_justify="left", pad_edge=False)
-    for name in ("trial", "perplexity", "gain", "rung", *keys, "state", "why"):
-        table.add_column(
-            name, justify="right" if name in ("trial", "perplexity", "gain", "rung", *keys) else "left"
-        )
-    table.add_row("base", f"{base_perplexity:.3f}", "", "", *("" for _ in keys), "", "the model as it is")
-    for row in ranked(rows):
-        shown = "-" if row.perplexity is None else f"{row.perplexity:.3f}"
-        gain = "-" if row.perplexity is None else f"{1 - row.perplexity / base_perplexity:.1%}"
-        params = (escape(format_value(row.params.get(key, ""))) for key in keys)
-        best = str(row.best_rung or "")
-        table.add_row(str(row.number), shown, gain, best, *params, row.state, escape(row.reason))
+def status_line(
+    slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float, seconds_left: float | None
+) -> str:
+    """Return where the sweep stands in one plain line."""
+    parts = [f"{summary.finished}/{summary.n_trials} trials", f"{summary.pruned} pruned"]
+    if summary.failed:
+        parts.append(f"{summary.failed} failed")
+    if summary.best_number is not None:
+        parts.append(f"best {show_perplexity(summary.best_perplexity)} (trial {summary.best_number})")
+    parts.append(f"{tokens_per_second:,.0f} tokens/s")
+    if seconds_left is not None:
+        parts.append(f"about {show_seconds(seconds_left)} left")
+    running = [
+        f"trial {slot.trial_number} {rung_of(slot)} {show_perplexity(slot.perplexity)}" for slot in slots
+    ]
+    return " | ".join([", ".join(parts), *running])
+
+
+def rung_of(slot: SlotView) -> str:
+    return f"rung {slot.rung}/{slot.settings.num_rungs}"
+
+
+def leaderboard(rows: Sequence[TrialRow], base_perplexity: float, limit: int = 20) -> Table:
+    """Return the base model and the best `limit` trials, lowest perplexity first, with what was searched."""
+    keys, best, order = searched_keys(rows), best_of(rows), ranked(rows)
+    table = Table(
+        title="Leaderboard", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
+    )
+    for name in ("trial", "perplexity", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in short_names(keys):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("rungs", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    blanks = ["" for _ in keys]
+    table.add_row("-", show_perplexity(base_perplexity), "", *blanks, "", "base model", style="bold")
+    for row in order[:limit]:
+        table.add_row(*row_cells(row, keys, base_perplexity), style="bold green" if row is best else "")
+    if len(order) > limit:
+        table.caption, table.caption_justify = f"{len(order) - limit} more in the report", "left"
     return table
 
 
-def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the trials, COMPLETE before the rest, by perplexity."""
-    return sorted(
-        rows, key=lambda r: (r.state != "COMPLETE", r.perplexity is None, r.perplexity or 0.0, r.number)
-    )
-
-
-def format_value(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def row_cells(row: TrialRow, keys: Sequence[str], base_perplexity: float) -> list[RenderableType]:
+    values = [Text(show_value(row.params[key])) if key in row.params else "" for key in keys]
+    return [
+        str(row.number),
+        show_perplexity(row.perplexity),
+        show_change(base_perplexity, row.perplexity),
+        *values,
+        str(len(row.perplexities)),
+        Text(row.state.lower(), style=STATE_STYLES.get(row.state, "")),
+    ]
 
 
 def next_steps(places: Mapping[str, str]) -> str:
     """Return the lines to type next, one per place."""
     width = max(map(len, places))
     return "\n".join(f"  {name:<{width}}  {command}" for name, command in places.items())
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,5 +1,6 @@
 """Which trial is better, and how values are written: one answer for screen, report and export. Pure."""
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -58,6 +59,8 @@ def show_value(value: object) -> str:
         return show_float(value)
     if isinstance(value, list | tuple):
         return ",".join(show_value(item) for item in value)
+    if isinstance(value, str) and value.startswith("["):  # the study keeps a list as JSON
+        return show_value(json.loads(value))
     return str(value).removesuffix("_proj")
 
 

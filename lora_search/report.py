@@ -14,7 +14,8 @@ from plotly.subplots import make_subplots
 
 from lora_search.composition import DEFAULT_SWEEP, compose
 from lora_search.errors import LoraSearchError, StudyError
-from lora_search.progress import Progress, format_value, ranked
+from lora_search.progress import Progress
+from lora_search.ranking import ranked, show_value as format_value
 from lora_search.study import SweepStudy
 from lora_search.trial import TrialRow
 

