@@ -1,4 +1,4 @@
-"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard and what to type next.
+"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard, what to type next.
 
 The program prints here and nowhere else.
 """
@@ -75,7 +75,7 @@ class Progress:
         self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
 
     def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
-        """Show where the sweep stands. Cheap enough for every pass: draws only when the last drawing is old."""
+        """Show where the sweep stands. Cheap enough for every pass: it draws only now and then."""
         now = self._clock()
         if now - self._drawn < (LINE_SECONDS if self._live is None else LIVE_SECONDS):
             return
