@@ -253,7 +253,8 @@ class SweepConfig:
 
 def redact(url: str) -> str:
     """Return the URL without its password."""
-    return re.sub(r"(://[^/@]*?:)[^@]*@", r"\1***@", url)
+    without = re.sub(r"(://[^/@]*?:).*@", r"\1***@", url)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", without)
 
 
 def as_dict(config: Any) -> Any:

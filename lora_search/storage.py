@@ -96,6 +96,8 @@ def _parse(text: str) -> URL:
         raise ConfigError(KEY, redact(text), "must be a SQL URL of a known kind", DRIVERS) from None
     except ImportError as error:
         raise ConfigError(KEY, redact(text), f"needs a database driver ({error})", DRIVERS) from None
+    if "@" in (url.host or ""):
+        raise ConfigError(KEY, redact(text), "must write special signs of the password in percent form", "@ is %40.")
     return url
 
 

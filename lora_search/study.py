@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,8 +48,7 @@ class SweepStudy:
         cls, config: SweepConfig, space: Space, fingerprint: Mapping[str, str], attributes: Mapping[str, str], folder: Path
     ) -> "SweepStudy":
         """Create or continue the study. Raises FingerprintError where it was made with other settings."""
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        optuna.logging.disable_propagation()
+        _quieten_optuna()
         storage = open_storage(config.study)
         num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
         study = optuna.create_study(
@@ -209,6 +209,7 @@ class SweepStudy:
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
         """Return trials and attributes of a study without changing it."""
+        _quieten_optuna()
         try:
             study = optuna.load_study(study_name=config.name, storage=open_storage(config))
         except KeyError:
@@ -275,6 +276,14 @@ def open_storage(config: StudyConfig) -> RDBStorage:
     if url.get_backend_name() == "sqlite":
         _use_wal(storage)
     return storage
+
+
+def _quieten_optuna() -> None:
+    """Silence what users can do nothing about: heartbeats and metric names are used on purpose, with ask and tell."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.disable_propagation()
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
 
 
 def _use_wal(storage: RDBStorage) -> None:

@@ -1,95 +1,217 @@
-"""Weights & Biases: one run per trial, curves against examples seen. The one home of wandb; offline by default."""
+"""Curves in Weights & Biases: one run per trial, against examples seen. The one home of wandb.
 
-import os
-from collections.abc import Mapping
+A tracker watches and never decides. When the first run cannot be opened, the sweep stops before it trains;
+whatever fails later is counted and logged once, and training goes on. Command lines (they may
+hold a password), code, packages and machine statistics are not collected. Cost: about 3 ms per logged rung.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
-
-import wandb
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_search.config import SweepConfig
 from lora_search.errors import ConfigError
 from lora_search.trial import Measurement, TrialRun
 
+if TYPE_CHECKING:
+    from wandb import Run, Settings
+
+logger = logging.getLogger(__name__)
+
+STEP_METRIC = "examples_seen"
+FINISH_TIMEOUT_SECONDS = 30.0  # online: a dead network holds up the other trials no longer than this
+
 
 class Tracker(Protocol):
-    """Where the curves of trials go."""
+    """Who hears about every trial. `log` and `finish` never raise on account of the tracking service."""
 
-    def start(self, run: TrialRun) -> None: ...
-    def log(self, measurement: Measurement) -> None: ...
-    def finish(self, trial_number: int, state: str, reason: str) -> None: ...
-    def close(self) -> None: ...
+    def start(self, run: TrialRun) -> None:
+        """Open the trial's curves, or go on with them if the trial was resumed."""
+
+    def log(self, measurement: Measurement) -> None:
+        """Record one rung and the optimizer steps that led to it."""
+
+    def finish(self, trial_number: int, state: str, reason: str) -> None:
+        """Close the trial's curves with its final state."""
+
+    def close(self) -> None:
+        """Close what is still open; the sweep ends or was interrupted."""
 
 
 class NoTracker:
-    """Tracks nothing."""
+    """tracker=none."""
 
     def start(self, run: TrialRun) -> None: ...
+
     def log(self, measurement: Measurement) -> None: ...
+
     def finish(self, trial_number: int, state: str, reason: str) -> None: ...
+
     def close(self) -> None: ...
 
 
-class WandbTracker:
-    """Keeps one live W&B run per trial in training. A resumed trial writes on under the same id."""
-
-    def __init__(self, config: SweepConfig, mode: str, extra: Mapping[str, object]) -> None:
-        self.study_name, self.project, self.entity = config.study.name, config.tracker.project, config.tracker.entity
-        self.mode, self.extra = mode, dict(extra)
-        self.runs: dict[int, wandb.Run] = {}
-
-    def start(self, run: TrialRun) -> None:
-        Path(run.folder).mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, x_disable_stats=True, save_code=False, x_disable_meta=True
-        )
-        try:
-            live = wandb.init(
-                project=self.project, entity=self.entity, dir=run.folder, mode=self.mode,  # type: ignore[arg-type]
-                id=f"{self.study_name}-{run.number}", name=f"{self.study_name}/{run.number}", group=self.study_name,
-                job_type="trial", config={**asdict(run.settings), **self.extra, "trial": run.number},
-                reinit="create_new", resume="allow" if self.mode == "online" else None, settings=settings,
-            )  # fmt: skip
-        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
-            cause = str(error).splitlines()[0]
-            remedy = "Run `wandb login`, or use tracker=wandb_offline."
-            raise ConfigError("tracker.name", "wandb", f"needs a W&B account ({cause})", remedy) from None
-        live.define_metric("examples_seen")
-        live.define_metric("*", step_metric="examples_seen")
-        self.runs[run.number] = live
-
-    def log(self, measurement: Measurement) -> None:
-        live = self.runs[measurement.trial_number]
-        for step in measurement.steps:
-            curve = {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm}
-            live.log({"examples_seen": step.examples_seen, **curve})
-        live.log(
-            {
-                "examples_seen": measurement.examples_seen,
-                "rung": measurement.rung,
-                "validation/loss": measurement.validation_loss,
-                "validation/perplexity": measurement.perplexity,
-                "tokens_per_second": measurement.tokens_per_second,
-            }
-        )
-        live.summary["best_perplexity"] = measurement.best_perplexity
-        live.summary["best_rung"] = measurement.best_rung
-
-    def finish(self, trial_number: int, state: str, reason: str) -> None:
-        live = self.runs.pop(trial_number)
-        live.summary["state"], live.summary["reason"] = state, reason
-        live.finish(exit_code=1 if state == "FAIL" else 0)
-
-    def close(self) -> None:
-        """Close what is still open, e.g. after Ctrl-C."""
-        for number in list(self.runs):
-            self.finish(number, "INTERRUPTED", "handed back")
-
-
 def make_tracker(config: SweepConfig, extra: Mapping[str, object]) -> Tracker:
-    """Return the tracker of the sweep; ``extra`` goes into every run's config."""
+    """Return the tracker the settings ask for; ``extra`` goes into the config of every run."""
     if config.tracker.name == "none":
         return NoTracker()
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbTracker(config, "offline" if config.tracker.name == "wandb_offline" else "online", extra)
+    return WandbTracker(config, extra)
+
+
+class WandbTracker:
+    """One W&B run per trial, all of them live at once in this process."""
+
+    def __init__(self, config: SweepConfig, extra: Mapping[str, object]) -> None:
+        self._config = config.tracker
+        self._study_name = config.study.name
+        self._extra = dict(extra)
+        self._runs: dict[int, Run] = {}
+        self._best: dict[int, Measurement] = {}  # the last measurement knows the best so far
+        self._failures = 0
+        self._has_started = False
+        check_usable(self._config.name)
+        self._errors = wandb_errors()
+
+    def start(self, run: TrialRun) -> None:
+        """Open the trial's run. A failure of the first one is wrong input; a later one is only counted."""
+        if self._has_started:
+            with self._survive(f"opening the run of trial {run.number}"):
+                self._runs[run.number] = self._open(run)
+            return
+        try:
+            self._runs[run.number] = self._open(run)
+        except self._errors as error:
+            rule = f"W&B did not start ({first_line(error)})"
+            remedy = "Set tracker=wandb_offline or tracker=none to search without it."
+            raise ConfigError("tracker.name", self._config.name, rule, remedy) from error
+        self._has_started = True
+
+    def _open(self, run: TrialRun) -> "Run":
+        import wandb
+
+        Path(run.folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder
+        is_online = self._config.name == "wandb"
+        name = f"{self._study_name}-{run.number}"
+        live = wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            dir=run.folder,
+            id=name,
+            name=name,
+            group=self._study_name,
+            job_type="trial",
+            config={**asdict(run.settings), **self._extra, "trial": run.number, "trial_seed": run.seed},
+            resume="allow" if is_online else None,  # offline the id is enough: `wandb sync` joins the parts
+            reinit="create_new",
+            settings=quiet_settings(is_online),
+        )
+        live.define_metric(STEP_METRIC)
+        live.define_metric("*", step_metric=STEP_METRIC)
+        return live
+
+    def log(self, measurement: Measurement) -> None:
+        """Log each optimizer step, and the rung's validation at the examples seen by then."""
+        self._best[measurement.trial_number] = measurement
+        live = self._runs.get(measurement.trial_number)
+        if live is None:
+            return
+        with self._survive(f"logging trial {measurement.trial_number}"):
+            for examples_seen, row in history_rows(measurement):
+                if examples_seen >= live.step:  # a resumed online run has the earlier steps already
+                    live.log({STEP_METRIC: examples_seen, **row}, step=examples_seen)
+
+    def finish(self, trial_number: int, state: str, reason: str) -> None:
+        """Write the outcome into the run's summary and close it."""
+        live = self._runs.pop(trial_number, None)
+        last = self._best.pop(trial_number, None)
+        if live is None:
+            return
+        with self._survive(f"closing the run of trial {trial_number}"):
+            live.summary.update({"state": state, "reason": reason, **best_so_far(last)})
+            live.finish(exit_code=0 if state in ("COMPLETE", "PRUNED") else 1)
+
+    def close(self) -> None:
+        """Close the runs of trials that were interrupted, and say how many calls failed."""
+        for trial_number in list(self._runs):
+            self.finish(trial_number, "INTERRUPTED", "the sweep stopped before the trial ended")
+        if self._failures:
+            logger.warning("W&B: %d calls failed; the study and the report are complete.", self._failures)
+
+    @contextmanager
+    def _survive(self, what: str) -> Iterator[None]:
+        """Count what goes wrong inside wandb instead of passing it on to the trials."""
+        try:
+            yield
+        except self._errors as error:
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning("W&B failed while %s: %s. Training goes on.", what, first_line(error))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def wandb_errors() -> tuple[type[Exception], ...]:
+    """Return what wandb's calls raise; the last two when its service process is gone."""
+    import wandb  # in functions only: it takes a second to import, and tracker=none never needs it
+    from wandb.sdk.mailbox import MailboxClosedError
+
+    return wandb.Error, ValueError, TypeError, MailboxClosedError, OSError
+
+
+def check_usable(tracker_name: str) -> None:
+    """Raise unless wandb can be imported and, for online runs, somebody is logged in."""
+    key, offline = "tracker.name", "Or keep tracker=wandb_offline and run `wandb sync` later."
+    try:
+        import wandb
+    except ImportError as error:
+        remedy = "Run `pip install wandb`, or set tracker=none."
+        raise ConfigError(key, tracker_name, f"needs the wandb package ({error})", remedy) from error
+    if tracker_name == "wandb" and not wandb.login(prompt=False, verify=False):
+        remedy = f"Run `wandb login` or set WANDB_API_KEY. {offline}"
+        raise ConfigError(key, tracker_name, "needs a W&B login", remedy)
+
+
+def quiet_settings(is_online: bool) -> "Settings":
+    """Return settings that keep the terminal clean and take nothing but what we log."""
+    import wandb
+
+    return wandb.Settings(
+        mode="online" if is_online else "offline",
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        finish_timeout=FINISH_TIMEOUT_SECONDS if is_online else 0.0,
+        symlink=False,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+    )
+
+
+def history_rows(measurement: Measurement) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield (examples seen, values) in rising order; the validation joins the last optimizer step's row."""
+    for step in measurement.steps:
+        yield (
+            step.examples_seen,
+            {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm},
+        )
+    yield (
+        measurement.examples_seen,
+        {
+            "validation/loss": measurement.validation_loss,
+            "validation/perplexity": measurement.perplexity,
+            "tokens_per_second": measurement.tokens_per_second,
+        },
+    )
+
+
+def best_so_far(last: Measurement | None) -> dict[str, Any]:
+    """Return the summary's best perplexity and rung, or nothing before the first finite rung."""
+    if last is None or last.best_rung == 0:
+        return {}
+    return {"best_perplexity": last.best_perplexity, "best_rung": last.best_rung}

@@ -1,0 +1,34 @@
+import torch
+
+from lora_search.dropout import dropped, token_keys
+
+CPU = torch.device("cpu")
+
+
+def test_the_share_of_dropped_elements_is_the_probability() -> None:
+    keys = token_keys(7, list(range(40)), [50] * 40, CPU)
+
+    for probability in (0.05, 0.3):
+        mask = dropped(keys, 3, 256, probability).float()
+        assert abs(mask.mean().item() - probability) < 3e-3
+        assert mask.mean(0).std() < 0.02
+        assert mask.mean(1).std() < 0.05
+
+
+def test_masks_of_layers_seeds_and_examples_are_uncorrelated() -> None:
+    masks = [
+        dropped(token_keys(seed, [ordinal], [200], CPU), layer, 256, 0.5).float().flatten()
+        for seed, ordinal, layer in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]
+    ]
+
+    correlation = torch.corrcoef(torch.stack(masks)) - torch.eye(4)
+
+    assert correlation.abs().max() < 0.02
+
+
+def test_a_mask_does_not_depend_on_who_shares_the_pass() -> None:
+    together = token_keys(5, [3, 4], [11, 6], CPU)
+
+    alone = token_keys(5, [4], [6], CPU)
+
+    assert torch.equal(together[11:], alone)
