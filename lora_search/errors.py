@@ -17,6 +17,7 @@ class ConfigError(InputError):
     """A setting breaks a rule, e.g. ``ConfigError("optim.lr", -1, "must be > 0", "Try 2e-4")``."""
 
     def __init__(self, key: str, value: object, rule: str, remedy: str = "") -> None:
+        self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
         message = f"{key}: {rule}, got {value!r}."
         super().__init__(f"{message} {remedy}" if remedy else message)
 

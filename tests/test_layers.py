@@ -1,0 +1,73 @@
+"""Imports go downwards only, and each library has one home."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "lora_search"
+LAYERS = [
+    {"__init__", "errors"},
+    {"config", "trial"},
+    {"composition", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
+    {"space", "sampling", "reading", "attention", "tracking", "checkpoint", "lora", "progress", "export"},
+    {"data", "model", "study"},
+    {"passes"},
+    {"engine", "report"},
+    {"worker"},
+    {"sweep"},
+]
+HOMES = {
+    "wandb": {"tracking"},
+    "optuna": {"space", "pruning", "sampling", "study"},
+    "sqlalchemy": {"study"},
+    "hydra": {"composition", "space", "sweep"},
+    "omegaconf": {"composition"},
+    "datasets": {"reading"},
+    "peft": {"lora"},
+    "rich": {"progress"},
+    "plotly": {"report"},
+    "jinja2": {"report"},
+}
+
+
+def imports() -> dict[str, set[str]]:
+    """Return module -> what it imports, also inside functions."""
+    found = {}
+    for path in sorted(PACKAGE.glob("*.py")):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+            elif isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+        found[path.stem] = names
+    return found
+
+
+def test_every_module_stands_in_one_layer() -> None:
+    listed = [module for layer in LAYERS for module in layer]
+
+    assert sorted(listed) == sorted(imports())
+    assert len(listed) > 20
+
+
+def test_imports_go_downwards_only() -> None:
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    upwards = [
+        (module, name)
+        for module, names in imports().items()
+        for name in names
+        if name.startswith("lora_search.") and level[name.split(".")[1]] >= level[module]
+    ]
+
+    assert upwards == []
+
+
+def test_each_library_has_its_home() -> None:
+    strays = [
+        (module, name)
+        for module, names in imports().items()
+        for name in names
+        if module not in HOMES.get(name.split(".")[0], {module})
+    ]
+
+    assert strays == []

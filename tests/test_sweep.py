@@ -1,0 +1,182 @@
+"""The command as users run it: the smoke sweep for real, and what they are told when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_search import sweep
+from lora_search.data import Example
+from lora_search.model import load_tokenizer, resolve_model
+from lora_search.config import ModelConfig
+from lora_search.report import main as report_main
+from tests.test_engine import plain_perplexity
+
+ROOT = Path(__file__).parents[1]
+TINY = ["-cn", "smoke", "engine.device=cpu"]
+
+
+def run_sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return sweep.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished smoke sweep with offline W&B."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_sweep(patch, folder, *TINY, "study.n_trials=6", "tracker=wandb_offline", "optim.lr=5e-3") == 0
+    return folder
+
+
+def test_the_best_adapter_gives_in_plain_peft_what_the_study_says(finished: Path) -> None:
+    best = json.loads((finished / "runs/smoke/best/settings.json").read_text())
+    source = resolve_model(ModelConfig(path="tiny-llama"))
+    tokenizer = load_tokenizer(source, ModelConfig(path="tiny-llama"))
+    pairs = [json.loads(line) for line in (finished / "runs/smoke/data/validation.jsonl").read_text().splitlines()]
+    tokens = [(tokenizer(p["prompt"])["input_ids"], tokenizer(p["completion"])["input_ids"]) for p in pairs]
+    examples = tuple(Example(tuple((prompt + completion)[:128]), len(prompt)) for prompt, completion in tokens)
+    base = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+
+    model = PeftModel.from_pretrained(base, str(finished / "runs/smoke/best/adapter"))
+
+    assert plain_perplexity(model, examples) == pytest.approx(best["perplexity"], rel=1e-5)
+
+
+def test_the_same_command_again_says_that_all_is_done(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_sweep(monkeypatch, finished, *TINY, "study.n_trials=6", "tracker=wandb_offline", "optim.lr=5e-3")
+
+    assert code == 0
+    assert "6 of 6 trials done" in capsys.readouterr().out
+
+
+def test_changed_settings_under_the_old_name_are_refused(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_sweep(monkeypatch, finished, *TINY, "study.n_trials=6", "optim.lr=5e-3", "optim.weight_decay=0.1")
+
+    assert code == 2
+    assert "optim.weight_decay: 0.0 -> 0.1" in capsys.readouterr().out
+
+
+def test_the_report_is_written_anew_and_needs_no_network(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(sys, "argv", ["report", "-cn", "smoke"])
+
+    assert report_main() == 0
+
+    html = (finished / "runs/smoke/report.html").read_text()
+    assert "Leaderboard" in html
+    assert "<script src=" not in html
+    assert "trial 5" in html
+
+
+BAD_INPUT = [
+    (["optim.lrr=1e-4"], r"optim.lrr: there is no such setting. Did you mean optim.lr"),
+    (["train.epochs=many"], r"train.epochs: .*many.*Integer"),
+    (["train.epochs=0"], "train.epochs: must be at least 1, got 0"),
+    (["train.batch_size=-2"], "train.batch_size: must be at least 1, got -2"),
+    (["optim.lr=-1"], "optim.lr: must lie between 0 and 1, got -1.0"),
+    (["optim.lr=nan"], "optim.lr: must lie between 0 and 1, got nan"),
+    (["optim.schedule=cosin"], "optim.schedule: must be one of cosine, linear, constant, got 'cosin'"),
+    (["lora.r=0"], "lora.r: must be at least 1, got 0"),
+    (["lora.alpha=two"], "lora.alpha: must be a number > 0 or a multiple of r"),
+    (["lora.dropout=1.5"], r"lora.dropout: must lie in \[0, 1\), got 1.5"),
+    (["lora.target_modules=q_proj"], r"lora.target_modules: must be a list of layer names or all-linear"),
+    (["lora.target_modules=[query]"], "the model has no layer 'query'. There are: down_proj, gate_proj"),
+    (["lora.target_modules=[embed_tokens]"], "model.embed_tokens is a Embedding"),
+    (["lora.target_modules=[lm_head]"], "lm_head is a Linear; adapters go on linear layers of the decoder only"),
+    (["space.lora.r=interval(64,8)"], "space.lora.r: low < high must hold"),
+    (["space.lora.rank=choice(1,2)"], "space.lora.rank: is not a setting that can be searched"),
+    (["sampler=bayes"], "sampler/bayes|bayes"),
+    (["sampler=grid"], "space.optim.lr: a grid needs countable values"),
+    (["pruner.reduction_factor=1"], "pruner.reduction_factor: must be at least 2, got 1"),
+    (["engine.device=cuda:7"], r"engine.device: must be a device of this machine \(\d GPUs\), got 'cuda:7'"),
+    (["engine.device=gpu"], "engine.device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+    (["engine.slots=0"], "engine.slots: must be at least 1, got 0"),
+    (["study.name=../evil"], "study.name: must be 1 to 100 letters"),
+    (["study.storage=runs.db"], "study.storage: must be a SQL URL, got 'runs.db'"),
+    (["study.n_trials=0"], "study.n_trials: must be at least 1, got 0"),
+    (["model.path=/no/such/folder"], "model.path: the folder /no/such/folder does not exist"),
+    (["model.path=/no/model.gguf"], "model.path: /no/model.gguf does not exist"),
+    (["data.path=missing.jsonl"], "data.path: missing.jsonl does not exist"),
+    (["data=jsonl"], "data.path: must be given"),
+    (["data.max_length=4"], "data.max_length: must be a number of tokens >= 8, or auto, got 4"),
+    (["data.validation_fraction=0"], "data.validation_fraction: must lie between 0 and 1, got 0.0"),
+    (["tracker.name=mlflow"], "tracker.name: must be one of wandb_offline, wandb, none, got 'mlflow'"),
+    (["-m"], "-m: a sweep searches by its `space`"),
+    (["-cn", "nosuch"], "-cn nosuch: no such sweep. There are: construction_faq, llama31_8b_instruct, smoke"),
+    (["optim.lr=[1"], "optim.lr"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a) for a, _ in BAD_INPUT])
+def test_wrong_input_is_one_clear_message_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_name = [] if "-cn" in arguments else TINY
+    code = run_sweep(monkeypatch, tmp_path, *sweep_name, *arguments)
+
+    output = " ".join(capsys.readouterr().out.split())
+    assert code == 2, output
+    assert __import__("re").search(message, output), output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs" / "lora_search.db").exists() or "countable" in message
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lora_search.sweep", *arguments]
+
+
+def test_help_lists_the_groups_without_torch(tmp_path: Path) -> None:
+    code = "import sys, lora_search.sweep, lora_search.report; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    done = subprocess.run(command("--help"), capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+
+    for group in ("model: ", "data: ", "sampler: ", "pruner: ", "space/lora: ", "tracker: "):
+        assert group in done.stdout
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=False).returncode == 0
+
+
+def test_cfg_job_shows_the_composed_settings(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = command("-cn", "smoke", "--cfg", "job", "optim.lr=interval(1e-5,1e-3)")
+
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+
+    assert "lr: interval(1e-5,1e-3)" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    arguments = command(*TINY, "train.epochs=6", "optim.lr=5e-3", "pruner=none")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "trials done" in line and "tokens/s" in line)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+
+    again = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    whole = subprocess.run(
+        [*arguments, "study.name=undisturbed"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+
+    assert process.returncode == 130
+    assert "nothing is lost" in rest
+    assert again.stdout.count("COMPLETE") == whole.stdout.count("COMPLETE") == 8
