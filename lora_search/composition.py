@@ -14,7 +14,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -69,12 +69,21 @@ def _explain(error: Exception, config_name: str) -> str:
     """Return one line that names key, rule and remedy, from Hydra's or OmegaConf's own words."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read: {text.partition(' See ')[0]}. Quote it: 'key=value'."
+    missing = _first(r"Could not find '([^']+)'", text)
+    if missing:
+        return f"{missing}: there is no such choice. {text[text.find('Available') :].partition(' Config search')[0]}."
     key = _first(r"full_key: (\S+)", str(cause)) or _first(r"Could not override '([^']+)'", text)
     if "MissingConfig" in type(error).__name__ and config_name in text:
-        return f"-cn {config_name}: no such sweep. There are: {', '.join(_sweeps())}; or give a folder with -cd."
-    if "is not in struct" in text or "not in '" in text:
+        return (
+            f"-cn {config_name}: no such sweep. There are: {', '.join(_sweeps())}; or give a folder with -cd."
+        )
+    if "is not in struct" in text or "not in '" in str(cause):
         near = difflib.get_close_matches(key or "", known_keys(), n=3, cutoff=0.5)
-        return f"{key}: there is no such setting. " + (f"Did you mean {', '.join(near)}?" if near else "See --cfg job.")
+        return f"{key}: there is no such setting. " + (
+            f"Did you mean {', '.join(near)}?" if near else "See --cfg job."
+        )
     if "Missing mandatory value" in text:
         return f"{key}: must be given, got ???. Add {key}=VALUE to the command."
     if key:

@@ -30,7 +30,9 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        require(bool(self.path.strip()), "model.path", self.path, "must name a model", "Give a folder or a hub id")
+        require(
+            bool(self.path.strip()), "model.path", self.path, "must name a model", "Give a folder or a hub id"
+        )
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class ColumnsConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    path: str = "construction-faq"  # the packaged default, or a file or folder of one's own
+    path: str = "???"  # a file or folder of one's own, or construction-faq, the packaged pairs
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     on_bad_row: str = "refuse"  # or skip: leave bad rows out and count them
     validation_fraction: float = 0.1
@@ -110,7 +112,13 @@ class LoraConfig:
             value = float(tied[1] or 1) * r if tied else float(self.alpha)
         except ValueError:
             value = float("nan")
-        require(0 < value < float("inf"), "lora.alpha", self.alpha, "must be a number > 0 or a multiple of r", 'Try "2r"')
+        require(
+            0 < value < float("inf"),
+            "lora.alpha",
+            self.alpha,
+            "must be a number > 0 or a multiple of r",
+            'Try "2r"',
+        )
         return value
 
 
@@ -126,7 +134,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < 1, "optim.lr", self.lr, "must lie between 0 and 1", "LoRA learns well around 2e-4")
+        require(
+            0 < self.lr < 1, "optim.lr", self.lr, "must lie between 0 and 1", "LoRA learns well around 2e-4"
+        )
         require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "must lie in [0, 1)")
         require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must lie in [0, 1)")
         require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must lie in [0, 1)")
@@ -149,7 +159,12 @@ class TrainConfig:
             value = getattr(self, key)
             require(value >= 1, f"train.{key}", value, "must be at least 1")
         patience = self.early_stopping_patience
-        require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "must be >= 1 or null")
+        require(
+            patience is None or patience >= 1,
+            "train.early_stopping_patience",
+            patience,
+            "must be >= 1 or null",
+        )
 
 
 @dataclass(kw_only=True)
@@ -161,7 +176,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(self.slots >= 1, "engine.slots", self.slots, "must be at least 1")
-        require(self.tokens_per_pass >= 8, "engine.tokens_per_pass", self.tokens_per_pass, "must be at least 8")
+        require(
+            self.tokens_per_pass >= 8, "engine.tokens_per_pass", self.tokens_per_pass, "must be at least 8"
+        )
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(bool(known), "engine.device", self.device, "must be auto, cpu, cuda or cuda:N")
         require_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -190,7 +207,9 @@ class PrunerConfig:
         names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         require_choice("pruner.name", self.name, names)
         require(self.first_rung >= 1, "pruner.first_rung", self.first_rung, "must be at least 1")
-        require(self.reduction_factor >= 2, "pruner.reduction_factor", self.reduction_factor, "must be at least 2")
+        require(
+            self.reduction_factor >= 2, "pruner.reduction_factor", self.reduction_factor, "must be at least 2"
+        )
         require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must lie between 0 and 100")
         require(self.patience >= 1, "pruner.patience", self.patience, "must be at least 1")
         require(self.n_startup_trials >= 0, "pruner.n_startup_trials", self.n_startup_trials, "must be >= 0")
@@ -212,7 +231,12 @@ class StudyConfig:
         require(self.n_trials >= 1, "study.n_trials", self.n_trials, "must be at least 1")
         require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
                 "Try sqlite:///runs/lora_search.db")  # fmt: skip
-        require(self.heartbeat_seconds >= 1, "study.heartbeat_seconds", self.heartbeat_seconds, "must be at least 1")
+        require(
+            self.heartbeat_seconds >= 1,
+            "study.heartbeat_seconds",
+            self.heartbeat_seconds,
+            "must be at least 1",
+        )
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
 

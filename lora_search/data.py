@@ -41,14 +41,21 @@ class Splits:
 
 
 def prepare(
-    config: SweepConfig, loaded: tuple[list[Row], Counter[str]], tokenizer: PreTrainedTokenizerBase, folder: Path
+    config: SweepConfig,
+    loaded: tuple[list[Row], Counter[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> Splits:
     """Clean, split, render and tokenize; write the rendered pairs to ``folder``/{train,validation,test}.jsonl."""
     rows, counts = loaded[0], loaded[1].copy()
     unique = _without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     split_rows = split(unique, config.data, config.seed)
-    caps = {"train": config.data.max_train_examples, "validation": config.data.max_validation_examples, "test": None}
+    caps = {
+        "train": config.data.max_train_examples,
+        "validation": config.data.max_validation_examples,
+        "test": None,
+    }
     pairs: dict[str, list[Pair]] = {}
     for name, members in split_rows.items():
         kept = members[: caps[name]]
@@ -63,7 +70,8 @@ def prepare(
         **{name: tuple(members) for name, members in examples.items()},
         max_length=max_length,
         data_hash=_hash(pairs, max_length),
-        counts={key: count for key, count in counts.items() if count} | {k: len(v) for k, v in examples.items()},
+        counts={key: count for key, count in counts.items() if count}
+        | {k: len(v) for k, v in examples.items()},
     )
 
 
@@ -146,5 +154,7 @@ def _hash(pairs: dict[str, list[Pair]], max_length: int) -> str:
 def _write(pairs: dict[str, list[Pair]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in pairs.items():
-        lines = [json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in members]
+        lines = [
+            json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in members
+        ]
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

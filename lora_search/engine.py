@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lora_search.checkpoint import Position, load_checkpoint, save_checkpoint
-from lora_search.data import Example, Splits, epoch_order
 from lora_search.config import ALL_LINEAR, SweepConfig
+from lora_search.data import Example, Splits, epoch_order
 from lora_search.lora import SlotBank, export_peft
 from lora_search.model import Base, matches, target_layers
 from lora_search.optim import SlotAdamW, learning_rate
@@ -97,8 +97,14 @@ class Engine:
     def advance(self) -> list[Measurement]:
         """Run one packed pass; return the measurements of the trials that reached a rung in it."""
         active = [(index, slot) for index, slot in enumerate(self.slots) if slot is not None]
-        taken = fill_pass([[len(e.input_ids) for e, _ in slot.queue] for _, slot in active], self.tokens_per_pass)
-        packed = [(i, slot, self._take(i, slot, count)) for (i, slot), count in zip(active, taken, strict=True) if count]
+        taken = fill_pass(
+            [[len(e.input_ids) for e, _ in slot.queue] for _, slot in active], self.tokens_per_pass
+        )
+        packed = [
+            (i, slot, self._take(i, slot, count))
+            for (i, slot), count in zip(active, taken, strict=True)
+            if count
+        ]
         self._forward_backward(packed)
         due = [(index, slot) for index, slot, _ in packed if not slot.queue and self._step(index, slot)]
         measurements = self._measure(due)
@@ -120,7 +126,9 @@ class Engine:
     def _forward_backward(self, packed: Sequence[tuple[int, Slot, SlotRows]]) -> None:
         start = time.perf_counter()
         nlls = self.model.train_nll([rows for _, _, rows in packed])
-        losses = [nll.sum() / slot.batch_completion_tokens for nll, (_, slot, _) in zip(nlls, packed, strict=True)]
+        losses = [
+            nll.sum() / slot.batch_completion_tokens for nll, (_, slot, _) in zip(nlls, packed, strict=True)
+        ]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - start
         tokens = sum(rows.num_tokens for _, _, rows in packed)
@@ -160,7 +168,9 @@ class Engine:
         while self._rung_examples(slot.settings, slot.position.rung + 1) <= slot.position.examples_seen:
             self._record_rung(index, slot, perplexity)
             ended, detail = self._ending(slot, finite)
-            measurements.append(self._measurement(slot, perplexity, () if measurements else steps, ended, detail))
+            measurements.append(
+                self._measurement(slot, perplexity, () if measurements else steps, ended, detail)
+            )
             if ended:
                 return measurements
         self._save(index, slot)
@@ -184,11 +194,19 @@ class Engine:
         if position.rung == slot.settings.num_rungs:
             return "finished", ""
         if patience is not None and position.rung - position.best_rung >= patience:
-            return "early_stopped", f"no better validation perplexity for {patience} rungs since rung {position.best_rung}"
+            return (
+                "early_stopped",
+                f"no better validation perplexity for {patience} rungs since rung {position.best_rung}",
+            )
         return None, ""
 
     def _measurement(
-        self, slot: Slot, perplexity: float, steps: tuple[StepRecord, ...], ended: EndReason | None, detail: str
+        self,
+        slot: Slot,
+        perplexity: float,
+        steps: tuple[StepRecord, ...],
+        ended: EndReason | None,
+        detail: str,
     ) -> Measurement:
         return Measurement(
             trial_number=slot.run.number,
@@ -211,9 +229,13 @@ class Engine:
         queues = [deque(rows) for _, rows in jobs]
         sums = [torch.zeros((), dtype=torch.float64, device=self.model.device) for _ in jobs]
         while any(queues):
-            taken = fill_pass([[len(row.input_ids) for row in queue] for queue in queues], self.tokens_per_pass)
+            taken = fill_pass(
+                [[len(row.input_ids) for row in queue] for queue in queues], self.tokens_per_pass
+            )
             chosen = [i for i, count in enumerate(taken) if count]
-            packs = [SlotRows(jobs[i][0], 0, [queues[i].popleft() for _ in range(taken[i])], None) for i in chosen]
+            packs = [
+                SlotRows(jobs[i][0], 0, [queues[i].popleft() for _ in range(taken[i])], None) for i in chosen
+            ]
             for i, nll in zip(chosen, self.model.eval_nll(packs), strict=True):
                 sums[i] += nll.sum(dtype=torch.float64)
         counts = [sum(num_completion_tokens(row) for row in rows) for _, rows in jobs]
@@ -223,7 +245,9 @@ class Engine:
         """Queue the next effective batch; an epoch's last one may be smaller, and none spans two epochs."""
         num_examples = len(self.splits.train)
         epoch, offset = divmod(slot.position.examples_seen, num_examples)
-        order = epoch_order(num_examples, self.data_seed, epoch)[offset : offset + slot.settings.examples_per_step]
+        order = epoch_order(num_examples, self.data_seed, epoch)[
+            offset : offset + slot.settings.examples_per_step
+        ]
         rows = [self.splits.train[i] for i in order]
         slot.queue = deque((row, slot.position.examples_seen + i) for i, row in enumerate(rows))
         slot.batch_examples = len(rows)
@@ -240,7 +264,11 @@ class Engine:
         return settings.epochs * math.ceil(len(self.splits.train) / settings.examples_per_step)
 
     def _save(self, index: int, slot: Slot) -> None:
-        rows = {"theta": self.bank.theta_SP, "m": self.optimizer.exp_avg_SP, "v": self.optimizer.exp_avg_sq_SP}
+        rows = {
+            "theta": self.bank.theta_SP,
+            "m": self.optimizer.exp_avg_SP,
+            "v": self.optimizer.exp_avg_sq_SP,
+        }
         state = {
             f"{kind}/{name}": tensor
             for kind, bank_SP in rows.items()
@@ -252,12 +280,25 @@ class Engine:
         found = load_checkpoint(Path(run.folder) / "checkpoint")
         if found is None:
             return Position(
-                examples_seen=0, optimizer_steps=0, rung=0, train_tokens=0, best_rung=0, best_perplexity=math.inf
+                examples_seen=0,
+                optimizer_steps=0,
+                rung=0,
+                train_tokens=0,
+                best_rung=0,
+                best_perplexity=math.inf,
             )
         position, state = found
-        rows = {"theta": self.bank.theta_SP, "m": self.optimizer.exp_avg_SP, "v": self.optimizer.exp_avg_sq_SP}
+        rows = {
+            "theta": self.bank.theta_SP,
+            "m": self.optimizer.exp_avg_SP,
+            "v": self.optimizer.exp_avg_sq_SP,
+        }
         for kind, bank_SP in rows.items():
-            part = {name.partition("/")[2]: tensor for name, tensor in state.items() if name.startswith(f"{kind}/")}
+            part = {
+                name.partition("/")[2]: tensor
+                for name, tensor in state.items()
+                if name.startswith(f"{kind}/")
+            }
             self.bank.load(bank_SP[index], run.settings.r, names, part)
         self.optimizer.steps[index] = position.optimizer_steps
         return position
@@ -280,7 +321,9 @@ def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) 
     layers: dict[str, nn.Linear] = {}
     for targets in possible_targets(config, space):
         layers |= target_layers(base.model, targets)
-    layers = {name: layer for name, layer in target_layers(base.model, (ALL_LINEAR,)).items() if name in layers}
+    layers = {
+        name: layer for name, layer in target_layers(base.model, (ALL_LINEAR,)).items() if name in layers
+    }
     bank = SlotBank(base.model, layers, config.engine.slots, largest(config, space, "lora.r"))
     return Engine(
         PackedModel(base.model, bank),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_search.trial import TrialRow
 
-LOADING = '''\
+LOADING = """\
 # Trial {number} of {study}: validation perplexity {perplexity:.4f}
 
 Load it with plain PEFT:
@@ -22,7 +22,7 @@ Load it with plain PEFT:
 Train these settings alone again:
 
     python -m lora_search.sweep -cn {sweep} study.name={study}-best study.n_trials=1 {overrides}
-'''
+"""
 
 
 def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
@@ -34,7 +34,12 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
     fresh, target = folder / "best.new", folder / "best"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(folder / "trials" / str(best.number) / "adapter", fresh / "adapter")
-    settings = {"trial": best.number, "perplexity": best.perplexity, "rung": best.best_rung, "params": best.params}
+    settings = {
+        "trial": best.number,
+        "perplexity": best.perplexity,
+        "rung": best.best_rung,
+        "params": best.params,
+    }
     (fresh / "settings.json").write_text(json.dumps(settings, indent=2))
     (fresh / "README.md").write_text(_readme(best, attributes, target))
     shutil.rmtree(target, ignore_errors=True)

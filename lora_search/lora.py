@@ -80,7 +80,9 @@ def _delta(x_TD: torch.Tensor, adapter: SlotAdapter, key_T: torch.Tensor | None,
 class SlotBank:
     """Holds theta_SP and its gradient, and puts the adapters into the model's layers."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear], num_slots: int, max_rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Linear], num_slots: int, max_rank: int
+    ) -> None:
         self.names = list(layers)
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
         self.max_rank = max_rank
@@ -94,7 +96,9 @@ class SlotBank:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
 
-    def views(self, row_P: torch.Tensor, r: int, names: Sequence[str]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def views(
+        self, row_P: torch.Tensor, r: int, names: Sequence[str]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (layer index, A [r, D], B transposed [r, O]) as views into one slot's row."""
         start = 0
         for index, (d_in, d_out) in enumerate(self.shapes):
@@ -133,7 +137,9 @@ class SlotBank:
         return state
 
     @torch.no_grad()
-    def load(self, row_P: torch.Tensor, r: int, names: Sequence[str], state: Mapping[str, torch.Tensor]) -> None:
+    def load(
+        self, row_P: torch.Tensor, r: int, names: Sequence[str], state: Mapping[str, torch.Tensor]
+    ) -> None:
         """Put back what `tensors` gave."""
         for index, a_RD, b_RO in self.views(row_P, r, names):
             a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
@@ -141,7 +147,11 @@ class SlotBank:
 
 
 def export_peft(
-    state: Mapping[str, torch.Tensor], settings: TrialSettings, names: Sequence[str], base_path: str, folder: Path
+    state: Mapping[str, torch.Tensor],
+    settings: TrialSettings,
+    names: Sequence[str],
+    base_path: str,
+    folder: Path,
 ) -> None:
     """Write a folder that plain ``PeftModel.from_pretrained`` loads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,4 +166,7 @@ def export_peft(
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    save_file({f"base_model.model.{name}": tensor for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+    )

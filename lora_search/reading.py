@@ -34,7 +34,9 @@ def load_rows(config: DataConfig) -> tuple[list[Row], Counter[str]]:
         else:
             complaints.append(row)
     if num_records == 0:
-        raise DataError(f"data.path: {path.name} is empty. Give a file with one question and answer per line.")
+        raise DataError(
+            f"data.path: {path.name} is empty. Give a file with one question and answer per line."
+        )
     if complaints and (config.on_bad_row == "refuse" or not rows):
         shown = "\n  ".join(complaints[:SHOWN_COMPLAINTS])
         raise DataError(
@@ -60,7 +62,9 @@ def _find(path_text: str) -> Path:
         raise DataError(f"data.path: {path} does not exist. {hint}")
     if path.is_file() and path.suffix not in {".jsonl", *SUFFIXES}:
         known = ", ".join((".jsonl", *SUFFIXES))
-        raise DataError(f"data.path: {path.name} has an unknown ending {path.suffix!r}; known are {known} and folders.")
+        raise DataError(
+            f"data.path: {path.name} has an unknown ending {path.suffix!r}; known are {known} and folders."
+        )
     return path
 
 
@@ -106,7 +110,9 @@ def _folder(path: Path) -> "datasets.Dataset":  # type: ignore[name-defined]  # 
     try:
         saved = datasets.load_from_disk(str(path))
     except FileNotFoundError:
-        message = f"data.path: {path} is not a folder saved by datasets' save_to_disk. Give the file inside it."
+        message = (
+            f"data.path: {path} is not a folder saved by datasets' save_to_disk. Give the file inside it."
+        )
         raise DataError(message) from None
     if isinstance(saved, datasets.DatasetDict):
         return saved["train"] if "train" in saved else next(iter(saved.values()))
@@ -123,8 +129,12 @@ def _row(record: object, columns: ColumnsConfig, source: str) -> Row | str:
     for part, column in (("instruction", columns.instruction), ("response", columns.response)):
         if column not in record:
             keys = ", ".join(map(str, record))
-            other = next((str(key) for key in record if key not in (columns.instruction, columns.context)), "NAME")
-            return f'{source} has no "{column}" (keys: {keys}). Rename it, or set data.columns.{part}={other}.'
+            other = next(
+                (str(key) for key in record if key not in (columns.instruction, columns.context)), "NAME"
+            )
+            return (
+                f'{source} has no "{column}" (keys: {keys}). Rename it, or set data.columns.{part}={other}.'
+            )
         if not isinstance(record[column], str):
             return f'{source}: "{column}" is {type(record[column]).__name__}, not text'
         if not record[column].strip():

@@ -15,14 +15,26 @@ from plotly.subplots import make_subplots
 from lora_search.composition import DEFAULT_SWEEP, compose
 from lora_search.errors import LoraSearchError, StudyError
 from lora_search.progress import Progress
-from lora_search.ranking import ranked, show_value as format_value
+from lora_search.ranking import ranked
+from lora_search.ranking import show_value as format_value
 from lora_search.study import SweepStudy
 from lora_search.trial import TrialRow
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#444444")  # Okabe and Ito
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7a5195",
+    "#444444",
+)  # Okabe and Ito
 
 
-def write_report(rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, path: Path) -> None:
+def write_report(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, path: Path
+) -> None:
     """Write the report of a study; hostile text in it stays text."""
     ordered = ranked(rows)
     best = next((row for row in ordered if row.state == "COMPLETE"), None)
@@ -69,7 +81,9 @@ def _curves(rows: Sequence[TrialRow], base_perplexity: float) -> go.Figure:
             marker={"size": [0] + [5] * (len(rungs) - 2) + [10], "symbol": "circle" if kept else "x"},
         )  # fmt: skip
     figure.add_hline(y=base_perplexity, line_dash="dash", line_color="#888", annotation_text="base model")
-    figure.update_layout(xaxis_title="rung", yaxis_title="validation perplexity", height=440, template="plotly_white")
+    figure.update_layout(
+        xaxis_title="rung", yaxis_title="validation perplexity", height=440, template="plotly_white"
+    )
     return figure
 
 
@@ -104,7 +118,9 @@ def main() -> int:
         config = compose(name, [a for a in arguments if a != "-cn"])
         rows, attributes = SweepStudy.read(config.study)
         if "base_perplexity" not in attributes:
-            raise StudyError(f"study.name: {config.study.name!r} has measured nothing yet. Run the sweep first.")
+            raise StudyError(
+                f"study.name: {config.study.name!r} has measured nothing yet. Run the sweep first."
+            )
         path = Path(config.runs_dir) / config.study.name / "report.html"
         write_report(rows, attributes, float(attributes["base_perplexity"]), path)
     except LoraSearchError as error:

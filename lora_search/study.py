@@ -19,7 +19,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lora_search.config import StudyConfig, SweepConfig, redact
 from lora_search.errors import ConfigError, FingerprintError, StudyError
@@ -29,7 +29,9 @@ from lora_search.space import Space, largest, trial_settings
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-GRACE_HEARTBEATS = 4  # a worker silent for so many heartbeats is taken for dead (optuna#5470: too short kills the living)
+GRACE_HEARTBEATS = (
+    4  # a worker silent for so many heartbeats is taken for dead (optuna#5470: too short kills the living)
+)
 MAX_RETRIES = 3
 MAX_DUPLICATES_IN_A_ROW = 50
 
@@ -37,7 +39,9 @@ MAX_DUPLICATES_IN_A_ROW = 50
 class SweepStudy:
     """This worker's hold on the study."""
 
-    def __init__(self, config: SweepConfig, space: Space, storage: RDBStorage, study: optuna.Study, folder: Path) -> None:
+    def __init__(
+        self, config: SweepConfig, space: Space, storage: RDBStorage, study: optuna.Study, folder: Path
+    ) -> None:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
         self.held: dict[int, optuna.Trial] = {}
         self.exhausted = False
@@ -45,7 +49,12 @@ class SweepStudy:
 
     @classmethod
     def open(
-        cls, config: SweepConfig, space: Space, fingerprint: Mapping[str, str], attributes: Mapping[str, str], folder: Path
+        cls,
+        config: SweepConfig,
+        space: Space,
+        fingerprint: Mapping[str, str],
+        attributes: Mapping[str, str],
+        folder: Path,
     ) -> "SweepStudy":
         """Create or continue the study. Raises FingerprintError where it was made with other settings."""
         _quieten_optuna()
@@ -92,7 +101,11 @@ class SweepStudy:
             trial = self.held[m.trial_number]
             if np.isfinite(m.perplexity) and m.rung not in self._frozen(trial).intermediate_values:
                 trial.report(m.perplexity, m.rung)
-            progress = {"best_rung": m.best_rung, "examples_seen": m.examples_seen, "train_tokens": m.train_tokens}
+            progress = {
+                "best_rung": m.best_rung,
+                "examples_seen": m.examples_seen,
+                "train_tokens": m.train_tokens,
+            }
             for key, value in progress.items():
                 trial.set_user_attr(key, value)
             seconds = trial.user_attrs.get("train_seconds", 0.0) + m.train_seconds
@@ -106,7 +119,9 @@ class SweepStudy:
             if isinstance(pruner, RungPruner):
                 reason = pruner.verdict(self.study, frozen)
             else:
-                reason = f"{type(pruner).__name__} at rung {frozen.last_step}" if trial.should_prune() else None
+                reason = (
+                    f"{type(pruner).__name__} at rung {frozen.last_step}" if trial.should_prune() else None
+                )
             if reason is not None:
                 stops.append(Stop(trial_number=number, reason=reason))
         return stops
@@ -168,19 +183,31 @@ class SweepStudy:
 
     def check_failures(self) -> None:
         """Raise StudyError when the last max_failures_in_a_row trials all failed."""
-        ended = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and not _is_duplicate(t)]
-        last = sorted(ended, key=lambda t: t.datetime_complete or t.datetime_start)[  # type: ignore[arg-type,return-value]
+        ended = [
+            t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and not _is_duplicate(t)
+        ]
+        last = sorted(
+            ended, key=lambda t: t.datetime_complete or t.datetime_start
+        )[  # type: ignore[arg-type,return-value]
             -self.config.study.max_failures_in_a_row :
         ]
-        if len(last) == self.config.study.max_failures_in_a_row and all(t.state == TrialState.FAIL for t in last):
+        if len(last) == self.config.study.max_failures_in_a_row and all(
+            t.state == TrialState.FAIL for t in last
+        ):
             reason = last[-1].user_attrs.get("reason", "unknown")
-            raise StudyError(f"study.max_failures_in_a_row: {len(last)} trials failed in a row, the last one: {reason}.")
+            raise StudyError(
+                f"study.max_failures_in_a_row: {len(last)} trials failed in a row, the last one: {reason}."
+            )
 
     def summary(self) -> StudySummary:
         """Return where the study stands."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if not _is_duplicate(t)]
         counts = {state: sum(t.state == state for t in trials) for state in TrialState}
-        best = min((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: t.value or np.inf, default=None)
+        best = min(
+            (t for t in trials if t.state == TrialState.COMPLETE),
+            key=lambda t: t.value or np.inf,
+            default=None,
+        )
         return StudySummary(
             finished=counts[TrialState.COMPLETE] + counts[TrialState.PRUNED],
             n_trials=self.config.study.n_trials,
@@ -213,7 +240,9 @@ class SweepStudy:
         try:
             study = optuna.load_study(study_name=config.name, storage=open_storage(config))
         except KeyError:
-            raise ConfigError("study.name", config.name, "must be a study in study.storage", "Run the sweep first.") from None
+            raise ConfigError(
+                "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
+            ) from None
         rows = [_row(t) for t in study.get_trials(deepcopy=False) if not _is_duplicate(t)]
         return rows, {key: str(value) for key, value in study.user_attrs.items()}
 
@@ -267,23 +296,29 @@ def open_storage(config: StudyConfig) -> RDBStorage:
             heartbeat_interval=config.heartbeat_seconds,
             grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, ArgumentError) as error:
         cause = redact(str(error).splitlines()[0])
-        raise ConfigError("study.storage", redact(config.storage), f"cannot be used ({cause})", remedy) from None
-    except (SQLAlchemyError, OSError) as error:
+        raise ConfigError(
+            "study.storage", redact(config.storage), f"cannot be used ({cause})", remedy
+        ) from None
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
         cause = redact(str(error).splitlines()[0])
-        raise ConfigError("study.storage", redact(config.storage), f"must be reachable ({cause})", remedy) from None
+        raise ConfigError(
+            "study.storage", redact(config.storage), f"must be reachable ({cause})", remedy
+        ) from None
     if url.get_backend_name() == "sqlite":
         _use_wal(storage)
     return storage
 
 
 def _quieten_optuna() -> None:
-    """Silence what users can do nothing about: heartbeats and metric names are used on purpose, with ask and tell."""
+    """Silence what users can do nothing about: heartbeats and metric names are used on purpose."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     optuna.logging.disable_propagation()
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
+    warnings.filterwarnings(
+        "ignore", message="Heartbeat of storage is supposed to be used with Study.optimize"
+    )
 
 
 def _use_wal(storage: RDBStorage) -> None:
@@ -305,7 +340,9 @@ def _check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, str]) -> N
         study.set_user_attr("fingerprint", dict(fingerprint))
         return
     keys = sorted({*stored, *fingerprint})
-    changed = [f"{k}: {stored.get(k)} -> {fingerprint.get(k)}" for k in keys if stored.get(k) != fingerprint.get(k)]
+    changed = [
+        f"{k}: {stored.get(k)} -> {fingerprint.get(k)}" for k in keys if stored.get(k) != fingerprint.get(k)
+    ]
     if changed:
         listed = "\n  ".join(changed)
         raise FingerprintError(

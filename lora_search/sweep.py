@@ -33,7 +33,9 @@ def main() -> int:
     arguments = get_args_parser().parse_args()
     try:
         if arguments.multirun:
-            raise InputError("-m: a sweep searches by its `space`, not by multirun. Leave -m out: optim.lr=interval(1e-5,1e-3)")
+            raise InputError(
+                "-m: a sweep searches by its `space`, not by multirun. Leave -m out: optim.lr=interval(1e-5,1e-3)"
+            )
         config_dir = Path(arguments.config_dir).resolve() if arguments.config_dir else SWEEPS
         name = arguments.config_name or DEFAULT_SWEEP
         if _only_informs(arguments):
@@ -73,12 +75,21 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     engine = build_engine(config, space, base, splits)
     attributes = _attributes(config, sweep_name, source, splits)
     study = SweepStudy.open(config, space, _fingerprint(config, splits), attributes, folder)
-    progress.event(f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done")
+    progress.event(
+        f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
+    )
     base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
-    progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}")
+    progress.event(
+        f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
+    )
     if not study.is_finished:
         with progress:
-            work(study, engine, make_tracker(config, {"model": config.model.path, "seed": config.seed}), progress)
+            work(
+                study,
+                engine,
+                make_tracker(config, {"model": config.model.path, "seed": config.seed}),
+                progress,
+            )
     _conclude(study, folder, config, progress)
 
 
@@ -93,7 +104,9 @@ def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: 
     write_report(rows, attributes, base_perplexity, folder / "report.html")
     progress.console.print(leaderboard(rows, base_perplexity))
     if study.exhausted:
-        progress.event("the space is exhausted: every combination has been tried, so fewer trials than n_trials ran")
+        progress.event(
+            "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
+        )
     progress.console.print("Next:")
     places = {
         "report": str(folder / "report.html"),
@@ -122,7 +135,9 @@ def _fingerprint(config: SweepConfig, splits: "Splits") -> dict[str, str]:
 def _flat(prefix: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         return {prefix: str(value)}
-    return {key: text for name, child in value.items() for key, text in _flat(f"{prefix}.{name}", child).items()}
+    return {
+        key: text for name, child in value.items() for key, text in _flat(f"{prefix}.{name}", child).items()
+    }
 
 
 def _attributes(config: SweepConfig, sweep_name: str, source: str, splits: "Splits") -> dict[str, str]:
@@ -150,7 +165,16 @@ def _git_commit() -> str:
 
 
 def _only_informs(arguments: object) -> bool:
-    flags = ("help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides")
+    flags = (
+        "help",
+        "hydra_help",
+        "version",
+        "show_config",
+        "cfg",
+        "info",
+        "shell_completion",
+        "show_overrides",
+    )
     return any(getattr(arguments, flag, None) for flag in flags)
 
 

@@ -35,7 +35,9 @@ def render(row: Row, template: TemplateConfig, tokenizer: PreTrainedTokenizerBas
 
 def _chat(row: Row, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> Pair:
     if not tokenizer.chat_template:
-        raise ConfigError("template.name", "chat", "needs a tokenizer with a chat template", "Use template=inst.")
+        raise ConfigError(
+            "template.name", "chat", "needs a tokenizer with a chat template", "Use template=inst."
+        )
     messages = [{"role": "user", "content": row.question}]
     if template.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": template.system_prompt})

@@ -35,7 +35,11 @@ def _admit(study: SweepStudy, engine: Engine, tracker: Tracker) -> bool:
 
 
 def _settle(
-    measurements: Sequence[Measurement], study: SweepStudy, engine: Engine, tracker: Tracker, progress: Progress
+    measurements: Sequence[Measurement],
+    study: SweepStudy,
+    engine: Engine,
+    tracker: Tracker,
+    progress: Progress,
 ) -> None:
     """Write all reports, end the trials that are through, and only then ask which others to stop."""
     study.report(measurements)
@@ -44,7 +48,9 @@ def _settle(
         if m.ended is not None:
             state = study.finish(m)
             tracker.finish(m.trial_number, state, m.detail)
-            progress.event(f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}".rstrip())
+            progress.event(
+                f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}".rstrip()
+            )
     for stop in study.judge():
         study.prune(stop)
         engine.release([stop.trial_number])

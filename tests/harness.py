@@ -26,7 +26,9 @@ def random_splits(num_train: int = 12, num_validation: int = 5, seed: int = 0) -
     return Splits(train, validation, (), 32, "hash", {})
 
 
-def build_engine(folder: Path, splits: Splits, *, slots: int = 1, tokens_per_pass: int = 64, max_rank: int = 8) -> Engine:
+def build_engine(
+    folder: Path, splits: Splits, *, slots: int = 1, tokens_per_pass: int = 64, max_rank: int = 8
+) -> Engine:
     config = ModelConfig(path=str(folder))
     base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype="float32"))
     layers = target_layers(base.model, ("all-linear",))

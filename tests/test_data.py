@@ -27,7 +27,7 @@ def config_for(path: Path, **changes: object) -> SweepConfig:
 def test_the_packaged_pairs_are_all_there() -> None:
     columns = ColumnsConfig(context="input", response="output")
 
-    rows, counts = load_rows(DataConfig(columns=columns))
+    rows, counts = load_rows(DataConfig(path="construction-faq", columns=columns))
 
     assert len(rows) == counts["rows read"] == 503
     assert rows[0].instruction == "What is a bygglov (building permit)?"
@@ -41,10 +41,16 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "faq.parquet")
     table.save_to_disk(tmp_path / "folder")
 
-    read = [load_rows(DataConfig(path=str(tmp_path / f"faq.{kind}")))[0] for kind in ("jsonl", "json", "csv", "parquet")]
+    read = [
+        load_rows(DataConfig(path=str(tmp_path / f"faq.{kind}")))[0]
+        for kind in ("jsonl", "json", "csv", "parquet")
+    ]
     read.append(load_rows(DataConfig(path=str(tmp_path / "folder")))[0])
 
-    assert all([(r.instruction, r.response) for r in rows] == [(r.instruction, r.response) for r in read[0]] for rows in read)
+    assert all(
+        [(r.instruction, r.response) for r in rows] == [(r.instruction, r.response) for r in read[0]]
+        for rows in read
+    )
     assert len(read[0]) == 60
 
 
@@ -52,7 +58,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"instruction": "a", "response": "b"', "line 2 of faq.jsonl is not JSON"),
-        ('{"instruction": "a", "output": "b"}', 'line 2 of faq.jsonl has no "response" .*data.columns.response=output'),
+        (
+            '{"instruction": "a", "output": "b"}',
+            'line 2 of faq.jsonl has no "response" .*data.columns.response=output',
+        ),
         ('{"question": "a", "response": "b"}', 'has no "instruction"'),
         ('{"instruction": "", "response": "b"}', '"instruction" is empty'),
         ('{"instruction": "a", "response": "  "}', '"response" is empty'),
@@ -104,7 +113,10 @@ def test_duplicates_go_and_no_question_stands_on_both_sides(tmp_path: Path) -> N
     assert splits.counts["exact duplicates removed"] == 5
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 120
     prompts = [
-        {json.loads(line)["prompt"] for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()}
+        {
+            json.loads(line)["prompt"]
+            for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
+        }
         for name in ("train", "validation", "test")
     ]
     assert sum(len(p) for p in prompts) == len(set.union(*prompts)) == 60

@@ -23,7 +23,9 @@ def mixed_runs(folder: Path) -> list[TrialRun]:
         make_run(folder, 0, dropout=0.05),
         make_run(folder, 1, r=8, alpha=4.0, batch_size=1, gradient_accumulation_steps=3, dropout=0.3),
         make_run(folder, 2, r=2, target_modules=("all-linear",), lr=1e-3, use_rslora=True),
-        make_run(folder, 3, r=3, target_modules=("down_proj", "o_proj"), epochs=3, schedule="linear", dropout=0.05),
+        make_run(
+            folder, 3, r=3, target_modules=("down_proj", "o_proj"), epochs=3, schedule="linear", dropout=0.05
+        ),
         make_run(folder, 4, batch_size=5, gradient_accumulation_steps=1, schedule="constant", dropout=0.1),
     ]
 
@@ -44,7 +46,11 @@ def solo_curves(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize(("slots", "tokens_per_pass"), [(2, 40), (4, 200), (8, 1000)])
 def test_packed_equals_solo_with_everything_mixed(
-    tiny_llama: Path, tmp_path: Path, solo_curves: dict[int, list[Measurement]], slots: int, tokens_per_pass: int
+    tiny_llama: Path,
+    tmp_path: Path,
+    solo_curves: dict[int, list[Measurement]],
+    slots: int,
+    tokens_per_pass: int,
 ) -> None:
     engine = build_engine(tiny_llama, SPLITS, slots=slots, tokens_per_pass=tokens_per_pass)
 
@@ -61,7 +67,10 @@ def test_micro_batches_and_accumulation_are_the_same_step(tiny_llama: Path, tmp_
         make_run(tmp_path / "b", 0, batch_size=1, gradient_accumulation_steps=4),
     ]
 
-    curves = [train_all(build_engine(tiny_llama, SPLITS, tokens_per_pass=t), [r])[0] for t, r in zip((400, 8), runs, strict=True)]
+    curves = [
+        train_all(build_engine(tiny_llama, SPLITS, tokens_per_pass=t), [r])[0]
+        for t, r in zip((400, 8), runs, strict=True)
+    ]
 
     torch.testing.assert_close(losses(curves[0]), losses(curves[1]), rtol=1e-5, atol=0)
 
@@ -83,7 +92,9 @@ def plain_peft_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     s = run.settings
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay
+    )
     steps_per_epoch = -(-len(splits.train) // s.examples_per_step)
     total = s.epochs * steps_per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, -(-total // 10), total)
@@ -146,14 +157,18 @@ def test_a_diverging_trial_leaves_its_neighbours_untouched(
     runs = mixed_runs(tmp_path)
     sick = make_run(tmp_path, 9, alpha=1e38, lr=0.9, target_modules=("all-linear",))
 
-    packed = train_all(build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200), [runs[0], sick, *runs[1:]])
+    packed = train_all(
+        build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200), [runs[0], sick, *runs[1:]]
+    )
 
     assert packed[9][-1].ended == "diverged"
     for number, solo in solo_curves.items():
         torch.testing.assert_close(losses(packed[number]), losses(solo), rtol=1e-5, atol=0)
 
 
-def test_a_trial_resumed_from_its_checkpoint_goes_on_as_if_nothing_had_happened(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_trial_resumed_from_its_checkpoint_goes_on_as_if_nothing_had_happened(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "a", 0, dropout=0.1)
     whole = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
     again = make_run(tmp_path / "b", 0, dropout=0.1)
@@ -181,7 +196,10 @@ def test_early_stopping_keeps_the_best_rung(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_trials_of_any_batch_size_meet_at_the_same_rungs(tiny_llama: Path, tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, i, batch_size=b, gradient_accumulation_steps=1) for i, b in enumerate((1, 3, 5, 12))]
+    runs = [
+        make_run(tmp_path, i, batch_size=b, gradient_accumulation_steps=1)
+        for i, b in enumerate((1, 3, 5, 12))
+    ]
 
     curves = train_all(build_engine(tiny_llama, SPLITS, slots=4), runs)
 

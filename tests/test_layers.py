@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_search"
 LAYERS = [
     {"__init__", "errors"},
     {"config", "trial"},
-    {"composition", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
+    {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
     {"space", "sampling", "reading", "attention", "tracking", "checkpoint", "lora", "progress", "export"},
     {"data", "model", "study"},
     {"passes"},

@@ -17,4 +17,4 @@ def test_chunked_nll_and_its_gradient_equal_cross_entropy() -> None:
     grad, hidden.grad = hidden.grad, None
     (F.cross_entropy(head(hidden).float(), target, reduction="none") * weight).sum().backward()
 
-    torch.testing.assert_close(grad, hidden.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grad, hidden.grad, rtol=1e-4, atol=1e-8)  # the loss is taken in float32

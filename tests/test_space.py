@@ -23,7 +23,9 @@ def test_every_kind_of_sweep_becomes_its_distribution() -> None:
 
     assert space.distributions == {
         "lora.r": optuna.distributions.CategoricalDistribution([8, 16]),
-        "lora.target_modules": optuna.distributions.CategoricalDistribution(['["q_proj", "v_proj"]', "all-linear"]),
+        "lora.target_modules": optuna.distributions.CategoricalDistribution(
+            ['["q_proj", "v_proj"]', "all-linear"]
+        ),
         "optim.lr": optuna.distributions.FloatDistribution(1e-5, 1e-3, log=True),
         "optim.warmup_ratio": optuna.distributions.FloatDistribution(0.0, 0.2),
         "train.batch_size": optuna.distributions.IntDistribution(4, 16, step=4),
@@ -49,7 +51,12 @@ def test_the_default_point_is_offered_only_inside_the_space() -> None:
 @pytest.mark.parametrize(
     ("section", "name", "expression", "message"),
     [
-        ("lora", "r", "interval(64, 8)", "space.lora.r: low < high must hold, got 'low=64, high=8'. Swap them"),
+        (
+            "lora",
+            "r",
+            "interval(64, 8)",
+            "space.lora.r: low < high must hold, got 'low=64, high=8'. Swap them",
+        ),
         ("lora", "r", "choice(0, 8)", "must be at least 1"),
         ("lora", "r", "choice(8, 8)", "the choices must differ"),
         ("lora", "r", "choice(a, b)", "space.lora.r"),

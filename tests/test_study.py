@@ -48,7 +48,10 @@ def simulate(study: SweepStudy, slots: int = 4, stop_after: Callable[[], bool] =
             running[run.number] = (run, done)
         if not running:
             return
-        ticks = [measure(run, rung + 1, "finished" if rung + 1 == RUNGS else None) for run, rung in running.values()]
+        ticks = [
+            measure(run, rung + 1, "finished" if rung + 1 == RUNGS else None)
+            for run, rung in running.values()
+        ]
         study.report(ticks)
         for m in ticks:
             running[m.trial_number] = (running[m.trial_number][0], m.rung)
@@ -60,9 +63,13 @@ def simulate(study: SweepStudy, slots: int = 4, stop_after: Callable[[], bool] =
             del running[stop.trial_number]
 
 
-@pytest.mark.parametrize("pruner", ["asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none"])
+@pytest.mark.parametrize(
+    "pruner", ["asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none"]
+)
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "cmaes"])
-def test_every_sampler_and_pruner_ends_with_exactly_n_trials(tmp_path: Path, sampler: str, pruner: str) -> None:
+def test_every_sampler_and_pruner_ends_with_exactly_n_trials(
+    tmp_path: Path, sampler: str, pruner: str
+) -> None:
     config = make_config(tmp_path, sampler=SamplerConfig(name=sampler), pruner=PrunerConfig(name=pruner))
 
     study = open_study(config, tmp_path)
@@ -113,7 +120,9 @@ def test_a_trial_handed_back_is_continued_with_its_history(tmp_path: Path) -> No
 def test_the_trials_of_a_dead_worker_are_found_at_once(tmp_path: Path) -> None:
     study = open_study(make_config(tmp_path), tmp_path)
     run = study.claim(1)[0]
-    study.storage.set_trial_user_attr(study.held[0]._trial_id, "worker", f"{__import__('platform').node()}:999999:1")
+    study.storage.set_trial_user_attr(
+        study.held[0]._trial_id, "worker", f"{__import__('platform').node()}:999999:1"
+    )
 
     again = open_study(make_config(tmp_path), tmp_path)
 
@@ -152,7 +161,10 @@ def test_a_diverged_trial_fails_and_too_many_of_them_end_the_sweep(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("storage", "rule"),
-    [("nosuchdb://u:hunter2@h/db", "cannot be used"), ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "must be reachable")],
+    [
+        ("nosuchdb://u:hunter2@h/db", "cannot be used"),
+        ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "must be reachable"),
+    ],
 )
 def test_a_wrong_storage_is_one_message_without_the_password(tmp_path: Path, storage: str, rule: str) -> None:
     config = make_config(tmp_path, study=StudyConfig(name="s", storage=storage))
