@@ -33,11 +33,12 @@ def rows_attention(
     assert cu_seq_lens_q is not None, "the engine passes the row boundaries"
     if query.is_cuda:
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        gqa = query.shape[1] != key.shape[1]
+        bounds, longest = cu_seq_lens_q, max_length_q
         packed = varlen_attn(
-            *(t[0].transpose(0, 1) for t in (query, key, value)),
-            cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa
+        )
         assert isinstance(packed, torch.Tensor)
         return packed.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()

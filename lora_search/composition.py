@@ -73,7 +73,8 @@ def _explain(error: Exception, config_name: str) -> str:
         return f"{error.override}: cannot be read: {text.partition(' See ')[0]}. Quote it: 'key=value'."
     missing = _first(r"Could not find '([^']+)'", text)
     if missing:
-        return f"{missing}: there is no such choice. {text[text.find('Available') :].partition(' Config search')[0]}."
+        available = text[text.find("Available") :].partition(" Config search")[0]
+        return f"{missing}: there is no such choice. {available}."
     key = _first(r"full_key: (\S+)", str(cause)) or _first(r"Could not override '([^']+)'", text)
     if "MissingConfig" in type(error).__name__ and config_name in text:
         return (
@@ -84,7 +85,7 @@ def _explain(error: Exception, config_name: str) -> str:
         return f"{key}: there is no such setting. " + (
             f"Did you mean {', '.join(near)}?" if near else "See --cfg job."
         )
-    if "Missing mandatory value" in text:
+    if "missing mandatory value" in text.casefold():
         return f"{key}: must be given, got ???. Add {key}=VALUE to the command."
     if key:
         return f"{key}: {str(cause).splitlines()[0]}."
@@ -106,7 +107,7 @@ def known_keys() -> list[str]:
     while stack:
         prefix, node = stack.pop()
         for name in node:
-            child = OmegaConf.to_container(node).get(name) if OmegaConf.is_missing(node, name) else node[name]
+            child = None if OmegaConf.is_missing(node, name) else node[name]
             if OmegaConf.is_dict(child):
                 stack.append((f"{prefix}{name}.", child))
             else:

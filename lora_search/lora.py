@@ -157,7 +157,7 @@ def export_peft(
     folder.mkdir(parents=True, exist_ok=True)
     config = PeftLoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a fraction is fine
+        lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
         lora_dropout=settings.dropout,
         target_modules=sorted({name.rpartition(".")[2] for name in names}),
         use_rslora=settings.use_rslora,

@@ -152,7 +152,7 @@ def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: 
         return loader.from_pretrained(source, revision=config.revision, trust_remote_code=trust, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        remedy = "Check the name and the network, log in with `hf auth login` for gated models, or give a local folder."
+        remedy = "Check name and network, log in with `hf auth login` for gated models, or give a folder."
         if "trust_remote_code" in str(error):
             remedy = "If you trust its author, set model.trust_remote_code=true."
         raise ModelError(f"model.path: {config.path} cannot be loaded: {first} {remedy}") from None

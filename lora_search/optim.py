@@ -44,7 +44,7 @@ class SlotAdamW:
         """Clip, update the slot's row, clear its gradient; return the gradient norm before clipping (scalar tensor)."""
         grad, theta = self.grad_SP[slot], self.theta_SP[slot]
         exp_avg, exp_avg_sq = self.exp_avg_SP[slot], self.exp_avg_sq_SP[slot]
-        grad_norm = torch.linalg.vector_norm(grad)
+        grad_norm: torch.Tensor = torch.linalg.vector_norm(grad)
         grad.mul_((settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         self.steps[slot] += 1
         bias_correction1 = 1.0 - settings.beta1 ** self.steps[slot]

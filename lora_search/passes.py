@@ -127,7 +127,8 @@ class PackedModel:
 
 
 def _completion_positions(rows: Sequence[Example]) -> list[int]:
-    positions, start = [], 0
+    positions: list[int] = []
+    start = 0
     for row in rows:
         positions.extend(range(start + row.num_prompt_tokens, start + len(row.input_ids)))
         start += len(row.input_ids)

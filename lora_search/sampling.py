@@ -2,11 +2,13 @@
 
 import importlib.util
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import optuna
 from optuna import samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalChoiceType
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import SamplerConfig
@@ -17,7 +19,7 @@ class AskTellGridSampler(samplers.GridSampler):
     """Optuna's grid, without its call of study.stop, which an ask-and-tell loop refuses."""
 
     def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: list[float] | None
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Do nothing: the study notices itself when the grid is exhausted, by its duplicates."""
 
@@ -51,7 +53,7 @@ def make_sampler(
     return samplers.RandomSampler(seed=stream)
 
 
-def _grid(key: str, distribution: BaseDistribution) -> list[object]:
+def _grid(key: str, distribution: BaseDistribution) -> Sequence[CategoricalChoiceType]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution) and not distribution.log:

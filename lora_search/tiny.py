@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = "What is a building permit and who grants it? The municipality's building committee grants it under the act."
+TEXT = "What is a building permit, and who grants it? The municipality's building committee grants it."
 
 
 def make_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:

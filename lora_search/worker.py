@@ -48,9 +48,8 @@ def _settle(
         if m.ended is not None:
             state = study.finish(m)
             tracker.finish(m.trial_number, state, m.detail)
-            progress.event(
-                f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}".rstrip()
-            )
+            text = f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}"
+            progress.event(text.rstrip())
     for stop in study.judge():
         study.prune(stop)
         engine.release([stop.trial_number])
