@@ -1,4 +1,5 @@
-"""Causal attention over rows laid end to end, as an attention function of transformers. No pad token is ever computed.
+"""Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
+ever computed.
 
 On CUDA PyTorch's variable-length kernel, on the CPU one scaled_dot_product_attention per row.
 """
@@ -28,7 +29,8 @@ def rows_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return [1, T, heads, width] for query [1, heads, T, width]; key and value may have fewer heads.
 
-    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes keywords that do not matter here.
+    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes keywords that do not
+    matter here.
     """
     assert cu_seq_lens_q is not None, "the engine passes the row boundaries"
     if query.is_cuda:

@@ -1,4 +1,5 @@
-"""A trial's state at its last rung: adapter, moments, position. One small file, written atomically, no pickle."""
+"""A trial's state at its last rung: adapter, moments, position. One small file, written atomically, no
+pickle."""
 
 import json
 import os

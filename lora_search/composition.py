@@ -1,4 +1,5 @@
-"""Hydra composes a sweep: `sweeps/NAME.yaml` over the groups in `conf/` and the command line, into a SweepConfig.
+"""Hydra composes a sweep: `sweeps/NAME.yaml` over the groups in `conf/` and the command line, into a
+SweepConfig.
 
 A sweep on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) is taken as `space.optim.lr`.
 """

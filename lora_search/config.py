@@ -1,7 +1,8 @@
-"""The settings of a sweep: typed, with every default and every rule in one place. No library but the standard one.
+"""The settings of a sweep: typed, with every default and every rule in one place. No library but the
+standard one.
 
-`composition` fills these classes from YAML and the command line. A rule that a value breaks raises a ConfigError
-that names the key as it is typed; nothing is ever changed in silence.
+`composition` fills these classes from YAML and the command line. A rule that a value breaks raises a
+ConfigError that names the key as it is typed; nothing is ever changed in silence.
 """
 
 import re
@@ -14,7 +15,8 @@ ALL_LINEAR = "all-linear"
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str = "") -> None:
-    """Raise a ConfigError unless the rule holds. NaN and infinity break every comparison, so they never pass."""
+    """Raise a ConfigError unless the rule holds. NaN and infinity break every comparison, so they never
+    pass."""
     if not holds:
         raise ConfigError(key, value, rule, remedy)
 

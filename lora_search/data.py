@@ -1,7 +1,7 @@
 """From rows to examples: duplicates out, a split that every row keeps, text as the model sees it, tokens.
 
-The split depends on (seed, question) only: a row stays where it is when others are added, and rows that share a
-question never stand on both sides. Costs one tokenization of the data, once per sweep.
+The split depends on (seed, question) only: a row stays where it is when others are added, and rows that
+share a question never stand on both sides. Costs one tokenization of the data, once per sweep.
 """
 
 import hashlib
@@ -46,7 +46,8 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> Splits:
-    """Clean, split, render and tokenize; write the rendered pairs to ``folder``/{train,validation,test}.jsonl."""
+    """Clean, split, render and tokenize; write the rendered pairs to
+    ``folder``/{train,validation,test}.jsonl."""
     rows, counts = loaded[0], loaded[1].copy()
     unique = _without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
@@ -112,7 +113,8 @@ def _without_duplicates(rows: Sequence[Row]) -> list[Row]:
 
 
 def _tokenize(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenize the parts apart, so that the boundary is exact; the template wrote the special tokens already."""
+    """Tokenize the parts apart, so that the boundary is exact; the template wrote the special tokens
+    already."""
     prompt = tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
     completion = tokenizer(pair.completion, add_special_tokens=False)["input_ids"]
     return Example((*prompt, *completion), len(prompt))

@@ -1,7 +1,8 @@
 """Dropout masks that depend on nothing but the trial, the example, the token and the layer.
 
-A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the pass, in
-whichever slot, on a first run or a repeated one, the same elements are dropped. Six integer passes per mask.
+A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the
+pass, in whichever slot, on a first run or a repeated one, the same elements are dropped. Six integer
+passes per mask.
 """
 
 import torch
@@ -22,7 +23,8 @@ def mix(h: torch.Tensor) -> torch.Tensor:
 
 
 def token_keys(seed: int, ordinals: list[int], lengths: list[int], device: torch.device) -> torch.Tensor:
-    """Return one int32 key per token, [sum(lengths)]; ``ordinals`` number a trial's examples in the order it sees them."""
+    """Return one int32 key per token, [sum(lengths)]; ``ordinals`` number a trial's examples in the order
+    it sees them."""
     starts = [_int32((seed * 0x27D4EB2F) ^ (ordinal * 0x165667B1)) for ordinal in ordinals]
     rows = mix(torch.tensor(starts, dtype=torch.int32, device=device))
     positions = torch.cat([torch.arange(length, dtype=torch.int32, device=device) for length in lengths])

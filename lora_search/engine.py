@@ -1,7 +1,8 @@
 """Trains many trials at once over one frozen base and yields what they measure. Knows no Optuna, no W&B.
 
 `advance` runs one packed pass; a slot steps when its own effective batch is complete and is evaluated when it
-reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into passes.
+reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into
+passes.
 """
 
 import math
@@ -317,7 +318,8 @@ class Engine:
 
 
 def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) -> Engine:
-    """Return an engine with room for every trial of the space. Raises ModelError where a target does not exist."""
+    """Return an engine with room for every trial of the space. Raises ModelError where a target does not
+    exist."""
     layers: dict[str, nn.Linear] = {}
     for targets in possible_targets(config, space):
         layers |= target_layers(base.model, targets)

@@ -1,4 +1,5 @@
-"""What users may see instead of a traceback: one message that names the key, the value, the rule and the remedy."""
+"""What users may see instead of a traceback: one message that names the key, the value, the rule and the
+remedy."""
 
 
 class LoraSearchError(Exception):

@@ -26,7 +26,8 @@ Train these settings alone again:
 
 
 def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
-    """Copy the best COMPLETE trial's adapter to ``folder``/best; return that folder, or None where there is no trial."""
+    """Copy the best COMPLETE trial's adapter to ``folder``/best; return that folder, or None where there
+    is no trial."""
     complete = [row for row in rows if row.state == "COMPLETE" and row.perplexity is not None]
     if not complete:
         return None

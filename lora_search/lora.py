@@ -1,8 +1,9 @@
 """The slot bank: the adapters of all slots over one frozen base, and their way to and from PEFT's format.
 
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
-A slot's adapters lie in one flat row of theta_SP, per layer A [R, D] then B transposed [R, O], sized for the largest
-rank; what a trial does not use stays zero. Optimizer and checkpoint see rows, the layers see views into them.
+A slot's adapters lie in one flat row of theta_SP, per layer A [R, D] then B transposed [R, O], sized for
+the largest rank; what a trial does not use stays zero. Optimizer and checkpoint see rows, the layers see
+views into them.
 """
 
 import math
@@ -22,7 +23,8 @@ from lora_search.trial import TrialSettings
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of one slot in a pass; slot None is the bare base. ``key_T`` is None where nothing is dropped."""
+    """The tokens of one slot in a pass; slot None is the bare base. ``key_T`` is None where nothing is
+    dropped."""
 
     slot: int | None
     num_tokens: int
@@ -108,7 +110,8 @@ class SlotBank:
             start = end
 
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
-        """Give the slot fresh adapters on the named layers: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero."""
+        """Give the slot fresh adapters on the named layers: A uniform as in PEFT (Kaiming, a = sqrt 5), B
+        zero."""
         self.release(slot)
         generator = torch.Generator().manual_seed(seed)
         chosen = frozenset(names)
@@ -129,7 +132,8 @@ class SlotBank:
             adapters.pop(slot, None)
 
     def tensors(self, row_P: torch.Tensor, r: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D], ``<layer>.lora_B.weight`` [O, r]."""
+        """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
+        ``<layer>.lora_B.weight`` [O, r]."""
         state = {}
         for index, a_RD, b_RO in self.views(row_P, r, names):
             state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()

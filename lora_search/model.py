@@ -1,6 +1,7 @@
 """The frozen base and its tokenizer: a local folder, a hub id, a GGUF file (converted once into a cache).
 
-Loaded once per worker. What cannot be loaded, or cannot carry adapters, is one ModelError that says what is there.
+Loaded once per worker. What cannot be loaded, or cannot carry adapters, is one ModelError that says what
+is there.
 """
 
 import contextlib
@@ -106,7 +107,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for names as PEFT takes them; all-linear spares the output head."""
+    """Return full name -> layer, in model order, for names as PEFT takes them; all-linear spares the
+    output head."""
     modules = dict(model.named_modules())
     linear = {
         name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not name.endswith("lm_head")

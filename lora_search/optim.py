@@ -1,4 +1,5 @@
-"""AdamW, clipping and learning-rate schedules for one slot's row of a flat bank. No synchronisation with the host.
+"""AdamW, clipping and learning-rate schedules for one slot's row of a flat bank. No synchronisation with
+the host.
 
 Arithmetic as torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and the schedules of transformers.
 """
@@ -41,7 +42,8 @@ class SlotAdamW:
 
     @torch.no_grad()
     def step(self, slot: int, settings: TrialSettings, lr: float) -> torch.Tensor:
-        """Clip, update the slot's row, clear its gradient; return the gradient norm before clipping (scalar tensor)."""
+        """Clip, update the slot's row, clear its gradient; return the gradient norm before clipping
+        (scalar tensor)."""
         grad, theta = self.grad_SP[slot], self.theta_SP[slot]
         exp_avg, exp_avg_sq = self.exp_avg_SP[slot], self.exp_avg_sq_SP[slot]
         grad_norm: torch.Tensor = torch.linalg.vector_norm(grad)

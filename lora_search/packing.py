@@ -1,4 +1,5 @@
-"""Which rows share a pass. Pure: no torch, no I/O. Never splits a row; never mixes two optimizer steps of one trial."""
+"""Which rows share a pass. Pure: no torch, no I/O. Never splits a row; never mixes two optimizer steps of
+one trial."""
 
 from collections.abc import Sequence
 
@@ -6,8 +7,8 @@ from collections.abc import Sequence
 def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) -> list[int]:
     """Return how many rows to take from the front of each queue, at most ``tokens_per_pass`` tokens in all.
 
-    The queue that has the fewest tokens so far comes next, so every slot advances at the same pace. A single row
-    longer than the budget still goes through, alone.
+    The queue that has the fewest tokens so far comes next, so every slot advances at the same pace. A
+    single row longer than the budget still goes through, alone.
     """
     taken_rows = [0] * len(pending_lengths)
     taken_tokens = [0] * len(pending_lengths)

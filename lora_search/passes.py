@@ -1,4 +1,5 @@
-"""One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the LM head.
+"""One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the
+LM head.
 
 Legend: T tokens of the pass, N completion tokens, D width, V vocabulary.
 """
@@ -20,7 +21,8 @@ HEAD_CHUNK = 256  # completion tokens per LM-head chunk: 256 x 128k logits in fl
 
 @dataclass(frozen=True)
 class SlotRows:
-    """What one slot puts into a pass. ``ordinals`` number the examples as its trial sees them; None: no dropout."""
+    """What one slot puts into a pass. ``ordinals`` number the examples as its trial sees them; None: no
+    dropout."""
 
     slot: int | None
     seed: int
@@ -43,8 +45,8 @@ def num_completion_tokens(row: Example) -> int:
 class CompletionNll(torch.autograd.Function):
     """NLL per completion token [N] from hidden states [N, D], chunk by chunk.
 
-    A token's NLL depends on its own hidden state only, so the gradient of the sum, taken by autograd within each
-    chunk on the way forward, is the gradient of every token; no logits are kept.
+    A token's NLL depends on its own hidden state only, so the gradient of the sum, taken by autograd
+    within each chunk on the way forward, is the gradient of every token; no logits are kept.
     """
 
     @staticmethod

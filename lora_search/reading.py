@@ -1,4 +1,5 @@
-"""From files to rows: JSONL with a line number for every complaint; JSON, CSV, Parquet and folders through `datasets`.
+"""From files to rows: JSONL with a line number for every complaint; JSON, CSV, Parquet and folders through
+`datasets`.
 
 What cannot be used is refused, or skipped with a count; nothing is dropped in silence.
 """
@@ -20,7 +21,8 @@ SHOWN_COMPLAINTS = 3
 
 
 def load_rows(config: DataConfig) -> tuple[list[Row], Counter[str]]:
-    """Return the usable rows and counts ("rows read", "bad rows skipped"). Raises DataError with file, line, remedy."""
+    """Return the usable rows and counts ("rows read", "bad rows skipped"). Raises DataError with file,
+    line, remedy."""
     path = _find(config.path)
     rows: list[Row] = []
     complaints: list[str] = []

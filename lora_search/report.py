@@ -1,6 +1,7 @@
 """runs/<study>/report.html: one file that opens without network. Reads the study; imports no torch.
 
-`python -m lora_search.report -cn NAME [study.name=...]` writes it anew at any time, also while the sweep runs.
+`python -m lora_search.report -cn NAME [study.name=...]` writes it anew at any time, also while the sweep
+runs.
 """
 
 import sys
@@ -96,8 +97,8 @@ def _scatter(rows: Sequence[TrialRow], keys: Sequence[str]) -> go.Figure:
             x=values if key == "optim.lr" else [str(value) for value in values],
             y=[row.perplexity for row in measured], mode="markers", showlegend=False,
             text=[f"trial {row.number}, {row.state}" for row in measured],
-            marker={"color": [COLOURS[0] if row.state == "COMPLETE" else "#b5bcc6" for row in measured], "size": 10},
-            row=1, col=column,
+            marker={"color": [COLOURS[0] if row.state == "COMPLETE" else "#b5bcc6" for row in measured],
+            "size": 10}, row=1, col=column,
         )  # fmt: skip
         figure.update_xaxes(type="log" if key == "optim.lr" else "category", row=1, col=column)
     figure.update_layout(height=340, template="plotly_white")

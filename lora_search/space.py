@@ -1,12 +1,17 @@
 """The searched hyperparameters: Hydra's sweep grammar -> Optuna distributions -> one trial's settings.
 
-`space` mirrors the keys it searches. Every choice and every bound is checked by the rules of the key itself.
+`space` mirrors the keys it searches; null switches one off. Every choice and every bound is checked by the
+rules of the key itself.
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from types import UnionType
+from typing import Any, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
@@ -25,6 +30,7 @@ from lora_search.trial import TrialSettings
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
 FIXED = ("train.evals_per_epoch",)  # all trials must meet at the same rungs
 HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
+MAX_POINTS = 10_000  # a space of more points is not enumerated
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,23 @@ class Space:
         inside = all(_contains(distribution, params[key]) for key, distribution in self.distributions.items())
         return params if inside else None
 
+    def num_points(self) -> int | None:
+        """Return how many points the space has; None where there are more than MAX_POINTS."""
+        axes = [_axis(distribution) for distribution in self.distributions.values()]
+        if any(axis is None for axis in axes):
+            return None
+        count = math.prod(len(axis) for axis in axes if axis is not None)
+        return count if count <= MAX_POINTS else None
+
+    def untried(self, tried: Iterable[Mapping[str, object]]) -> list[dict[str, object]] | None:
+        """Return the points that are not among the tried, in order; None where they cannot be counted."""
+        if self.num_points() is None:
+            return None
+        seen = {_identity(params) for params in tried}
+        axes = [_axis(distribution) or [] for distribution in self.distributions.values()]
+        points = (dict(zip(self.distributions, values, strict=True)) for values in itertools.product(*axes))
+        return [point for point in points if _identity(point) not in seen]
+
 
 def parse_space(config: SweepConfig) -> Space:
     """Return the space of a sweep. Raises ConfigError naming the key under `space`."""
@@ -47,13 +70,21 @@ def parse_space(config: SweepConfig) -> Space:
     for key in expressions:
         _require_searchable(key)
     distributions = {key: _distribution(config, key, text) for key, text in expressions.items()}
-    return Space(distributions, expressions)
+    space = Space(distributions, expressions)
+    if not distributions and config.study.n_trials > 1:
+        remedy = "Search something, e.g. space.lora.r=choice(8,16), or set study.n_trials=1."
+        raise ConfigError("space", {}, "must search something when study.n_trials is above 1", remedy)
+    if config.sampler.name == "grid":
+        _require_grid(space)
+    return space
 
 
 def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSettings:
     """Return what one trial trains: the sweep's settings with its parameters laid over."""
     lora, optim, train = (_overlay(config, section, params) for section in ("lora", "optim", "train"))
-    assert isinstance(lora, LoraConfig) and isinstance(optim, OptimConfig) and isinstance(train, TrainConfig)
+    assert isinstance(lora, LoraConfig)
+    assert isinstance(optim, OptimConfig)
+    assert isinstance(train, TrainConfig)
     targets = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules)
     return TrialSettings(
         r=lora.r, alpha=lora.alpha_for_rank(lora.r), dropout=lora.dropout,
@@ -89,21 +120,38 @@ def largest(config: SweepConfig, space: Space, key: str) -> int:
 def _flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     leaves: list[tuple[str, str]] = []
     for name, value in tree.items():
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            leaves += _flatten(value, f"{prefix}{name}.")
+            leaves += _flatten(value, f"{key}.")
         elif isinstance(value, str):
-            leaves.append((f"{prefix}{name}", value))
+            leaves.append((key, value))
         elif value is not None:
-            raise ConfigError(f"space.{prefix}{name}", value, "must be a sweep", HINT)
+            _require_searchable(key)
+            raise ConfigError(f"space.{key}", value, "must be a sweep", _as_choice(key, value))
     return leaves
+
+
+def _as_choice(key: str, value: object) -> str:
+    listed = value if isinstance(value, list) else [value]
+    text = ", ".join(f"[{','.join(map(str, v))}]" if isinstance(v, list) else str(v) for v in listed)
+    return f"Write choice({text}), or put a fixed value at {key} itself."
 
 
 def _require_searchable(key: str) -> None:
     searchable = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
-    if key in searchable and key not in FIXED:
+    searchable = [name for name in searchable if name not in FIXED]
+    if key in searchable:
         return
-    near = [k for k in difflib.get_close_matches(key, searchable, n=3) if k not in FIXED]
-    remedy = f"Did you mean space.{near[0]}?" if near else "Keys of lora, optim and train can be searched."
+    if key in FIXED:
+        raise ConfigError(
+            f"space.{key}", key, "cannot be searched", "All trials must meet at the same rungs."
+        )
+    name = key.rpartition(".")[2]
+    near = [k for k in searchable if k.endswith(f".{name}")] or difflib.get_close_matches(
+        key, searchable, n=3
+    )
+    shown = " or ".join(f"space.{k}" for k in near)
+    remedy = f"Did you mean {shown}?" if near else "Keys of lora, optim and train can be searched."
     raise ConfigError(f"space.{key}", key, "is not a setting that can be searched", remedy)
 
 
@@ -111,74 +159,129 @@ def _distribution(config: SweepConfig, key: str, text: str) -> BaseDistribution:
     full_key = f"space.{key}"
     try:
         sweep = OverridesParser.create().parse_override(f"{key}={text}").value()
-    except HydraException:
-        raise ConfigError(full_key, text, "is not in the sweep grammar", HINT) from None
+    except HydraException as error:
+        cause = str(error).splitlines()[0].rpartition("': ")[2]
+        raise ConfigError(full_key, text, f"is not in the sweep grammar ({cause})", HINT) from None
     if isinstance(sweep, ChoiceSweep):
         return _choices(config, key, sweep)
-    if isinstance(sweep, (IntervalSweep, RangeSweep)):
-        return _numbers(config, key, sweep)
-    raise ConfigError(full_key, text, "must be a sweep", f"{HINT} A fixed value goes to {key} itself.")
+    if isinstance(sweep, IntervalSweep):
+        return _interval(config, key, sweep)
+    if isinstance(sweep, RangeSweep):
+        return _range(config, key, sweep)
+    if isinstance(sweep, str) and "(" in sweep:
+        raise ConfigError(full_key, text, "must be a sweep", "Take one pair of quotes off.")
+    raise ConfigError(full_key, text, "must be a sweep", _as_choice(key, sweep))
 
 
 def _choices(config: SweepConfig, key: str, sweep: ChoiceSweep) -> CategoricalDistribution:
-    values = [_encode(_plain(value)) for value in sweep.list]
-    if len(set(map(str, values))) < len(values):
-        raise ConfigError(f"space.{key}", values, "the choices must differ", "Take the repeated one out.")
+    values = [_plain(value) for value in sweep.list]
+    if sweep.tags:
+        raise ConfigError(f"space.{key}", sorted(sweep.tags), "tags belong to interval(...) only", HINT)
     for value in values:
         _check_value(config, key, value)
-    return CategoricalDistribution(values)  # type: ignore[arg-type]
+    encoded = [_encode(value) for value in values]
+    if len({_identity({"": value}) for value in encoded}) < len(encoded):
+        raise ConfigError(f"space.{key}", values, "the choices must differ", "Take the repeated one out.")
+    return CategoricalDistribution(encoded)  # type: ignore[arg-type]
 
 
-def _numbers(config: SweepConfig, key: str, sweep: IntervalSweep | RangeSweep) -> BaseDistribution:
-    full_key, log = f"space.{key}", "log" in sweep.tags
-    low, high = (sweep.start, sweep.end) if isinstance(sweep, IntervalSweep) else (sweep.start, sweep.stop)
-    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
-        raise ConfigError(full_key, f"{low}, {high}", "both bounds must be numbers", HINT)
-    if low >= high:
-        raise ConfigError(
-            full_key, f"low={low:g}, high={high:g}", "low < high must hold", "Swap them or widen the range."
-        )
+def _interval(config: SweepConfig, key: str, sweep: IntervalSweep) -> BaseDistribution:
+    """Both ends belong to it. Whole numbers where the key takes no others, or where tagged int."""
+    full_key = f"space.{key}"
+    unknown = sweep.tags - {"log", "int", "float"}
+    if unknown:
+        raise ConfigError(full_key, sorted(unknown), "the tags of a sweep are log and int", HINT)
+    assert sweep.start is not None
+    assert sweep.end is not None  # the grammar asks for both
+    low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+    _require_ordered(full_key, low, high)
     if log and low <= 0:
         raise ConfigError(full_key, low, "a log range must start above 0", "Raise the lower bound.")
-    step = sweep.step if isinstance(sweep, RangeSweep) else None
-    if step is not None and step <= 0:
-        raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
-    whole = isinstance(_get(config, key), int) or "int" in sweep.tags
-    if whole and step is not None:
-        span = int(high) - 1 - int(low)
-        result: BaseDistribution = IntDistribution(
-            int(low), int(low) + span // int(step) * int(step), step=int(step)
+    whole = _is_whole(key) or "int" in sweep.tags
+    if whole and not (float(low).is_integer() and float(high).is_integer()):
+        raise ConfigError(
+            full_key, f"interval({low}, {high})", "the bounds must be whole numbers", "Round them."
         )
-    elif whole:
-        result = IntDistribution(int(low), int(high), log=log)
-    else:
-        result = FloatDistribution(
-            float(low), float(high), log=log, step=float(step) if step is not None else None
-        )
-    for bound in (result.low, result.high):  # type: ignore[attr-defined]
+    low, high = (int(low), int(high)) if whole else (float(low), float(high))
+    for bound in (low, high):
         _check_value(config, key, bound)
-    return result
+    return IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
+
+
+def _range(config: SweepConfig, key: str, sweep: RangeSweep) -> BaseDistribution:
+    """The stop does not belong to it, as in Python."""
+    full_key, start, stop, step = f"space.{key}", sweep.start, sweep.stop, sweep.step
+    assert start is not None
+    assert stop is not None  # the grammar sees to both
+    if sweep.tags:
+        raise ConfigError(full_key, sorted(sweep.tags), "tags belong to interval(...) only", HINT)
+    if step <= 0:
+        raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
+    _require_ordered(full_key, start, stop)
+    count = math.ceil((stop - start) / step - 1e-9)
+    last = start + (count - 1) * step
+    for bound in (start, last):
+        _check_value(config, key, bound)
+    if all(isinstance(number, int) for number in (start, step)):
+        return IntDistribution(int(start), int(last), step=int(step))
+    if _is_whole(key):
+        raise ConfigError(full_key, step, "the step must be a whole number", "Write range(8, 33, 8).")
+    return FloatDistribution(float(start), float(last), step=float(step))
+
+
+def _require_ordered(full_key: str, low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(
+            full_key, f"low={low}, high={high}", "low < high must hold", "Swap them or widen the range."
+        )
+
+
+def _require_grid(space: Space) -> None:
+    for key, distribution in space.distributions.items():
+        if _axis(distribution) is None:
+            rule = "a grid needs values that can be counted"
+            raise ConfigError(f"space.{key}", space.expressions[key], rule, "Use choice(...) or range(...).")
+    if space.num_points() is None:
+        raise ConfigError(
+            "sampler.name", "grid", f"takes up to {MAX_POINTS} combinations", "Use sampler=random."
+        )
 
 
 def _check_value(config: SweepConfig, key: str, value: object) -> None:
     try:
-        trial_settings(config, {key: value})
+        trial_settings(config, {key: _encode(value)})
     except ConfigError as error:
-        raise ConfigError(f"space.{key}", value, f"must be a value that {key} can take ({error})") from None
+        raise ConfigError(f"space.{error.key}", error.value, error.rule, error.remedy) from None
 
 
 def _overlay(config: SweepConfig, section: str, params: Mapping[str, object]) -> object:
-    base = getattr(config, section)
     mine = {k.partition(".")[2]: _decode(v) for k, v in params.items() if k.startswith(f"{section}.")}
     for name, value in mine.items():
-        expected = type(getattr(base, name))
-        if expected in (int, float, bool) and (
-            isinstance(value, bool) != (expected is bool) or isinstance(value, str)
-        ):
-            raise ConfigError(f"{section}.{name}", value, f"must be of type {expected.__name__}")
-        if expected is int and value != int(value):
-            raise ConfigError(f"{section}.{name}", value, "must be a whole number")
-    return replace(base, **mine)
+        _check_type(f"{section}.{name}", value)
+    return replace(getattr(config, section), **mine)
+
+
+def _check_type(key: str, value: object) -> None:
+    types = _types(key)
+    if object in types:
+        return  # the class itself checks it
+    allowed = (*types, int) if float in types else types
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
+        shown = " or ".join(t.__name__ for t in types if t is not type(None))
+        raise ConfigError(key, value, f"must be of type {shown}")
+
+
+def _types(key: str) -> tuple[type, ...]:
+    """Return the types that the key's field is declared with; object where it is declared with Any."""
+    section, _, name = key.partition(".")
+    declared = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    if isinstance(declared, UnionType):
+        return get_args(declared)
+    return (object,) if declared is Any or not isinstance(declared, type) else (declared,)
+
+
+def _is_whole(key: str) -> bool:
+    return int in _types(key) and float not in _types(key)
 
 
 def _get(config: SweepConfig, key: str) -> object:
@@ -202,10 +305,31 @@ def _decode(value: object) -> object:
     return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
+def _identity(params: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what makes two points the same: 8 is 8.0, the last digits of a stepped float do not count."""
+    ordered = (params[key] for key in sorted(params))
+    return tuple(
+        f"{v:.10g}" if isinstance(v, float | int) and not isinstance(v, bool) else str(v) for v in ordered
+    )
+
+
+def _axis(distribution: BaseDistribution) -> list[object] | None:
+    """Return the values of one key, None where they cannot be counted."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is None:
+        return None
+    count = round((high - low) / step) + 1
+    return [low + i * step for i in range(count)] if count <= MAX_POINTS else None
+
+
 def _contains(distribution: BaseDistribution, value: object) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
     if not isinstance(value, (int, float)) or not distribution.low <= value <= distribution.high:
         return False
-    return distribution.step is None or (value - distribution.low) % distribution.step == 0
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    return math.isclose(steps, round(steps), abs_tol=1e-9)

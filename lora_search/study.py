@@ -1,37 +1,47 @@
-"""The study in SQL, the only truth about what ran: open, claim, report, judge, finish, hand back. Knows no torch.
+"""The study in SQL, the only truth about what ran: claim, report, judge, finish, hand back. Knows no torch.
 
 A trial that was interrupted stays the same trial: RUNNING goes back to WAITING, keeps number, parameters and
 reports, and whoever claims it next continues from its checkpoint.
 """
 
 import json
+import math
 import os
-import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from lora_search.config import StudyConfig, SweepConfig, redact
-from lora_search.errors import ConfigError, FingerprintError, StudyError
-from lora_search.pruning import RungPruner, best_until, make_pruner
-from lora_search.sampling import make_sampler
+from lora_search.config import StudyConfig, SweepConfig
+from lora_search.errors import ConfigError, StudyError
+from lora_search.history import (
+    DUPLICATE,
+    SURPLUS,
+    attributes_of,
+    check_fingerprint,
+    describe,
+    params_of,
+    summarize,
+    trial_rows,
+)
+from lora_search.pruning import RungPruner, make_pruner
+from lora_search.sampling import draw_seed, make_sampler
 from lora_search.space import Space, largest, trial_settings
+from lora_search.storage import (
+    explained_errors,
+    open_storage,
+    quieten_optuna,
+    require_database,
+    worker_is_dead,
+    worker_name,
+)
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-GRACE_HEARTBEATS = (
-    4  # a worker silent for so many heartbeats is taken for dead (optuna#5470: too short kills the living)
-)
 MAX_RETRIES = 3
 MAX_DUPLICATES_IN_A_ROW = 50
 
@@ -45,7 +55,9 @@ class SweepStudy:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
         self.held: dict[int, optuna.Trial] = {}
         self.exhausted = False
-        self._last_heartbeat = 0.0
+        self.worker = worker_name(os.getpid())
+        self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
+        self._last_heartbeat = self._last_reclaim = -math.inf
 
     @classmethod
     def open(
@@ -57,124 +69,103 @@ class SweepStudy:
         folder: Path,
     ) -> "SweepStudy":
         """Create or continue the study. Raises FingerprintError where it was made with other settings."""
-        _quieten_optuna()
+        sampler, pruner = check_study(config, space)
         storage = open_storage(config.study)
-        num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
-        study = optuna.create_study(
-            storage=storage,
-            study_name=config.study.name,
-            direction="minimize",
-            load_if_exists=True,
-            pruner=make_pruner(config.pruner, num_rungs),
-        )
-        num_trials = len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(config.sampler, space.distributions, config.seed, num_trials)
-        _check_fingerprint(study, fingerprint)
-        study.set_metric_names(["validation perplexity"])
-        for key, value in attributes.items():
-            study.set_user_attr(key, value)
-        sweep_study = cls(config, space, storage, study, folder)
-        sweep_study.reclaim_stale()
-        sweep_study._enqueue_default()
+        with explained_errors(config.study):
+            study = optuna.create_study(
+                storage=storage,
+                study_name=config.study.name,
+                direction="minimize",
+                load_if_exists=True,
+                sampler=sampler,
+                pruner=pruner,
+            )
+            check_fingerprint(study, fingerprint)
+            describe(study, attributes)
+            sweep_study = cls(config, space, storage, study, folder)
+            sweep_study.reclaim_stale()
+            sweep_study._enqueue_default()
         return sweep_study
 
     def claim(self, max_trials: int) -> list[TrialRun]:
         """Return up to so many trials to train, never beyond n_trials in all; interrupted ones come first."""
+        if time.monotonic() - self._last_reclaim > self.config.study.heartbeat_seconds:
+            self.reclaim_stale()
         runs: list[TrialRun] = []
-        duplicates = 0
-        while len(runs) < max_trials and self._remaining() > 0 and not self.exhausted:
-            trial = self.study.ask(self.space.distributions)
-            original = self._original(trial)
-            if original is not None:
-                self._end(trial, TrialState.FAIL, f"duplicate of trial {original}")
-                duplicates += 1
-                self.exhausted = duplicates >= MAX_DUPLICATES_IN_A_ROW
-                continue
-            duplicates = 0
-            self.held[trial.number] = trial
-            runs.append(self._run(trial))
+        while len(runs) < max_trials and (run := self._claim_one()) is not None:
+            runs.append(run)
         return runs
 
     def report(self, measurements: Sequence[Measurement]) -> None:
-        """Write all measurements; none is judged before all are written."""
+        """Write all measurements; none is judged before all are written. A rung is written once."""
         for m in measurements:
             trial = self.held[m.trial_number]
-            if np.isfinite(m.perplexity) and m.rung not in self._frozen(trial).intermediate_values:
+            frozen = self._frozen(trial)
+            if not self._is_mine(frozen):
+                continue
+            if math.isfinite(m.perplexity) and m.rung not in frozen.intermediate_values:
                 trial.report(m.perplexity, m.rung)
-            progress = {
-                "best_rung": m.best_rung,
-                "examples_seen": m.examples_seen,
-                "train_tokens": m.train_tokens,
-            }
-            for key, value in progress.items():
-                trial.set_user_attr(key, value)
-            seconds = trial.user_attrs.get("train_seconds", 0.0) + m.train_seconds
+            seconds = frozen.user_attrs.get("train_seconds", 0.0) + m.train_seconds
+            trial.set_user_attr("best_rung", m.best_rung)
+            trial.set_user_attr("examples_seen", m.examples_seen)
+            trial.set_user_attr("train_tokens", m.train_tokens)
             trial.set_user_attr("train_seconds", round(seconds, 3))
 
     def judge(self) -> list[Stop]:
-        """Return the held trials to stop, with reasons."""
-        stops = []
-        for number, trial in sorted(self.held.items()):
-            pruner, frozen = self.study.pruner, self._frozen(trial)
-            if isinstance(pruner, RungPruner):
-                reason = pruner.verdict(self.study, frozen)
-            else:
-                reason = (
-                    f"{type(pruner).__name__} at rung {frozen.last_step}" if trial.should_prune() else None
-                )
-            if reason is not None:
-                stops.append(Stop(trial_number=number, reason=reason))
-        return stops
+        """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
+        trials = {t.number: t for t in self._trials()}
+        held = [trials[number] for number in self.held]
+        taken = {t.number: "taken over by another worker" for t in held if not self._is_mine(t)}
+        judged = [t for t in held if t.number not in taken]
+        reasons = taken | self._losers(list(trials.values()), judged)
+        return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
     def prune(self, stop: Stop) -> None:
-        """End a held trial as PRUNED."""
+        """End a held trial as PRUNED; one that was taken over is only let go."""
         self._end(self.held.pop(stop.trial_number), TrialState.PRUNED, stop.reason)
+        self._failures.clear()
 
     def finish(self, measurement: Measurement) -> str:
-        """End a held trial: COMPLETE with its best perplexity, FAIL if it diverged; return the state's name."""
+        """End a held trial and return its state: COMPLETE with its best perplexity, FAIL without any."""
+        if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
+            return self.fail(measurement.trial_number, f"diverged: {measurement.detail}")
+        self._failures.clear()
         trial = self.held.pop(measurement.trial_number)
-        if measurement.ended == "diverged":
-            self._end(trial, TrialState.FAIL, f"diverged: {measurement.detail}")
-            return "FAIL"
-        self._end(trial, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
-        return "COMPLETE"
+        return self._end(trial, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
 
-    def fail(self, number: int, reason: str) -> None:
-        """End a held trial as FAIL."""
-        self._end(self.held.pop(number), TrialState.FAIL, reason)
+    def fail(self, number: int, reason: str) -> str:
+        """End a held trial as FAIL and return its state."""
+        self._failures.append(f"trial {number}: {reason}")
+        return self._end(self.held.pop(number), TrialState.FAIL, reason)
 
     def hand_back(self, reason: str) -> None:
         """Put every held trial back, for the same command or another worker to continue."""
         for trial in self.held.values():
-            trial.set_user_attr("reason", reason)
-            self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            if self._is_mine(self._frozen(trial)):
+                trial.set_user_attr("reason", reason)
+                self.storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
         self.held.clear()
 
     def heartbeat(self) -> None:
-        """Tell other workers that this one lives; at most once per study.heartbeat_seconds."""
+        """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
         now = time.monotonic()
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
         self._last_heartbeat = now
-        for trial in self.held.values():
-            self.storage.record_heartbeat(trial._trial_id)
+        for number in self.held:
+            self.storage.record_heartbeat(self._id(number))
 
     def reclaim_stale(self) -> int:
         """Put back the trials of dead workers; return how many. Fails those that were put back too often."""
-        # Optuna's public fail_stale_trials would end them for good; the query behind it is all that is needed.
-        silent = set(self.storage._get_stale_trial_ids(self.study._study_id))
-        reclaimed = 0
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number in self.held or not (frozen._trial_id in silent or _worker_is_dead(frozen)):
-                continue
-            retries = int(frozen.user_attrs.get("retries", 0)) + 1
-            self.storage.set_trial_user_attr(frozen._trial_id, "retries", retries)
-            state = TrialState.WAITING if retries <= MAX_RETRIES else TrialState.FAIL
-            reason = "its worker died" if retries <= MAX_RETRIES else f"its worker died {retries} times"
-            self.storage.set_trial_user_attr(frozen._trial_id, "reason", reason)
-            self.storage.set_trial_state_values(frozen._trial_id, state)
-            reclaimed += 1
-        return reclaimed
+        self._last_reclaim = time.monotonic()
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        # Optuna's public fail_stale_trials would end them for good; only the query behind it is needed.
+        silent = set(self.storage._get_stale_trial_ids(study_id))
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        stale = [t for t in running if t.number not in self.held and self._is_abandoned(t, silent)]
+        for trial in stale:
+            self._put_back(trial)
+        return len(stale)
 
     @property
     def is_finished(self) -> bool:
@@ -182,50 +173,25 @@ class SweepStudy:
         return self.exhausted or self.summary().finished >= self.config.study.n_trials
 
     def check_failures(self) -> None:
-        """Raise StudyError when the last max_failures_in_a_row trials all failed."""
-        ended = [
-            t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and not _is_duplicate(t)
-        ]
-        last = sorted(
-            ended, key=lambda t: t.datetime_complete or t.datetime_start
-        )[  # type: ignore[arg-type,return-value]
-            -self.config.study.max_failures_in_a_row :
-        ]
-        if len(last) == self.config.study.max_failures_in_a_row and all(
-            t.state == TrialState.FAIL for t in last
-        ):
-            reason = last[-1].user_attrs.get("reason", "unknown")
+        """Raise StudyError when max_failures_in_a_row trials of this worker failed, none good between."""
+        limit = self.config.study.max_failures_in_a_row
+        if len(self._failures) >= limit:
             raise StudyError(
-                f"study.max_failures_in_a_row: {len(last)} trials failed in a row, the last one: {reason}."
+                f"study.max_failures_in_a_row: {len(self._failures)} trials failed in a row, "
+                f"the last one, {self._failures[-1]}. Mend the cause, then the same command goes on."
             )
 
     def summary(self) -> StudySummary:
         """Return where the study stands."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if not _is_duplicate(t)]
-        counts = {state: sum(t.state == state for t in trials) for state in TrialState}
-        best = min(
-            (t for t in trials if t.state == TrialState.COMPLETE),
-            key=lambda t: t.value or np.inf,
-            default=None,
-        )
-        return StudySummary(
-            finished=counts[TrialState.COMPLETE] + counts[TrialState.PRUNED],
-            n_trials=self.config.study.n_trials,
-            complete=counts[TrialState.COMPLETE],
-            pruned=counts[TrialState.PRUNED],
-            failed=counts[TrialState.FAIL],
-            running=counts[TrialState.RUNNING],
-            best_number=best.number if best else None,
-            best_perplexity=best.value if best else None,
-        )
+        return summarize(self._trials(), self.config.study.n_trials)
 
     def rows(self) -> list[TrialRow]:
-        """Return every trial but duplicates, by number."""
-        return [_row(t) for t in self.study.get_trials(deepcopy=False) if not _is_duplicate(t)]
+        """Return every trial that began or will begin, by number."""
+        return trial_rows(self._trials())
 
     def attributes(self) -> dict[str, str]:
         """Return what the study knows about itself."""
-        return {key: str(value) for key, value in self.study.user_attrs.items()}
+        return attributes_of(self.study)
 
     def remember(self, key: str, measure: Callable[[], str]) -> str:
         """Return a study attribute, measured now if it is not there yet."""
@@ -236,154 +202,144 @@ class SweepStudy:
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
         """Return trials and attributes of a study without changing it."""
-        _quieten_optuna()
-        try:
-            study = optuna.load_study(study_name=config.name, storage=open_storage(config))
-        except KeyError:
-            raise ConfigError(
-                "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
-            ) from None
-        rows = [_row(t) for t in study.get_trials(deepcopy=False) if not _is_duplicate(t)]
-        return rows, {key: str(value) for key, value in study.user_attrs.items()}
+        require_database(config)
+        storage = open_storage(config)
+        with explained_errors(config):
+            if config.name not in optuna.get_all_study_names(storage):
+                raise ConfigError(
+                    "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
+                )
+            study = optuna.load_study(study_name=config.name, storage=storage)
+            return trial_rows(study.get_trials(deepcopy=False)), attributes_of(study)
+
+    def _claim_one(self) -> TrialRun | None:
+        for _ in range(MAX_DUPLICATES_IN_A_ROW):
+            if not self._has_room():
+                return None
+            trial = self.study.ask(self.space.distributions)
+            trial.set_user_attr("worker", self.worker)
+            refusal = self._refusal(trial)
+            if refusal is None:
+                return self._take(trial)
+            self._end(trial, TrialState.FAIL, refusal)
+            if refusal.startswith(SURPLUS):
+                return None
+        self._exhaust(f"{MAX_DUPLICATES_IN_A_ROW} draws in a row had been tried before")
+        return None
+
+    def _has_room(self) -> bool:
+        """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
+        trials = self._trials()
+        states = [t.state for t in trials]
+        if sum(state in (*FINISHED, TrialState.RUNNING) for state in states) >= self.config.study.n_trials:
+            return False
+        if TrialState.WAITING in states:
+            return True
+        has_drawn_twice = bool(trials) and str(trials[-1].user_attrs.get("reason", "")).startswith(DUPLICATE)
+        num_points = self.space.num_points()
+        if num_points is None or not (self._is_grid or has_drawn_twice or len(trials) >= num_points):
+            return True
+        untried = self.space.untried(params_of(t) for t in trials)
+        if not untried:
+            self._exhaust(f"all {num_points} combinations of the space have been tried")
+            return False
+        if self._is_grid or has_drawn_twice:
+            self.study.enqueue_trial(untried[draw_seed(self.config.seed, len(trials)) % len(untried)])
+        return True
+
+    @property
+    def _is_grid(self) -> bool:
+        return self.config.sampler.name == "grid"
+
+    def _refusal(self, trial: optuna.Trial) -> str | None:
+        """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
+        trials = self._trials()
+        if "settings" in trials[trial.number].user_attrs:
+            return None  # it began before, and goes on
+        earlier = [t for t in trials[: trial.number] if t.state != TrialState.FAIL]
+        same = next((t.number for t in earlier if params_of(t) == trial.params), None)
+        if same is not None:
+            return f"{DUPLICATE} trial {same}"
+        if len(earlier) >= self.config.study.n_trials:
+            return f"{SURPLUS} another worker took the last place"
+        return None
+
+    def _take(self, trial: optuna.Trial) -> TrialRun:
+        settings = trial_settings(self.config, trial.params)
+        trial.set_user_attr("settings", json.dumps(asdict(settings)))
+        trial.set_user_attr("reason", "")
+        self.storage.record_heartbeat(self._id(trial.number))
+        self.held[trial.number] = trial
+        folder = str(self.folder.resolve() / "trials" / str(trial.number))
+        seed = draw_seed(self.config.seed, trial.number)
+        return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder)
+
+    def _exhaust(self, why: str) -> None:
+        self.exhausted = True
+        self.study.set_user_attr("exhausted", why)
+
+    def _losers(self, trials: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        pruner, seed = self.study.pruner, self.config.seed
+        if isinstance(pruner, RungPruner):
+            return pruner.losers(trials, judged)
+        # Some of Optuna's rules favour whoever is asked first: a seeded order per rung makes that anybody.
+        order = sorted(judged, key=lambda t: draw_seed(seed, t.last_step or 0, t.number))
+        stopped = [t for t in order if self.held[t.number].should_prune()]
+        return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
+
+    def _put_back(self, trial: FrozenTrial) -> None:
+        trial_id = self._id(trial.number)
+        if self.storage.get_trial(trial_id).state != TrialState.RUNNING:
+            return
+        retries = int(trial.user_attrs.get("retries", 0)) + 1
+        is_last = retries > MAX_RETRIES
+        self.storage.record_heartbeat(trial_id)  # so that no other worker finds it stale as well
+        self.storage.set_trial_user_attr(trial_id, "retries", retries)
+        reason = f"its worker died {retries} times" if is_last else "its worker died"
+        self.storage.set_trial_user_attr(trial_id, "reason", reason)
+        self.storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
+
+    def _is_abandoned(self, trial: FrozenTrial, silent: set[int]) -> bool:
+        worker = trial.user_attrs.get("worker")
+        if worker is None:  # its worker died, or is, between asking and signing
+            age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
+            return age > self.config.study.heartbeat_seconds
+        return self._id(trial.number) in silent or worker_is_dead(worker)
+
+    def _is_mine(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == self.worker
 
     def _enqueue_default(self) -> None:
         params = self.space.default_params(self.config)
-        if self.config.study.first_trial_is_default and params and not self.study.get_trials(deepcopy=False):
+        if self.config.study.first_trial_is_default and params is not None and not self._trials():
             self.study.enqueue_trial(params)
 
-    def _remaining(self) -> int:
-        states = [t.state for t in self.study.get_trials(deepcopy=False)]
-        taken = sum(state in FINISHED or state == TrialState.RUNNING for state in states)
-        return self.config.study.n_trials - taken
-
-    def _original(self, trial: optuna.Trial) -> int | None:
-        """Return the number of an earlier trial with the same parameters."""
-        others = self.study.get_trials(deepcopy=False)
-        same = [t.number for t in others if t.number < trial.number and t.params == trial.params]
-        alive = [n for n in same if others[n].state != TrialState.FAIL]
-        return alive[0] if alive else None
-
-    def _run(self, trial: optuna.Trial) -> TrialRun:
-        settings = trial_settings(self.config, trial.params)
-        trial.set_user_attr("settings", json.dumps(asdict(settings)))
-        trial.set_user_attr("worker", _worker_name(os.getpid()))
-        self.storage.record_heartbeat(trial._trial_id)
-        seed = int(np.random.SeedSequence((self.config.seed, trial.number)).generate_state(1)[0])
-        folder = str(self.folder.resolve() / "trials" / str(trial.number))
-        return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder)
+    def _trials(self) -> list[FrozenTrial]:
+        """Return all trials by number, from 0 without gaps."""
+        return self.study.get_trials(deepcopy=False)
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return self.storage.get_trial(trial._trial_id)
+        return self.storage.get_trial(self._id(trial.number))
 
-    def _end(self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None) -> None:
+    def _id(self, number: int) -> int:
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+
+    def _end(self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None) -> str:
+        """End the trial unless another worker took it over; return the name of its state."""
+        frozen = self._frozen(trial)
+        if not self._is_mine(frozen):
+            return frozen.state.name
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, value, state=state)
+        return state.name
 
 
-def open_storage(config: StudyConfig) -> RDBStorage:
-    """Return the SQL storage. Raises ConfigError or StudyError, without the password, where it cannot be opened."""
-    remedy = "Try sqlite:///runs/lora_search.db"
-    try:
-        url = make_url(config.storage)
-        options: dict[str, object] = {"pool_pre_ping": True}
-        if url.get_backend_name() == "sqlite":
-            options = {"connect_args": {"timeout": 60}}
-            if url.database:
-                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        storage = RDBStorage(
-            config.storage,
-            engine_kwargs=options,
-            heartbeat_interval=config.heartbeat_seconds,
-            grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
-        )
-    except (ImportError, ValueError, ArgumentError) as error:
-        cause = redact(str(error).splitlines()[0])
-        raise ConfigError(
-            "study.storage", redact(config.storage), f"cannot be used ({cause})", remedy
-        ) from None
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
-        cause = redact(str(error).splitlines()[0])
-        raise ConfigError(
-            "study.storage", redact(config.storage), f"must be reachable ({cause})", remedy
-        ) from None
-    if url.get_backend_name() == "sqlite":
-        _use_wal(storage)
-    return storage
-
-
-def _quieten_optuna() -> None:
-    """Silence what users can do nothing about: heartbeats and metric names are used on purpose."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    optuna.logging.disable_propagation()
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings(
-        "ignore", message="Heartbeat of storage is supposed to be used with Study.optimize"
-    )
-
-
-def _use_wal(storage: RDBStorage) -> None:
-    """Let readers (the dashboard) and the writer work at once."""
-
-    def set_pragmas(connection: object, _: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
-
-    event.listen(storage.engine, "connect", set_pragmas)
-    storage.engine.dispose()
-
-
-def _check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, str]) -> None:
-    stored = study.user_attrs.get("fingerprint")
-    if stored is None:
-        study.set_user_attr("fingerprint", dict(fingerprint))
-        return
-    keys = sorted({*stored, *fingerprint})
-    changed = [
-        f"{k}: {stored.get(k)} -> {fingerprint.get(k)}" for k in keys if stored.get(k) != fingerprint.get(k)
-    ]
-    if changed:
-        listed = "\n  ".join(changed)
-        raise FingerprintError(
-            f"study.name: {study.study_name!r} was started with other settings:\n  {listed}\n"
-            "Choose a new study.name, or put these back. Free to change: study.n_trials, engine.slots, "
-            "engine.tokens_per_pass, engine.device, tracker, study.heartbeat_seconds."
-        )
-
-
-def _row(trial: FrozenTrial) -> TrialRow:
-    best = best_until(trial, 2**31)
-    attrs = trial.user_attrs
-    return TrialRow(
-        number=trial.number,
-        state=trial.state.name,
-        perplexity=best if np.isfinite(best) else None,
-        best_rung=attrs.get("best_rung"),
-        params=dict(trial.params),
-        perplexities=dict(sorted(trial.intermediate_values.items())),
-        reason=attrs.get("reason", ""),
-        examples_seen=attrs.get("examples_seen", 0),
-        train_tokens=attrs.get("train_tokens", 0),
-        train_seconds=attrs.get("train_seconds", 0.0),
-    )
-
-
-def _is_duplicate(trial: FrozenTrial) -> bool:
-    return str(trial.user_attrs.get("reason", "")).startswith("duplicate of")
-
-
-def _worker_name(pid: int) -> str:
-    """Return host:pid:start, unlike any other process's even after the pid is used again."""
-    stat = Path(f"/proc/{pid}/stat")
-    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "0"
-    return f"{platform.node()}:{pid}:{started}"
-
-
-def _worker_is_dead(trial: FrozenTrial) -> bool:
-    """Return whether the trial's worker ran on this host and runs no more."""
-    host, _, rest = str(trial.user_attrs.get("worker", "")).partition(":")
-    pid = rest.partition(":")[0]
-    if host != platform.node() or not pid.isdigit() or not Path("/proc").is_dir():
-        return False
-    return _worker_name(int(pid)) != trial.user_attrs["worker"]
+def check_study(
+    config: SweepConfig, space: Space
+) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
+    """Return sampler and pruner. Raises ConfigError where they cannot work on this space or these rungs."""
+    quieten_optuna()
+    num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
+    sampler = make_sampler(config.sampler, space.distributions, config.seed)
+    return sampler, make_pruner(config.pruner, num_rungs)

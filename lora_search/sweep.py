@@ -34,7 +34,8 @@ def main() -> int:
     try:
         if arguments.multirun:
             raise InputError(
-                "-m: a sweep searches by its `space`, without multirun. Leave -m out: optim.lr=interval(1e-5,1e-3)"
+                "-m: a sweep searches by its `space`, not by multirun. Leave -m out: "
+                "optim.lr=interval(1e-5,1e-3)"
             )
         config_dir = Path(arguments.config_dir).resolve() if arguments.config_dir else SWEEPS
         name = arguments.config_name or DEFAULT_SWEEP

@@ -1,4 +1,5 @@
-"""From a row to the exact text the model sees: prompt and completion. Loss is on the completion, end token included."""
+"""From a row to the exact text the model sees: prompt and completion. Loss is on the completion, end token
+included."""
 
 from dataclasses import dataclass
 

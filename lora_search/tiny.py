@@ -1,4 +1,5 @@
-"""A tiny random chat model, made on the spot in a second: for `sweeps/smoke.yaml` and for tests. Deterministic."""
+"""A tiny random chat model, made on the spot in a second: for `sweeps/smoke.yaml` and for tests.
+Deterministic."""
 
 from pathlib import Path
 

@@ -119,7 +119,7 @@ class WandbTracker:
             return
         with self._survive(f"logging trial {measurement.trial_number}"):
             for examples_seen, row in history_rows(measurement):
-                if examples_seen >= live.step:  # a resumed online run has the earlier steps already
+                if examples_seen >= live.starting_step:  # a resumed online run has the earlier ones
                     live.log({STEP_METRIC: examples_seen, **row}, step=examples_seen)
 
     def finish(self, trial_number: int, state: str, reason: str) -> None:
@@ -133,9 +133,13 @@ class WandbTracker:
             live.finish(exit_code=0 if state in ("COMPLETE", "PRUNED") else 1)
 
     def close(self) -> None:
-        """Close the runs of trials that were interrupted, and say how many calls failed."""
+        """Close the runs of interrupted trials and wait until every file is complete."""
+        import wandb
+
         for trial_number in list(self._runs):
             self.finish(trial_number, "INTERRUPTED", "the sweep stopped before the trial ended")
+        with self._survive("stopping its service"):
+            wandb.teardown()  # run.finish() returns before the file on disk is complete
         if self._failures:
             logger.warning("W&B: %d calls failed; the study and the report are complete.", self._failures)
 
@@ -155,11 +159,11 @@ def first_line(error: Exception) -> str:
 
 
 def wandb_errors() -> tuple[type[Exception], ...]:
-    """Return what wandb's calls raise; the last two when its service process is gone."""
+    """Return what wandb's calls raise; the last three when its service process is gone."""
     import wandb  # in functions only: it takes a second to import, and tracker=none never needs it
-    from wandb.sdk.mailbox import MailboxClosedError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return wandb.Error, ValueError, TypeError, MailboxClosedError, OSError
+    return wandb.Error, ValueError, TypeError, MailboxClosedError, HandleAbandonedError, OSError
 
 
 def check_usable(tracker_name: str) -> None:

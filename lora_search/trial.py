@@ -1,4 +1,5 @@
-"""The frozen records that cross borders: what to train, and what was measured. No library but the standard one.
+"""The frozen records that cross borders: what to train, and what was measured. No library but the standard
+one.
 
 Words: a *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
 """
@@ -45,7 +46,8 @@ class TrialSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRun:
-    """One claimed trial: its number in the study, its own seed, what it was given and where it keeps its files."""
+    """One claimed trial: its number in the study, its own seed, what it was given and where it keeps its
+    files."""
 
     number: int
     seed: int
@@ -67,8 +69,9 @@ class StepRecord:
 class Measurement:
     """What one trial measured at one rung, or where it ended.
 
-    ``validation_loss`` is the mean NLL over all completion tokens of the validation split, ``perplexity`` its exp.
-    A diverged trial has no finite value at its last rung: ``validation_loss`` and ``perplexity`` are NaN there.
+    ``validation_loss`` is the mean NLL over all completion tokens of the validation split, ``perplexity``
+    its exp. A diverged trial has no finite value at its last rung: ``validation_loss`` and ``perplexity``
+    are NaN there.
     """
 
     trial_number: int

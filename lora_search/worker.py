@@ -10,7 +10,8 @@ from lora_search.trial import Measurement
 
 
 def work(study: SweepStudy, engine: Engine, tracker: Tracker, progress: Progress) -> None:
-    """Train until no trial is left to claim. Whatever ends it early, held trials go back to the study first."""
+    """Train until no trial is left to claim. Whatever ends it early, held trials go back to the study
+    first."""
     try:
         while _admit(study, engine, tracker):
             measurements = engine.advance()

@@ -11,7 +11,8 @@ from lora_search.trial import TrialRow
 def row(number: int, state: str, perplexity: float | None, reason: str = "") -> TrialRow:
     curve = {} if perplexity is None else {1: perplexity + 1, 2: perplexity}
     return TrialRow(
-        number=number, state=state, perplexity=perplexity, best_rung=2, params={"lora.r": 8, "optim.lr": 1e-3 * (number + 1)},
+        number=number, state=state, perplexity=perplexity, best_rung=2,
+        params={"lora.r": 8, "optim.lr": 1e-3 * (number + 1)},
         perplexities=curve, reason=reason, examples_seen=10, train_tokens=1000, train_seconds=3.0,
     )  # fmt: skip
 

@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_search import sweep
-from lora_search.config import ModelConfig
+from lora_search.config import ModelConfig, StudyConfig
 from lora_search.data import Example
 from lora_search.model import load_tokenizer, resolve_model
 from lora_search.report import main as report_main
+from lora_search.study import SweepStudy
 from tests.test_engine import plain_perplexity
 
 ROOT = Path(__file__).parents[1]
@@ -200,18 +201,15 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(tmp_path: Path) ->
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
 
-    again = subprocess.run(
-        arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
-    whole = subprocess.run(
-        [*arguments, "study.name=undisturbed"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        check=True,
-    )
+    for extra in ([], ["study.name=undisturbed"]):
+        subprocess.run(
+            [*arguments, *extra], stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment, check=True
+        )
 
     assert process.returncode == 130
     assert "nothing is lost" in rest
-    assert again.stdout.count("COMPLETE") == whole.stdout.count("COMPLETE") == 8
+    storage = f"sqlite:///{tmp_path}/runs/lora_search.db"
+    for name in ("smoke", "undisturbed"):
+        rows, _ = SweepStudy.read(StudyConfig(name=name, storage=storage))
+        assert [row.state for row in rows if row.state != "FAIL"] == ["COMPLETE"] * 8
+        assert all(sorted(row.perplexities) == list(range(1, 25)) for row in rows if row.state == "COMPLETE")

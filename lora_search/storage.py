@@ -1,0 +1,171 @@
+"""Where the study lives: any SQL database behind a SQLAlchemy URL, and who is at work on it.
+
+SQLite gets what several processes need: write-ahead log, busy timeout, transactions that lock from the start.
+Whatever is wrong with the URL or behind it is one message, without the password.
+"""
+
+import os
+import platform
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.storages import RDBStorage
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from lora_search.config import StudyConfig, redact
+from lora_search.errors import ConfigError, StudyError
+
+GRACE_HEARTBEATS = (
+    4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
+)
+BUSY_SECONDS = 60  # how long SQLite waits for another process's write
+MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
+KEY = "study.storage"
+DRIVERS = (
+    "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
+    "(after: pip install 'psycopg[binary]')"
+)
+
+
+def open_storage(config: StudyConfig) -> RDBStorage:
+    """Return the storage, its tables made where they were missing. Raises ConfigError or StudyError."""
+    quieten_optuna()
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite":
+        _make_folder(url)
+    with explained_errors(config):
+        storage = _create_tables(config, url)
+        if url.get_backend_name() == "sqlite":
+            _share_sqlite(storage)
+    return storage
+
+
+@contextmanager
+def explained_errors(config: StudyConfig) -> Iterator[None]:
+    """Turn what the database raises into a StudyError without the password."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+        cause = _cause(error, make_url(config.storage))
+        raise StudyError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
+
+
+def require_database(config: StudyConfig) -> None:
+    """Refuse an SQLite file that is not there, so that reading a study never makes an empty one."""
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        raise ConfigError(
+            KEY, redact(config.storage), "must be a database that exists", "Run the sweep first."
+        )
+
+
+def quieten_optuna() -> None:
+    """Leave Optuna's errors only; what its warnings say is handled here or documented."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.disable_propagation()
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    # Optuna records heartbeats in Study.optimize only; SweepStudy.heartbeat does it for ask and tell.
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
+
+
+def worker_name(pid: int) -> str:
+    """Return host:pid:start, unlike any other process's even after the pid is used again."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        started = stat.read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no such process, or no /proc
+        started = "0"
+    return f"{_host()}:{pid}:{started}"
+
+
+def worker_is_dead(name: str) -> bool:
+    """Return whether the worker ran on this host and runs no more; False where that cannot be known."""
+    host, _, rest = name.partition(":")
+    pid = rest.partition(":")[0]
+    known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
+    return known_here and worker_name(int(pid)) != name
+
+
+def _host() -> str:
+    """Return the host's name; containers that share one differ in their space of process ids."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()}/{os.stat(namespace).st_ino}" if namespace.exists() else platform.node()
+
+
+def _parse(text: str) -> URL:
+    try:
+        url = make_url(text)
+        url.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise ConfigError(KEY, redact(text), "must be a SQL URL of a known kind", DRIVERS) from None
+    except ImportError as error:
+        raise ConfigError(KEY, redact(text), f"needs a database driver ({error})", DRIVERS) from None
+    if "@" in (url.host or ""):
+        raise ConfigError(
+            KEY, redact(text), "must write special signs of the password in percent form", "@ is %40."
+        )
+    return url
+
+
+def _make_folder(url: URL) -> None:
+    if not url.database or url.database == ":memory:":
+        return
+    try:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"{KEY}: the folder of {url.database} cannot be made: {error.strerror}") from None
+
+
+def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
+    is_sqlite = url.get_backend_name() == "sqlite"
+    options = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {"pool_pre_ping": True}
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs=dict(options),
+                heartbeat_interval=config.heartbeat_seconds,
+                grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
+            )
+        except SQLAlchemyError as error:
+            if attempt == MAX_ATTEMPTS or "exist" not in str(error).lower():
+                raise
+            time.sleep(0.1 * attempt)
+        except RuntimeError as error:  # the tables are of another Optuna's making
+            raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _share_sqlite(storage: RDBStorage) -> None:
+    """Let several processes and the dashboard work at once.
+
+    Python begins an SQLite transaction at its first write. Optuna reads a trial's state and then changes it:
+    two processes could both take one WAITING trial. So a transaction locks when it begins.
+    """
+
+    def on_connect(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(storage.engine, "connect", on_connect)
+    event.listen(storage.engine, "begin", on_begin)
+    storage.engine.dispose()  # the connections made so far know nothing of this
+    storage.engine.connect().close()
+
+
+def _cause(error: BaseException, url: URL) -> str:
+    """Return the first line of what the database said, without the password in any spelling."""
+    origin = getattr(error, "orig", None) or error.__cause__ or error
+    text = redact(str(origin).strip().splitlines()[0]) if str(origin).strip() else type(origin).__name__
+    return text.replace(str(url.password), "***") if url.password else text
