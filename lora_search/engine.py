@@ -130,7 +130,7 @@ class Engine:
         losses = [
             nll.sum() / slot.batch_completion_tokens for nll, (_, slot, _) in zip(nlls, packed, strict=True)
         ]
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(losses).sum().backward()
         seconds = time.perf_counter() - start
         tokens = sum(rows.num_tokens for _, _, rows in packed)
         self.tokens_per_second = tokens / seconds

@@ -28,7 +28,7 @@ LAYERS = [
 ]
 HOMES = {
     "wandb": {"tracking"},
-    "optuna": {"space", "pruning", "sampling", "storage", "study"},
+    "optuna": {"history", "space", "pruning", "sampling", "storage", "study"},
     "sqlalchemy": {"storage"},
     "hydra": {"composition", "space", "sweep"},
     "omegaconf": {"composition"},
