@@ -54,18 +54,18 @@ def show_perplexity(perplexity: float | None) -> str:
 def show_value(value: object) -> str:
     """Return a setting as people write it: 2.1e-4, 16; layers in short: q,v for q_proj and v_proj."""
     if isinstance(value, bool) or value is None:
-        return str(value).lower()
+        return json.dumps(value)
     if isinstance(value, float):
         return show_float(value)
     if isinstance(value, list | tuple):
         return ",".join(show_value(item) for item in value)
-    if isinstance(value, str) and value.startswith("["):  # the study keeps a list as JSON
+    if isinstance(value, str) and value.startswith('["'):  # the study keeps a list as JSON
         return show_value(json.loads(value))
     return str(value).removesuffix("_proj")
 
 
 def show_float(value: float) -> str:
-    if value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e6:
+    if value == 0 or not math.isfinite(value) or 1e-2 <= abs(value) < 1e6:
         return f"{value:.4g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -9,6 +9,7 @@ LAYERS = [
     {"config", "trial"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
     {
+        "history",
         "space",
         "sampling",
         "reading",
@@ -22,7 +23,8 @@ LAYERS = [
     },
     {"data", "model", "study"},
     {"passes"},
-    {"engine", "report"},
+    {"charts", "engine"},
+    {"report"},
     {"worker"},
     {"sweep"},
 ]
@@ -35,7 +37,7 @@ HOMES = {
     "datasets": {"reading"},
     "peft": {"lora"},
     "rich": {"progress"},
-    "plotly": {"report"},
+    "plotly": {"charts", "report"},
     "jinja2": {"report"},
 }
 
