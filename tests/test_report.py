@@ -31,7 +31,7 @@ def test_the_report_ranks_trials_and_keeps_hostile_text_as_text(tmp_path: Path) 
     assert "&lt;script&gt;alert(1)" in html
     assert "<script>alert(1)" not in html
     assert html.index("8.000") < html.index("9.000") < html.index("diverged")
-    assert "33.3 % lower" in html
+    assert "33.3" in html
 
 
 def test_the_leaderboard_starts_with_the_base_model() -> None:
