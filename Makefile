@@ -5,7 +5,7 @@ STORAGE ?= sqlite:///runs/lora_search.db
 PORT ?= 8080
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup sweep test lint format bench dashboard

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def _attributes(config: SweepConfig, sweep_name: str, source: str, splits: "Spli
     return {
         "study": config.study.name,
         "sweep": sweep_name,
+        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *sys.argv[1:]])),
         "base_model": source,
         "base_model_name": config.model.path,
         "max_length": str(splits.max_length),
