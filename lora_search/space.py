@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from types import UnionType
 from typing import Any, get_args
 
@@ -219,7 +220,7 @@ def _range(config: SweepConfig, key: str, sweep: RangeSweep) -> BaseDistribution
         raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
     _require_ordered(full_key, start, stop)
     count = math.ceil((stop - start) / step - 1e-9)
-    last = start + (count - 1) * step
+    last = _stepped(start, step, count - 1)
     for bound in (start, last):
         _check_value(config, key, bound)
     if all(isinstance(number, int) for number in (start, step)):
@@ -322,7 +323,14 @@ def _axis(distribution: BaseDistribution) -> list[object] | None:
     if step is None:
         return None
     count = round((high - low) / step) + 1
-    return [low + i * step for i in range(count)] if count <= MAX_POINTS else None
+    return [_stepped(low, step, i) for i in range(count)] if count <= MAX_POINTS else None
+
+
+def _stepped(start: float, step: float, count: int) -> float:
+    """Return start + count * step as people write it: 0.15, not 0.15000000000000002."""
+    if isinstance(start, int) and isinstance(step, int):
+        return start + count * step
+    return float(Decimal(str(start)) + count * Decimal(str(step)))
 
 
 def _contains(distribution: BaseDistribution, value: object) -> bool:
