@@ -1,6 +1,6 @@
 """Where the study lives: any SQL database behind a SQLAlchemy URL, and who is at work on it.
 
-SQLite gets what several processes need: write-ahead log, busy timeout, transactions that lock from the start.
+SQLite gets what several processes need: write-ahead log, busy timeout, one taker for each waiting trial.
 Whatever is wrong with the URL or behind it is one message, without the password.
 """
 
@@ -11,13 +11,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from lora_search.config import StudyConfig, redact
 from lora_search.errors import ConfigError, StudyError
@@ -28,6 +29,7 @@ GRACE_HEARTBEATS = (
 BUSY_SECONDS = 60  # how long SQLite waits for another process's write
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
 KEY = "study.storage"
+_locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
 DRIVERS = (
     "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
     "(after: pip install 'psycopg[binary]')"
@@ -55,6 +57,20 @@ def explained_errors(config: StudyConfig) -> Iterator[None]:
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
         cause = _cause(error, make_url(config.storage))
         raise StudyError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
+
+
+@contextmanager
+def locked_from_the_start() -> Iterator[None]:
+    """Let each SQLite transaction inside lock the database before its first read.
+
+    Python begins one at its first write. Optuna reads that a trial is WAITING and then makes it RUNNING: two
+    processes could both take it. Other databases lock the row.
+    """
+    token = _locks_first.set(True)
+    try:
+        yield
+    finally:
+        _locks_first.reset(token)
 
 
 def require_database(config: StudyConfig) -> None:
@@ -135,28 +151,27 @@ def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
                 grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
             )
         except SQLAlchemyError as error:
-            if attempt == MAX_ATTEMPTS or "exist" not in str(error).lower():
+            is_race = isinstance(error, IntegrityError) or "exist" in str(error).lower()
+            if attempt == MAX_ATTEMPTS or not is_race:
                 raise
             time.sleep(0.1 * attempt)
+        except ImportError as error:
+            raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from error
         except RuntimeError as error:  # the tables are of another Optuna's making
             raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
     raise AssertionError("the last attempt returns or raises")
 
 
 def _share_sqlite(storage: RDBStorage) -> None:
-    """Let several processes and the dashboard work at once.
-
-    Python begins an SQLite transaction at its first write. Optuna reads a trial's state and then changes it:
-    two processes could both take one WAITING trial. So a transaction locks when it begins.
-    """
+    """Let several processes and the dashboard work at once."""
 
     def on_connect(connection: sqlite3.Connection, _: object) -> None:
-        connection.isolation_level = None
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if _locks_first.get():
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     event.listen(storage.engine, "connect", on_connect)
     event.listen(storage.engine, "begin", on_begin)

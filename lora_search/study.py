@@ -33,6 +33,7 @@ from lora_search.sampling import draw_seed, make_sampler
 from lora_search.space import Space, largest, trial_settings
 from lora_search.storage import (
     explained_errors,
+    locked_from_the_start,
     open_storage,
     quieten_optuna,
     require_database,
@@ -216,7 +217,8 @@ class SweepStudy:
         for _ in range(MAX_DUPLICATES_IN_A_ROW):
             if not self._has_room():
                 return None
-            trial = self.study.ask(self.space.distributions)
+            with locked_from_the_start():
+                trial = self.study.ask(self.space.distributions)
             trial.set_user_attr("worker", self.worker)
             refusal = self._refusal(trial)
             if refusal is None:

