@@ -1,7 +1,7 @@
 """From rows to examples: duplicates out, a split that every row keeps, text as the model sees it, tokens.
 
-The split depends on (seed, question) only: a row stays where it is when others are added, and rows that
-share a question never stand on both sides. Costs one tokenization of the data, once per sweep.
+The split depends on (seed, question) only: a row stays where it is when others are added, and rows that share
+a question never stand on both sides. Costs two tokenizations of the data, once per sweep.
 """
 
 import hashlib
@@ -9,17 +9,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.config import DataConfig, SweepConfig
+from lora_search.config import DataConfig, SweepConfig, TemplateConfig, require
 from lora_search.errors import DataError
 from lora_search.templates import Pair, Row, render
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30
+SHOWN_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
+    """What is trained on and what it is judged by. ``data_hash``: of the rows, whatever their order."""
+
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
@@ -40,39 +43,40 @@ class Splits:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True)
+class _Item:
+    """One row on its way: its text and its tokens."""
+
+    source: str
+    pair: Pair
+    example: Example
+
+
 def prepare(
     config: SweepConfig,
     loaded: tuple[list[Row], Counter[str]],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> Splits:
-    """Clean, split, render and tokenize; write the rendered pairs to
-    ``folder``/{train,validation,test}.jsonl."""
+    """Clean, split, render, tokenize; write the pairs to ``folder``/{train,validation,test}.jsonl."""
     rows, counts = loaded[0], loaded[1].copy()
     unique = _without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
-    split_rows = split(unique, config.data, config.seed)
-    caps = {
-        "train": config.data.max_train_examples,
-        "validation": config.data.max_validation_examples,
-        "test": None,
-    }
-    pairs: dict[str, list[Pair]] = {}
-    for name, members in split_rows.items():
-        kept = members[: caps[name]]
-        counts[f"{name} left out by cap"] = len(members) - len(kept)
-        pairs[name] = [render(row, config.template, tokenizer) for row in kept]
-    tokens = {name: [_tokenize(pair, tokenizer) for pair in members] for name, members in pairs.items()}
-    max_length = _max_length(config.data, tokens["train"], tokenizer)
-    examples = {name: _truncate(name, members, max_length, counts) for name, members in tokens.items()}
-    _require_examples(examples, max_length)
-    _write(pairs, folder)
+    counts["further answers kept beside their question"] = len(unique) - len(
+        {_normal(r.question) for r in unique}
+    )
+    kept = _cap(split(unique, config.data, config.seed), config.data, counts)
+    _require_both_sides(kept, config)
+    items = {name: _items(members, config.template, tokenizer) for name, members in kept.items()}
+    max_length = _max_length(config.data, [item.example for item in items["train"]], tokenizer)
+    fitting = _leave_out_long_prompts(items, max_length, config.data, counts)
+    cut = {name: _truncate(name, members, max_length, tokenizer, counts) for name, members in fitting.items()}
+    _write({name: [item.pair for item in members] for name, members in cut.items()}, folder)
     return Splits(
-        **{name: tuple(members) for name, members in examples.items()},
+        **{name: tuple(item.example for item in members) for name, members in cut.items()},
         max_length=max_length,
-        data_hash=_hash(pairs, max_length),
-        counts={key: count for key, count in counts.items() if count}
-        | {k: len(v) for k, v in examples.items()},
+        data_hash=_hash(unique),
+        counts={key: count for key, count in counts.items() if count} | {k: len(v) for k, v in cut.items()},
     )
 
 
@@ -97,60 +101,134 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
     return {name: [row for _, row in sorted(part, key=_split_key)] for name, part in parts.items()}
 
 
-def _split_key(keyed: tuple[str, Row]) -> tuple[str, str]:
+def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str]]:
     """Order by the hash's tail: its head decided the split."""
     digest, row = keyed
-    return digest[12:], _normal(row.response)
+    return digest[12:], _identity(row)
 
 
 def _normal(text: str) -> str:
+    """Return what makes a question the same question: not its white space, not its capitals."""
     return " ".join(text.split()).casefold()
 
 
+def _identity(row: Row) -> tuple[str, str, str]:
+    """Return what makes a row an exact duplicate: everything but the amount of white space."""
+    return " ".join(row.instruction.split()), " ".join(row.context.split()), " ".join(row.response.split())
+
+
 def _without_duplicates(rows: Sequence[Row]) -> list[Row]:
-    unique = {(_normal(row.question), _normal(row.response)): row for row in reversed(rows)}
-    return list(reversed(unique.values()))
+    unique: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        unique.setdefault(_identity(row), row)
+    return list(unique.values())
 
 
-def _tokenize(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenize the parts apart, so that the boundary is exact; the template wrote the special tokens
-    already."""
-    prompt = tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-    completion = tokenizer(pair.completion, add_special_tokens=False)["input_ids"]
+def _hash(rows: Sequence[Row]) -> str:
+    text = json.dumps(sorted(_identity(row) for row in rows))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cap(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -> dict[str, list[Row]]:
+    caps = {"train": config.max_train_examples, "validation": config.max_validation_examples}
+    kept = {name: members[: caps.get(name)] for name, members in parts.items()}
+    for name, members in parts.items():
+        counts[f"{name} left out by cap"] = len(members) - len(kept[name])
+    return kept
+
+
+def _require_both_sides(parts: dict[str, list[Row]], config: SweepConfig) -> None:
+    num_rows = sum(len(members) for members in parts.values())
+    for name, remedy in (("train", "lower"), ("validation", "raise")):
+        if not parts[name]:
+            raise DataError(
+                f"data.validation_fraction: of {num_rows} different rows none falls to {name} "
+                f"(validation_fraction={config.data.validation_fraction}, "
+                f"test_fraction={config.data.test_fraction}, seed={config.seed}). "
+                f"Give more rows, {remedy} data.validation_fraction, or try another seed."
+            )
+
+
+def _items(rows: Sequence[Row], template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Item]:
+    pairs = [render(row, template, tokenizer) for row in rows]
+    prompts = _tokenize([pair.prompt for pair in pairs], tokenizer)
+    wholes = _tokenize([pair.prompt + pair.completion for pair in pairs], tokenizer)
+    return [
+        _Item(row.source, pair, _example(pair, prompt, whole, tokenizer))
+        for row, pair, prompt, whole in zip(rows, pairs, prompts, wholes, strict=True)
+    ]
+
+
+def _example(pair: Pair, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Keep the boundary exact: a model that answers gets the prompt's own tokens and goes on from there.
+
+    The whole text mostly begins with them. Where it does not (a token would straddle the boundary), the parts
+    are joined. Always joining them would teach SentencePiece models a blank too many before each answer.
+    """
+    if whole[: len(prompt)] == prompt:
+        return Example(tuple(whole), len(prompt))
+    (completion,) = _tokenize([pair.completion], tokenizer)
     return Example((*prompt, *completion), len(prompt))
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the ids of each text. The template wrote the special tokens already."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _max_length(config: DataConfig, train: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
     limit = min(int(tokenizer.model_max_length), LONGEST)
     if isinstance(config.max_length, int):
-        return min(config.max_length, limit)
-    if not train:
-        return limit
-    lengths = [len(example.input_ids) for example in train]
-    percentile = float(np.percentile(lengths, config.max_length_percentile))
-    return min(math.ceil(percentile / 8) * 8, limit)
+        rule = f"must be at most {limit}, the longest input of the model"
+        require(config.max_length <= limit, "data.max_length", config.max_length, rule)
+        return config.max_length
+    percentile = np.percentile([len(example.input_ids) for example in train], config.max_length_percentile)
+    return min(math.ceil(float(percentile) / 8) * 8, limit)
 
 
-def _truncate(name: str, examples: Sequence[Example], max_length: int, counts: Counter[str]) -> list[Example]:
-    """Cut rows at the end; leave out, and count, those whose prompt alone fills the length."""
-    kept = [e for e in examples if e.num_prompt_tokens < max_length]
-    counts[f"{name} left out: prompt fills max_length"] = len(examples) - len(kept)
-    counts[f"{name} truncated"] = sum(len(e.input_ids) > max_length for e in kept)
-    return [Example(e.input_ids[:max_length], e.num_prompt_tokens) for e in kept]
+def _leave_out_long_prompts(
+    items: dict[str, list[_Item]], max_length: int, config: DataConfig, counts: Counter[str]
+) -> dict[str, list[_Item]]:
+    """Leave out, and count, rows whose prompt alone fills the length; refuse if the user chose the length."""
+    fitting = {n: [i for i in part if i.example.num_prompt_tokens < max_length] for n, part in items.items()}
+    too_long = [i for part in items.values() for i in part if i.example.num_prompt_tokens >= max_length]
+    nothing_left = not fitting["train"] or not fitting["validation"]
+    if nothing_left or (too_long and config.on_bad_row == "refuse" and config.max_length != "auto"):
+        shown = [f"{i.source}: {i.example.num_prompt_tokens} tokens before the answer" for i in too_long]
+        most = max(i.example.num_prompt_tokens for i in too_long)
+        skip = "" if nothing_left else ", or leave such rows out with data.on_bad_row=skip"
+        raise DataError(
+            f"data.max_length: {len(too_long)} rows have no room for an answer in {max_length} tokens:\n  "
+            + "\n  ".join(shown[:SHOWN_ROWS])
+            + f"\nRaise data.max_length above {most}{skip}."
+        )
+    for name, part in items.items():
+        counts[f"{name} left out: prompt fills max_length"] = len(part) - len(fitting[name])
+    return fitting
 
 
-def _require_examples(examples: dict[str, list[Example]], max_length: int) -> None:
-    for name in ("train", "validation"):
-        if not examples[name]:
-            raise DataError(
-                f"data: no rows are left for {name} (max_length {max_length}). Give more rows, "
-                f"raise data.max_length, or change data.validation_fraction."
-            )
+def _truncate(
+    name: str,
+    items: Sequence[_Item],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Counter[str],
+) -> list[_Item]:
+    """Cut rows at the end, in tokens and in text."""
+    counts[f"{name} truncated"] = sum(len(item.example.input_ids) > max_length for item in items)
+    return [_cut(item, max_length, tokenizer) for item in items]
 
 
-def _hash(pairs: dict[str, list[Pair]], max_length: int) -> str:
-    text = json.dumps([max_length, {k: [(p.prompt, p.completion) for p in v] for k, v in pairs.items()}])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _cut(item: _Item, max_length: int, tokenizer: PreTrainedTokenizerBase) -> _Item:
+    example = item.example
+    if len(example.input_ids) <= max_length:
+        return item
+    short = replace(example, input_ids=example.input_ids[:max_length])
+    completion = tokenizer.decode(list(short.input_ids[short.num_prompt_tokens :]))
+    return _Item(item.source, Pair(item.pair.prompt, completion), short)
 
 
 def _write(pairs: dict[str, list[Pair]], folder: Path) -> None:

@@ -1,5 +1,4 @@
-"""From files to rows: JSONL with a line number for every complaint; JSON, CSV, Parquet and folders through
-`datasets`.
+"""From files to rows: JSONL with the line of every fault; JSON, CSV, Parquet and folders through `datasets`.
 
 What cannot be used is refused, or skipped with a count; nothing is dropped in silence.
 """
@@ -7,45 +6,64 @@ What cannot be used is refused, or skipped with a count; nothing is dropped in s
 import difflib
 import importlib.resources
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_search.config import ColumnsConfig, DataConfig
 from lora_search.errors import DataError
 from lora_search.templates import Row
 
 PACKAGED = "construction-faq"
-SUFFIXES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN_COMPLAINTS = 3
+USUAL_NAMES = {  # what other data sets call the parts, for suggestions only
+    "instruction": ("question", "prompt", "query", "input"),
+    "context": ("input", "passage", "background", "document"),
+    "response": ("output", "answer", "completion", "target", "reply"),
+}
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """Why a row cannot be used: the reason is counted, the message is shown."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a file, not yet checked."""
+
+    place: str  # "line 17 of faq.jsonl", for messages
+    source: str  # "faq.jsonl:17"
+    content: Any  # the parsed entry, or a Complaint
 
 
 def load_rows(config: DataConfig) -> tuple[list[Row], Counter[str]]:
-    """Return the usable rows and counts ("rows read", "bad rows skipped"). Raises DataError with file,
-    line, remedy."""
+    """Return the usable rows, and counts of what was read and skipped. DataError: file, line, remedy."""
     path = _find(config.path)
-    rows: list[Row] = []
-    complaints: list[str] = []
-    records = _jsonl(path) if path.suffix == ".jsonl" else _through_datasets(path)
-    num_records = 0
-    for source, record in records:
-        num_records += 1
-        row = _row(record, config.columns, source)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            complaints.append(row)
-    if num_records == 0:
+    records, counts = _read(path, config.columns)
+    if not records:
         raise DataError(
             f"data.path: {path.name} is empty. Give a file with one question and answer per line."
         )
+    counts["rows read"] = len(records)
+    counts += _unused_context(records, config.columns)
+    checked = [_check(record, config.columns) for record in records]
+    rows = [row for row in checked if isinstance(row, Row)]
+    complaints = [row for row in checked if isinstance(row, Complaint)]
     if complaints and (config.on_bad_row == "refuse" or not rows):
-        shown = "\n  ".join(complaints[:SHOWN_COMPLAINTS])
         raise DataError(
-            f"data.path: {len(complaints)} of {num_records} rows cannot be used:\n  {shown}\n"
-            "Mend them, or leave such rows out with data.on_bad_row=skip."
+            f"data.path: {len(complaints)} of {len(records)} rows cannot be used:\n  "
+            + "\n  ".join(c.message for c in complaints[:SHOWN_COMPLAINTS])
+            + ("\nMend them, or leave such rows out with data.on_bad_row=skip." if rows else "")
         )
-    return rows, Counter({"rows read": num_records, "bad rows skipped": len(complaints)})
+    return rows, counts + Counter(f"bad rows skipped ({c.reason})" for c in complaints)
 
 
 def _find(path_text: str) -> Path:
@@ -60,89 +78,198 @@ def _find(path_text: str) -> Path:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=3)
-        hint = f"Did you mean {', '.join(near)}?" if near else "Give the path of a JSONL file."
+        hint = f"Did you mean {', '.join(near)}?" if near else "Give the path of a local file or folder."
         raise DataError(f"data.path: {path} does not exist. {hint}")
-    if path.is_file() and path.suffix not in {".jsonl", *SUFFIXES}:
-        known = ", ".join((".jsonl", *SUFFIXES))
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
         raise DataError(
             f"data.path: {path.name} has an unknown ending {path.suffix!r}; known are {known} and folders."
         )
     return path
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (source, parsed line or the complaint as an exception)."""
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        source = f"line {number} of {path.name}"
+def _read(path: Path, columns: ColumnsConfig) -> tuple[list[Record], Counter[str]]:
+    """Return the entries of a file or folder. Beside a split or file called train, others are counted."""
+    try:
+        if not path.is_dir():
+            return list(_file(path, columns)), Counter()
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _saved_folder(path)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        chosen = [p for p in files if p.stem.startswith("train")] or files
+        records = [record for file in chosen for record in _file(file, columns)]
+    except OSError as error:
+        raise DataError(f"data.path: {path} cannot be read: {error.strerror or error}.") from None
+    if not files:
+        known = ", ".join(SUFFIXES)
+        raise DataError(
+            f"data.path: {path} holds no data: no {known} file, nor a data set saved by save_to_disk."
+        )
+    return records, Counter({"files left unread beside train": len(files) - len(chosen)})
+
+
+def _file(path: Path, columns: ColumnsConfig) -> Iterator[Record]:
+    if path.suffix.lower() == ".jsonl":
+        return _jsonl(path)
+    return _as_records(path.name, _table(path, columns))
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"data.path: {path.name} is UTF-16, not UTF-8. {_convert(path, 'UTF-16')}")
+            if line.strip():
+                place = f"line {number} of {path.name}"
+                yield Record(place, f"{path.name}:{number}", _parse(line, place, path))
+
+
+def _parse(line: bytes, place: str, path: Path) -> Any:
+    """Return what the line says, or a Complaint."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        remedy = _convert(path, "LATIN1")
+        return Complaint("not UTF-8", f"{place} is not UTF-8 at byte {error.start + 1}. {remedy}")
+    except json.JSONDecodeError as error:
+        hint = "Write one JSON object per line"
+        hint += (
+            f", or name the file {path.stem}.json if it is one list." if line.lstrip()[:1] == b"[" else "."
+        )
+        return Complaint("not JSON", f"{place} is not JSON ({error.msg} at column {error.colno}). {hint}")
+    except (ValueError, RecursionError) as error:  # a huge integer, deep nesting
+        return Complaint("not JSON", f"{place} is not JSON that can be read ({error}).")
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"Convert the file, e.g. iconv -f {encoding} -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}"
+
+
+def _as_records(name: str, contents: Sequence[object]) -> Iterator[Record]:
+    for number, content in enumerate(contents, start=1):
+        yield Record(f"row {number} of {name}", f"{name}:{number}", content)
+
+
+def _table(path: Path, columns: ColumnsConfig) -> list[Any]:
+    """Return the rows of a JSON, CSV or Parquet file. The library's cache lives in a folder of the moment."""
+    datasets = _datasets()
+    if path.stat().st_size == 0:
+        return []
+    with tempfile.TemporaryDirectory() as cache:
+        place = {"path_or_paths": str(path), "cache_dir": cache, "keep_in_memory": True}
         try:
-            yield source, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield source, ValueError(f"is not UTF-8 (byte {error.start}). Convert the file: iconv -t UTF-8")
-        except json.JSONDecodeError as error:
-            yield source, ValueError(f"is not JSON ({error.msg} at column {error.colno})")
+            if path.suffix.lower() == ".csv":
+                # Without these, an answer "NA" or "null" would be read as missing, and "12" as a number.
+                names = [name for name in (columns.instruction, columns.context, columns.response) if name]
+                as_text = dict.fromkeys(names, str)
+                table = datasets.Dataset.from_csv(**place, keep_default_na=False, converters=as_text)
+            elif path.suffix.lower() == ".json":
+                table = datasets.Dataset.from_json(**place)
+            else:
+                table = datasets.Dataset.from_parquet(**place)
+        except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+            if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+                return []  # how the library says that there are no rows
+            raise DataError(f"data.path: {path.name} cannot be read: {_cause(error, path)}") from None
+    if "__index_level_0__" in table.column_names and path.suffix.lower() == ".csv":
+        # pandas shifts all columns by one when the first row is longer than the header
+        rule = "has rows with more fields than its header"
+        raise DataError(f'data.path: {path.name} {rule}. Put text that holds commas in "quotes".')
+    return list(table.to_list())
 
 
-def _through_datasets(path: Path) -> Iterator[tuple[str, object]]:
-    import tempfile
+def _cause(error: BaseException, path: Path) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError) or "UTF-8" in str(cause):
+        return f"it is not UTF-8. {_convert(path, 'LATIN1')}"
+    remedies = {
+        ".csv": 'Put text that holds commas, quotes or line breaks in "quotes".',
+        ".json": "Mend the JSON.",
+    }
+    return f"{str(cause).strip().splitlines()[0]}. {remedies.get(path.suffix.lower(), 'Is it complete?')}"
 
+
+def _saved_folder(path: Path) -> tuple[list[Record], Counter[str]]:
+    datasets = _datasets()
+    try:
+        saved = datasets.load_from_disk(str(path), keep_in_memory=True)
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"data.path: {path} cannot be read: {error!r}. Save it again with save_to_disk."
+        raise DataError(message) from None
+    if not isinstance(saved, datasets.DatasetDict):
+        return list(_as_records(path.name, saved.to_list())), Counter()
+    names = [name for name in saved if name == "train"] or list(saved)
+    left_out = sum(len(part) for name, part in saved.items() if name not in names)
+    records = [r for name in names for r in _as_records(f"{path.name}/{name}", saved[name].to_list())]
+    return records, Counter({"rows left unread beside train": left_out})
+
+
+def _datasets() -> Any:
+    """Return the library, quiet: it is slow to import, and draws bars and logs what we report ourselves."""
     import datasets
 
     datasets.disable_progress_bars()
-    try:
-        if path.is_dir():
-            table = _folder(path)
-            for index in range(len(table)):
-                yield f"row {index + 1} of {path.name}", table[index]
-            return
-        with tempfile.TemporaryDirectory() as cache:
-            kind = SUFFIXES[path.suffix]
-            table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache)
-            for index in range(len(table)):
-                yield f"row {index + 1} of {path.name}", table[index]
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"data.path: {path.name} cannot be read: {str(cause).splitlines()[0]}") from None
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    return datasets
 
 
-def _folder(path: Path) -> "datasets.Dataset":  # type: ignore[name-defined]  # noqa: F821 (imported lazily)
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError:
-        message = (
-            f"data.path: {path} is not a folder saved by datasets' save_to_disk. Give the file inside it."
-        )
-        raise DataError(message) from None
-    if isinstance(saved, datasets.DatasetDict):
-        return saved["train"] if "train" in saved else next(iter(saved.values()))
-    return saved
-
-
-def _row(record: object, columns: ColumnsConfig, source: str) -> Row | str:
-    """Return the row, or what is wrong with it."""
-    if isinstance(record, ValueError):
-        return f"{source} {record}"
-    if not isinstance(record, dict):
-        return f"{source} is a {type(record).__name__}, not an object with keys"
-    texts = {}
+def _check(record: Record, columns: ColumnsConfig) -> Row | Complaint:
+    content, place = record.content, record.place
+    if isinstance(content, Complaint):
+        return content
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        message = f'{place} is a {kind}, not an object like {{"instruction": ..., "response": ...}}.'
+        return Complaint("not an object", message)
+    texts = {"context": ""}
     for part, column in (("instruction", columns.instruction), ("response", columns.response)):
-        if column not in record:
-            keys = ", ".join(map(str, record))
-            other = next(
-                (str(key) for key in record if key not in (columns.instruction, columns.context)), "NAME"
-            )
-            return (
-                f'{source} has no "{column}" (keys: {keys}). Rename it, or set data.columns.{part}={other}.'
-            )
-        if not isinstance(record[column], str):
-            return f'{source}: "{column}" is {type(record[column]).__name__}, not text'
-        if not record[column].strip():
-            return f'{source}: "{column}" is empty'
-        texts[part] = record[column].strip()
-    context = record.get(columns.context) if columns.context else None
-    if context is not None and not isinstance(context, str):
-        return f'{source}: "{columns.context}" is {type(context).__name__}, not text'
-    return Row(texts["instruction"], (context or "").strip(), texts["response"], source)
+        if column not in content:
+            keys, other = ", ".join(map(str, content)), _suggest(part, content, columns)
+            remedy = f"Rename it, or set data.columns.{part}={other}."
+            return Complaint("missing field", f'{place} has no "{column}" (keys: {keys}). {remedy}')
+        texts[part] = content[column]
+    if columns.context and content.get(columns.context) is not None:
+        texts["context"] = content[columns.context]
+    for part, text in texts.items():
+        if complaint := _complain(text, f'{place}: "{getattr(columns, part)}"', part != "context"):
+            return complaint
+    return Row(**{part: text.strip() for part, text in texts.items()}, source=record.source)
+
+
+def _complain(value: object, what: str, required: bool) -> Complaint | None:
+    if value is None:
+        return Complaint("missing field", f"{what} is missing or null.")
+    if not isinstance(value, str):
+        return Complaint("wrong type", f'{what} is {type(value).__name__}, not text. Put it in "quotes".')
+    if required and not value.strip():
+        return Complaint("empty field", f"{what} is empty.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return Complaint("broken text", f"{what} holds half a character (a lone surrogate).")
+    return None
+
+
+def _suggest(part: str, content: dict[str, object], columns: ColumnsConfig) -> str:
+    """Return the key that most likely holds this part, or NAME."""
+    taken = (columns.instruction, columns.context, columns.response)
+    free = [key for key, value in content.items() if key not in taken and isinstance(value, str)]
+    usual = [key for key in free if key.lower() in USUAL_NAMES[part]]
+    near = difflib.get_close_matches(part, free, n=1)
+    return [*usual, *near, *(free if len(free) == 1 else []), "NAME"][0]
+
+
+def _unused_context(records: Sequence[Record], columns: ColumnsConfig) -> Counter[str]:
+    """Refuse a context column that no row has if it was asked for; else count what looks like a context."""
+    contents = [record.content for record in records if isinstance(record.content, dict)]
+    if columns.context is None or not contents or any(columns.context in content for content in contents):
+        return Counter()
+    if columns.context != ColumnsConfig().context:
+        keys = ", ".join(map(str, contents[0]))
+        remedy = "Name the column, or set data.columns.context=null."
+        raise DataError(f"data.columns.context: no row has {columns.context!r} (keys: {keys}). {remedy}")
+    unused = [name for name in USUAL_NAMES["context"] if name not in (columns.instruction, columns.response)]
+    filled = Counter(name for content in contents for name in unused if content.get(name))
+    return Counter(
+        {f'rows whose "{name}" is not used (data.columns.context)': n for name, n in filled.items()}
+    )

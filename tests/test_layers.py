@@ -38,7 +38,7 @@ HOMES = {
     "peft": {"lora"},
     "rich": {"progress"},
     "plotly": {"charts", "report"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "templates"},
 }
 
 
