@@ -11,6 +11,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from lora_search.row_attention import LONGEST_ROW, RowAttention
+
 NAME = "lora_search_rows"
 
 
@@ -44,6 +46,9 @@ def rows_attention(
         assert isinstance(packed, torch.Tensor)
         return packed.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
+    if torch.is_grad_enabled() and sliding_window is None and max_length_q <= LONGEST_ROW:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(query, key, value, lengths, scale), None  # type: ignore[no-untyped-call]
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None

@@ -1,7 +1,7 @@
 """Dropout masks that depend on nothing but the trial, the example, the token and the layer.
 
 A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the
-pass, in whichever slot, on a first run or a repeated one, the same elements are dropped. Six integer
+pass, in whichever slot, on a first run or a repeated one, the same elements are dropped. Five integer
 passes per mask.
 """
 
@@ -32,8 +32,16 @@ def token_keys(seed: int, ordinals: list[int], lengths: list[int], device: torch
     return mix(rows.repeat_interleave(repeats, output_size=sum(lengths)) + positions * _int32(GOLDEN))
 
 
-def dropped(key_T: torch.Tensor, layer: int, width: int, probability: float) -> torch.Tensor:
-    """Return the mask of dropped elements, bool [T, width], for one adapted layer."""
+def kept(key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int) -> torch.Tensor:
+    """Return the mask of elements that stay, bool [T, width], for one adapted layer.
+
+    Token and feature keys are well mixed already: their product needs one round more, not three.
+    """
     features = mix(torch.arange(width, dtype=torch.int32, device=key_T.device) + _int32(layer * GOLDEN))
-    h = key_T[:, None] ^ features[None, :]
-    return mix(h) < int(probability * 2**32) - 2**31
+    h = key_T[:, None] * features.bitwise_or_(1)[None, :]
+    return h.bitwise_xor_(h >> 15).mul_(_int32(0x2C1B3C6D)) >= threshold_T[:, None]
+
+
+def threshold(probability: float) -> int:
+    """Return the int32 below which a hash drops its element."""
+    return int(probability * 2**32) - 2**31

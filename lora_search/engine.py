@@ -122,7 +122,8 @@ class Engine:
 
     def _take(self, index: int, slot: Slot, count: int) -> SlotRows:
         rows = [slot.queue.popleft() for _ in range(count)]
-        return SlotRows(index, slot.run.seed, [row for row, _ in rows], [ordinal for _, ordinal in rows])
+        examples, ordinals = [row for row, _ in rows], [ordinal for _, ordinal in rows]
+        return SlotRows(index, examples, slot.run.seed, ordinals, slot.settings.dropout)
 
     def _forward_backward(self, packed: Sequence[tuple[int, Slot, SlotRows]]) -> None:
         start = time.perf_counter()
@@ -144,6 +145,7 @@ class Engine:
         step = slot.position.optimizer_steps
         lr = learning_rate(slot.settings, step, slot.total_steps)
         grad_norm = self.optimizer.step(index, slot.settings, lr)
+        self.bank.refresh(index)
         seen = slot.position.examples_seen + slot.batch_examples
         slot.steps.append((seen, torch.stack(slot.batch_loss).sum(), lr, grad_norm))
         slot.position = replace(slot.position, examples_seen=seen, optimizer_steps=step + 1)
@@ -235,7 +237,7 @@ class Engine:
             )
             chosen = [i for i, count in enumerate(taken) if count]
             packs = [
-                SlotRows(jobs[i][0], 0, [queues[i].popleft() for _ in range(taken[i])], None) for i in chosen
+                SlotRows(jobs[i][0], [queues[i].popleft() for _ in range(taken[i])]) for i in chosen
             ]
             for i, nll in zip(chosen, self.model.eval_nll(packs), strict=True):
                 sums[i] += nll.sum(dtype=torch.float64)
@@ -301,6 +303,7 @@ class Engine:
                 if name.startswith(f"{kind}/")
             }
             self.bank.load(bank_SP[index], run.settings.r, names, part)
+        self.bank.refresh(index)
         self.optimizer.steps[index] = position.optimizer_steps
         return position
 
@@ -326,7 +329,7 @@ def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) 
     layers = {
         name: layer for name, layer in target_layers(base.model, (ALL_LINEAR,)).items() if name in layers
     }
-    bank = SlotBank(base.model, layers, config.engine.slots, largest(config, space, "lora.r"))
+    bank = SlotBank(base.model, layers, config.engine.slots, largest(config, space, "lora.r"), base.dtype)
     return Engine(
         PackedModel(base.model, bank),
         bank,

@@ -3,7 +3,7 @@
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
 A slot's adapters lie in one flat row of theta_SP, per layer A [R, D] then B transposed [R, O], sized for
 the largest rank; what a trial does not use stays zero. Optimizer and checkpoint see rows, the layers see
-views into them.
+views into them, in the dtype of the base.
 """
 
 import math
@@ -15,28 +15,31 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
+from torch.autograd.function import FunctionCtx
 
-from lora_search.dropout import dropped
+from lora_search.dropout import kept
 from lora_search.trial import TrialSettings
 
 
 @dataclass(frozen=True)
-class Segment:
-    """The tokens of one slot in a pass; slot None is the bare base. ``key_T`` is None where nothing is
-    dropped."""
+class Plan:
+    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``; slot None is
+    the bare base. The keys are None where nothing is dropped."""
 
-    slot: int | None
-    num_tokens: int
+    slots: tuple[int | None, ...]
+    bounds: tuple[int, ...]
     key_T: torch.Tensor | None
+    threshold_T: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class SlotAdapter:
-    """One layer's adapter of one slot: leaves whose storage and gradient are views into the bank."""
+    """One layer's adapter of one slot: views into the bank. ``scaling`` makes up for what dropout takes."""
 
     a_RD: torch.Tensor
     b_RO: torch.Tensor
+    grad_a_RD: torch.Tensor
+    grad_b_RO: torch.Tensor
     scaling: float
     dropout: float
 
@@ -56,34 +59,89 @@ class SlotLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        segments = self._bank[0].segments
-        adapters = self._bank[0].adapters[self.layer]
-        if not any(segment.slot in adapters for segment in segments):
+        bank = self._bank[0]
+        if bank.plan is None or bank.adapters[self.layer].keys().isdisjoint(bank.plan.slots):
             return y
-        pieces = x.reshape(-1, x.shape[-1]).split([segment.num_tokens for segment in segments])
-        deltas = [
-            _delta(piece, adapters[segment.slot], segment.key_T, self.layer)
-            if segment.slot in adapters
-            else piece.new_zeros(segment.num_tokens, y.shape[-1])
-            for piece, segment in zip(pieces, segments, strict=True)
-        ]
-        return y + torch.cat(deltas).view_as(y)
+        y = AddAdapters.apply(y, x, bank.anchor, bank.adapters[self.layer], bank.plan, self.layer)  # type: ignore
+        return y
 
 
-def _delta(x_TD: torch.Tensor, adapter: SlotAdapter, key_T: torch.Tensor | None, layer: int) -> torch.Tensor:
-    scaling = adapter.scaling
-    if key_T is not None and adapter.dropout > 0:
-        x_TD = x_TD.masked_fill(dropped(key_T, layer, x_TD.shape[1], adapter.dropout), 0.0)
-        scaling = scaling / (1.0 - adapter.dropout)
-    hidden_TR = F.linear(x_TD, adapter.a_RD.to(x_TD.dtype))
-    return (hidden_TR * scaling) @ adapter.b_RO.to(x_TD.dtype)
+class AddAdapters(torch.autograd.Function):
+    """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place.
+
+    The gradients of A and B go straight into the bank: as leaves of autograd they cost as much as the matmuls.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        _anchor: torch.Tensor,
+        adapters: Mapping[int | None, SlotAdapter],
+        plan: Plan,
+        layer: int,
+    ) -> torch.Tensor:
+        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        keep = _keep(plan, adapters, layer, x.shape[-1])
+        input_TD = x_TD if keep is None else x_TD * keep
+        hiddens = []
+        for adapter, rows in _parts(adapters, plan):
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
+            hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
+            y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
+            hiddens.append(hidden_TR)
+        ctx.mark_dirty(y)  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, keep, *hiddens)
+        ctx.adapters, ctx.plan = adapters, plan  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        x, keep, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        x_TD = x.reshape(-1, x.shape[-1])
+        input_TD = x_TD if keep is None else x_TD * keep
+        grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
+        for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
+            grad_hidden_TR = (grad_TO[rows] @ adapter.b_RO.T).mul_(scaling)
+            adapter.grad_b_RO.add_(hidden_TR.T @ grad_TO[rows])
+            adapter.grad_a_RD.add_(grad_hidden_TR.T @ input_TD[rows])
+            if grad_x_TD is not None:
+                torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
+        if grad_x_TD is not None and keep is not None:
+            grad_x_TD.mul_(keep)
+        return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
+
+
+def _keep(
+    plan: Plan, adapters: Mapping[int | None, SlotAdapter], layer: int, width: int
+) -> torch.Tensor | None:
+    if plan.key_T is None or plan.threshold_T is None:
+        return None
+    return kept(plan.key_T, plan.threshold_T, layer, width)
+
+
+def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:
+    for slot, start, end in zip(plan.slots, plan.bounds, plan.bounds[1:], strict=False):
+        if slot in adapters:
+            yield adapters[slot], slice(start, end)
 
 
 class SlotBank:
     """Holds theta_SP and its gradient, and puts the adapters into the model's layers."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Linear], num_slots: int, max_rank: int
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.names = list(layers)
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
@@ -92,8 +150,10 @@ class SlotBank:
         num_parameters = max_rank * sum(d_in + d_out for d_in, d_out in self.shapes)
         self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
         self.grad_SP = torch.zeros_like(self.theta_SP)
+        self.used_SP = self.theta_SP.to(dtype)  # what the matmuls see: theta itself in float32
+        self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
-        self.segments: Sequence[Segment] = ()
+        self.plan: Plan | None = None
         for index, (name, layer) in enumerate(layers.items()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
@@ -114,20 +174,24 @@ class SlotBank:
         zero."""
         self.release(slot)
         generator = torch.Generator().manual_seed(seed)
-        chosen = frozenset(names)
-        values = self.views(self.theta_SP[slot], settings.r, tuple(chosen))
-        grads = self.views(self.grad_SP[slot], settings.r, tuple(chosen))
-        for (index, a_RD, b_RO), (_, grad_a_RD, grad_b_RO) in zip(values, grads, strict=True):
-            bound = 1.0 / math.sqrt(a_RD.shape[1])
-            a_RD.copy_(torch.empty(a_RD.shape).uniform_(-bound, bound, generator=generator))
-            leaf_a, leaf_b = a_RD.detach().requires_grad_(), b_RO.detach().requires_grad_()
-            leaf_a.grad, leaf_b.grad = grad_a_RD, grad_b_RO
-            self.adapters[index][slot] = SlotAdapter(leaf_a, leaf_b, lora_scaling(settings), settings.dropout)
+        banks = (self.theta_SP, self.used_SP, self.grad_SP)
+        views = (self.views(bank[slot], settings.r, names) for bank in banks)
+        for (index, *theta), (_, *used), (_, *grads) in zip(*views, strict=True):
+            bound = 1.0 / math.sqrt(theta[0].shape[1])
+            theta[0].copy_(torch.empty(theta[0].shape).uniform_(-bound, bound, generator=generator))
+            scaling, dropout = lora_scaling(settings), settings.dropout
+            self.adapters[index][slot] = SlotAdapter(*used, *grads, scaling, dropout)
+        self.refresh(slot)
+
+    def refresh(self, slot: int) -> None:
+        """Let the matmuls see the slot's row after theta has changed."""
+        if self.used_SP is not self.theta_SP:
+            self.used_SP[slot].copy_(self.theta_SP[slot])
 
     def release(self, slot: int) -> None:
         """Empty the slot."""
-        self.theta_SP[slot].zero_()
-        self.grad_SP[slot].zero_()
+        for bank_SP in (self.theta_SP, self.used_SP, self.grad_SP):
+            bank_SP[slot].zero_()
         for adapters in self.adapters:
             adapters.pop(slot, None)
 

@@ -1,0 +1,162 @@
+"""RMSNorm, rotary embedding and gated MLP as one autograd node each, put into a loaded model.
+
+transformers spells them out in 6 to 10 elementwise operations, and autograd as many again: on a CPU a quarter of a
+LoRA step. Each region is replaced only where a probe gives the module's own numbers; any other stays as it is.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+PROBE_ROWS = 3
+
+
+class RmsNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last axis, in float32 inside (arXiv 1910.07467). The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(_wide(x.dtype))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse_rms = mean_square.add_(eps).rsqrt_()
+        normal = (wide * inverse_rms).to(x.dtype)
+        ctx.save_for_backward(normal, weight, inverse_rms)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        normal, weight, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = (grad_outputs[0] * weight).to(inverse_rms.dtype)
+        projection = (grad * normal).mean(-1, keepdim=True)
+        grad.addcmul_(normal.to(grad.dtype), projection, value=-1.0).mul_(inverse_rms)
+        return grad.to(normal.dtype), None, None
+
+
+class Rotary(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin (arXiv 2104.09864), in the layout of the first and second half."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :], -1.0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        half = sin.shape[-1] // 2
+        return _rotate(grad_outputs[0], cos, sin[..., half:], sin[..., :half], 1.0), None, None
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin_1: torch.Tensor, sin_2: torch.Tensor, sign: float
+) -> torch.Tensor:
+    """Return x * cos with sign * x_2 * sin_1 added to the first half, -sign * x_1 * sin_2 to the second."""
+    y, half = x * cos, x.shape[-1] // 2
+    y[..., :half].addcmul_(x[..., half:], sin_1, value=sign)
+    y[..., half:].addcmul_(x[..., :half], sin_2, value=-sign)
+    return y
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202); keeps two tensors for the way back where autograd keeps three."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_gate = torch.ops.aten.silu_backward(grad_outputs[0] * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad_outputs[0])
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both rotated; the signature is transformers'."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+
+def fuse(model: nn.Module) -> int:
+    """Replace what can be replaced in the model; return how many modules were."""
+    count = 0
+    for module in model.modules():
+        replacement = _norm(module) or _gated_mlp(module)
+        if replacement is not None:
+            module.forward = replacement
+            count += 1
+        if type(module).__name__.endswith("Attention"):
+            _fuse_rotary(sys.modules[type(module).__module__])
+    return count
+
+
+def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """Return a faster forward of an RMSNorm, also of Gemma's, whose weight counts from zero."""
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter):
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
+    for scale in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):
+        forward = partial(_apply_norm, weight=scale, eps=eps)
+        if _same(module, forward, _probe(weight, weight.shape[0])):
+            return forward
+    return None
+
+
+def _apply_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y: torch.Tensor = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _gated_mlp(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    children = dict(module.named_children())
+    if not {"gate_proj", "up_proj", "down_proj"} <= children.keys() or hasattr(module, "experts"):
+        return None
+    forward = partial(_apply_gated_mlp, module)
+    gate = children["gate_proj"]
+    is_linear = isinstance(gate, nn.Linear)
+    return forward if is_linear and _same(module, forward, _probe(gate.weight, gate.in_features)) else None
+
+
+def _apply_gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = mlp.down_proj(GatedSilu.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore
+    return y
+
+
+def _fuse_rotary(modeling: object) -> None:
+    """Replace the function of that name in a module of transformers', where it gives the same."""
+    original = getattr(modeling, "apply_rotary_pos_emb", None)
+    if original is None or original is rotary:
+        return
+    q, cos, sin = (torch.randn(1, 2, PROBE_ROWS, 8), *torch.randn(2, 1, PROBE_ROWS, 8))
+    try:
+        theirs = original(q, q, cos, sin)
+    except (TypeError, RuntimeError):  # another signature or layout
+        return
+    if torch.allclose(theirs[0], rotary(q, q, cos, sin)[0], rtol=1e-5, atol=1e-6):
+        modeling.apply_rotary_pos_emb = rotary  # type: ignore[attr-defined]
+
+
+def _probe(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a few ordinary hidden states; on a layer whose weights are packed (4 bit) in float32."""
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    wave = torch.arange(PROBE_ROWS * width, device=weight.device).view(PROBE_ROWS, width)
+    return torch.sin(wave.float()).to(dtype)
+
+
+@torch.no_grad()
+def _same(module: nn.Module, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> bool:
+    tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-5
+    return torch.allclose(module(x), forward(x), rtol=tolerance, atol=tolerance)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
