@@ -1,0 +1,83 @@
+"""The LM head on completion tokens only: NLL, and its gradient on the way forward; no logits are kept.
+
+Legend: N completion tokens, D width, V vocabulary. The logits of a chunk live in one buffer that is made once: fresh
+memory for each chunk costs a fifth of the head's time on a CPU (40 against 51 ms for 256 tokens in float32).
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+CPU_ROWS = (256, 16)  # rows in one matmul, and in one softmax that stays in cache: 16 x 49k float32 are 3 MB
+CUDA_ROWS = (1024, 256)  # 1024 x 128k logits in bfloat16 are 263 MB
+
+
+class Head:
+    """The frozen output layer, with the cap that Gemma 2 puts on its logits."""
+
+    def __init__(self, output: nn.Linear, softcap: float | None = None) -> None:
+        self.weight_VD, self.bias_V, self.softcap = output.weight, output.bias, softcap
+        rows, block_rows = CUDA_ROWS if output.weight.is_cuda else CPU_ROWS
+        self.logits_NV = torch.empty(
+            rows, len(self.weight_VD), dtype=output.weight.dtype, device=output.weight.device
+        )
+        self.block_NV = torch.empty(
+            block_rows, len(self.weight_VD), dtype=_wide(output.weight), device=output.weight.device
+        )
+
+    def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        """Return NLL per token [N], in float32, differentiable where autograd is on."""
+        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N)  # type: ignore[no-untyped-call]
+        return nll_N
+
+    def chunk(
+        self, hidden_ND: torch.Tensor, target_N: torch.Tensor, with_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return NLL [N] and its gradient [N, D] of so many rows as the buffer holds."""
+        logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        step = len(self.block_NV)
+        pairs = zip(logits_NV.split(step), target_N.split(step), strict=True)
+        nll_N = torch.cat([self._block(logits, target, with_grad) for logits, target in pairs])
+        return nll_N, logits_NV @ self.weight_VD if with_grad else None
+
+    def _block(self, logits: torch.Tensor, target_N: torch.Tensor, with_grad: bool) -> torch.Tensor:
+        """Return NLL [N]; with_grad turns the logits into its gradient: softmax minus one-hot."""
+        z = self.block_NV[: len(logits)].copy_(logits)
+        bent = None if self.softcap is None else (z / self.softcap).tanh_()
+        if bent is not None:
+            torch.mul(bent, self.softcap, out=z)
+        target = target_N[:, None]
+        chosen, top = z.gather(1, target), z.amax(1, keepdim=True)
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        if with_grad:
+            z.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            logits.copy_(z if bent is None else z.mul_(1.0 - bent.square_()))
+        return (total.log() + top - chosen)[:, 0]
+
+
+class CompletionNll(torch.autograd.Function):
+    """NLL per token [N] from hidden states [N, D]. A token's NLL depends on its own hidden state only, so its
+    gradient is taken chunk by chunk on the way forward and scaled on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_ND: torch.Tensor, head: Head, target_N: torch.Tensor
+    ) -> torch.Tensor:
+        with_grad, rows = ctx.needs_input_grad[0], len(head.logits_NV)  # type: ignore[attr-defined]
+        pairs = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
+        chunks = [head.chunk(hidden, target, with_grad) for hidden, target in pairs]
+        if with_grad:
+            ctx.save_for_backward(torch.cat([grad for _, grad in chunks if grad is not None]))
+        return torch.cat([nll for nll, _ in chunks])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_ND * grad_outputs[0][:, None].to(grad_ND.dtype), None, None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,39 @@
+"""What a device can hold, what a pass takes, and how running out of it shows."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether PyTorch ran out of memory: CUDA has a class for it, the CPU only words."""
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return freed memory to the device or the operating system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return what can still be allocated: free memory of the GPU, or of the machine within its cgroup's limit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([machine, *_cgroup_room()])
+
+
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Return the room left in this process's control group, or nothing where there is no limit (cgroup v2)."""
+    try:
+        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return []
+    return [] if limit == "max" else [max(0, int(limit) - int(used))]
