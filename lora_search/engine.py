@@ -109,7 +109,7 @@ class Engine:
         return [slot.view(self.axis.rung_examples(slot.settings, slot.position.rung + 1)) for slot in busy]
 
     def _forward_backward(self, packed: Packed) -> bool:
-        """Add the pass's gradients to the bank; return False where memory ran out and it has to be repeated."""
+        """Add the pass's gradients to the bank; return False where memory ran out: to be repeated."""
         start = time.perf_counter()
         try:
             nlls = self.model.nll([rows for _, _, rows in packed])
@@ -143,7 +143,7 @@ class Engine:
         if num_rows <= 1:
             longest = max(len(row.input_ids) for row in (*self.splits.train, *self.splits.validation))
             raise LoraSearchError(
-                f"engine.tokens_per_pass: out of memory with a single row (the longest has {longest} tokens). "
+                f"engine.tokens_per_pass: out of memory with a single row (longest: {longest} tokens). "
                 "Lower data.max_length, lora.r or engine.slots, or use a device with more memory."
             )
         give_back_memory(self.model.device)

@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding and gated MLP as one autograd node each, put into a loaded model.
 
-transformers spells them out in 6 to 10 elementwise operations, and autograd as many again: on a CPU a quarter of a
-LoRA step. Each region is replaced only where a probe gives the module's own numbers; any other stays as it is.
+transformers spells them out in 6 to 10 elementwise operations, and autograd as many again. Each region is
+replaced only where a probe gives the module's own numbers; any other stays as it is.
 """
 
 import sys
@@ -26,7 +26,8 @@ class RmsNorm(torch.autograd.Function):
         inverse_rms = mean_square.add_(eps).rsqrt_()
         normal = (wide * inverse_rms).to(x.dtype)
         ctx.save_for_backward(normal, weight, inverse_rms)
-        return normal * weight
+        scaled: torch.Tensor = normal * weight
+        return scaled
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -101,7 +102,7 @@ def fuse(model: nn.Module) -> int:
 def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     """Return a faster forward of an RMSNorm, also of Gemma's, whose weight counts from zero."""
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter):
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
     for scale in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):
@@ -118,12 +119,14 @@ def _apply_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
 
 def _gated_mlp(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     children = dict(module.named_children())
-    if not {"gate_proj", "up_proj", "down_proj"} <= children.keys() or hasattr(module, "experts"):
+    gate = children.get("gate_proj")
+    if not {"up_proj", "down_proj"} <= children.keys() or not isinstance(gate, nn.Module):
+        return None
+    weight, width = getattr(gate, "weight", None), getattr(gate, "in_features", None)
+    if weight is None or width is None:
         return None
     forward = partial(_apply_gated_mlp, module)
-    gate = children["gate_proj"]
-    is_linear = isinstance(gate, nn.Linear)
-    return forward if is_linear and _same(module, forward, _probe(gate.weight, gate.in_features)) else None
+    return forward if _same(module, forward, _probe(weight, width)) else None
 
 
 def _apply_gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:

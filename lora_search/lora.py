@@ -23,8 +23,9 @@ from lora_search.trial import TrialSettings
 
 @dataclass(frozen=True)
 class Plan:
-    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``; slot None is
-    the bare base. The keys are None where nothing is dropped."""
+    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
+
+    Slot None is the bare base. Keys and thresholds (see `dropout`) are None where nothing is dropped."""
 
     slots: tuple[int | None, ...]
     bounds: tuple[int, ...]
@@ -62,14 +63,15 @@ class SlotLinear(nn.Module):
         bank = self._bank[0]
         if bank.plan is None or bank.adapters[self.layer].keys().isdisjoint(bank.plan.slots):
             return y
-        y = AddAdapters.apply(y, x, bank.anchor, bank.adapters[self.layer], bank.plan, self.layer)  # type: ignore
-        return y
+        adapters = bank.adapters[self.layer]
+        added: torch.Tensor = AddAdapters.apply(y, x, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        return added
 
 
 class AddAdapters(torch.autograd.Function):
     """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place.
 
-    The gradients of A and B go straight into the bank: as leaves of autograd they cost as much as the matmuls.
+    The gradients of A and B go straight into the bank: fewer nodes, no accumulation by autograd.
     """
 
     @staticmethod
@@ -83,7 +85,7 @@ class AddAdapters(torch.autograd.Function):
         layer: int,
     ) -> torch.Tensor:
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        keep = _keep(plan, adapters, layer, x.shape[-1])
+        keep = _keep(plan, layer, x.shape[-1])
         input_TD = x_TD if keep is None else x_TD * keep
         hiddens = []
         for adapter, rows in _parts(adapters, plan):
@@ -91,8 +93,8 @@ class AddAdapters(torch.autograd.Function):
             hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
             y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
             hiddens.append(hidden_TR)
-        ctx.mark_dirty(y)  # type: ignore[attr-defined]
-        ctx.save_for_backward(x, keep, *hiddens)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, keep, *hiddens)  # type: ignore[arg-type]  # None is fine
         ctx.adapters, ctx.plan = adapters, plan  # type: ignore[attr-defined]
         return y
 
@@ -118,9 +120,7 @@ class AddAdapters(torch.autograd.Function):
         return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
 
 
-def _keep(
-    plan: Plan, adapters: Mapping[int | None, SlotAdapter], layer: int, width: int
-) -> torch.Tensor | None:
+def _keep(plan: Plan, layer: int, width: int) -> torch.Tensor | None:
     if plan.key_T is None or plan.threshold_T is None:
         return None
     return kept(plan.key_T, plan.threshold_T, layer, width)
@@ -176,11 +176,11 @@ class SlotBank:
         generator = torch.Generator().manual_seed(seed)
         banks = (self.theta_SP, self.used_SP, self.grad_SP)
         views = (self.views(bank[slot], settings.r, names) for bank in banks)
-        for (index, *theta), (_, *used), (_, *grads) in zip(*views, strict=True):
-            bound = 1.0 / math.sqrt(theta[0].shape[1])
-            theta[0].copy_(torch.empty(theta[0].shape).uniform_(-bound, bound, generator=generator))
-            scaling, dropout = lora_scaling(settings), settings.dropout
-            self.adapters[index][slot] = SlotAdapter(*used, *grads, scaling, dropout)
+        for (index, a_RD, _), (_, *used), (_, *grads) in zip(*views, strict=True):
+            bound = 1.0 / math.sqrt(a_RD.shape[1])
+            a_RD.copy_(torch.empty(a_RD.shape).uniform_(-bound, bound, generator=generator))
+            pair = (used[0], used[1], grads[0], grads[1])
+            self.adapters[index][slot] = SlotAdapter(*pair, lora_scaling(settings), settings.dropout)
         self.refresh(slot)
 
     def refresh(self, slot: int) -> None:

@@ -21,7 +21,7 @@ def give_back_memory(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return what can still be allocated: free memory of the GPU, or of the machine within its cgroup's limit."""
+    """Return what can still be allocated: free GPU memory, or the machine's within its cgroup's limit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
@@ -31,7 +31,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Return the room left in this process's control group, or nothing where there is no limit (cgroup v2)."""
+    """Return the room left in this control group (v2), or nothing where there is no limit."""
     try:
         limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

@@ -21,7 +21,7 @@ from lora_search.lora import Plan, SlotBank
 
 @dataclass(frozen=True)
 class SlotRows:
-    """What one slot puts into a pass. ``ordinals`` number the examples as its trial sees them, for dropout."""
+    """What one slot puts into a pass. ``ordinals`` number the rows as its trial sees them, for dropout."""
 
     slot: int | None
     rows: Sequence[Example]
@@ -53,7 +53,7 @@ class PackedModel:
         fuse(model)
 
     def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:
-        """Return NLL per completion token [N_s] of each slot, in the order given; with a graph where autograd is on."""
+        """Return NLL per completion token [N_s] per slot, in the order given; a graph if autograd is on."""
         hidden_ND, target_N = self._hidden(packs)
         nll_N = self.head.nll(hidden_ND, target_N)
         return list(nll_N.split([pack.num_completion_tokens for pack in packs]))

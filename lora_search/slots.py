@@ -1,4 +1,4 @@
-"""One trial in training: its place on the data axis, what is left of its effective batch, what it has measured."""
+"""One trial in training: its place on the data axis, the rest of its batch, what it has measured."""
 
 from collections import deque
 from collections.abc import Sequence

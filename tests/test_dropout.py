@@ -1,8 +1,13 @@
 import torch
 
-from lora_search.dropout import dropped, token_keys
+from lora_search.dropout import kept, threshold, token_keys
 
 CPU = torch.device("cpu")
+
+
+def dropped(keys: torch.Tensor, layer: int, width: int, probability: float) -> torch.Tensor:
+    thresholds = torch.full_like(keys, threshold(probability))
+    return ~kept(keys, thresholds, layer, width)
 
 
 def test_the_share_of_dropped_elements_is_the_probability() -> None:
@@ -32,3 +37,18 @@ def test_a_mask_does_not_depend_on_who_shares_the_pass() -> None:
     alone = token_keys(5, [4], [6], CPU)
 
     assert torch.equal(together[11:], alone)
+
+
+def test_pairs_of_tokens_and_of_features_are_uncorrelated() -> None:
+    keys = token_keys(3, list(range(8)), [128] * 8, CPU)
+    mask = dropped(keys, 5, 512, 0.3).float()
+    z = (mask - mask.mean()) / mask.std()
+
+    for pairs, count in ((z @ z.T, 512), (z.T @ z, 1024)):
+        off_diagonal = pairs[~torch.eye(len(pairs), dtype=torch.bool)] / count**0.5
+        assert abs(off_diagonal.std() - 1.0) < 0.05  # what independent masks give
+        assert off_diagonal.abs().max() < 6.5
+
+
+def test_without_dropout_everything_stays() -> None:
+    assert not dropped(token_keys(1, [0], [50], CPU), 0, 64, 0.0).any()

@@ -1,0 +1,87 @@
+"""Running out of memory, for real and injected: the numbers stay the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_search.errors import LoraSearchError
+from lora_search.memory import available_bytes, is_out_of_memory
+from lora_search.passes import PackedModel, SlotRows
+from tests.harness import build_engine, random_splits, train_all
+from tests.test_engine import losses, mixed_runs, perplexities
+
+SPLITS = random_splits()
+
+
+class SmallDevice(PackedModel):
+    """A model on a device that holds so many tokens: training fails half way back, evaluation on the way."""
+
+    max_tokens = 60
+
+    def nll(self, packs: list[SlotRows]) -> list[torch.Tensor]:
+        if sum(pack.num_tokens for pack in packs) <= self.max_tokens:
+            return super().nll(packs)
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        hook = self.decoder.layers[0].register_forward_hook(fail_on_the_way_back)
+        nlls = super().nll(packs)
+        hook.remove()
+        return nlls
+
+
+def fail_on_the_way_back(_: torch.nn.Module, __: object, output: torch.Tensor) -> None:
+    output.register_hook(fail)
+
+
+def fail(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_with_the_same_numbers(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = train_all(build_engine(tiny_llama, SPLITS, slots=4), mixed_runs(tmp_path / "a"))
+    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200)
+    engine.model.__class__ = SmallDevice
+
+    curves = train_all(engine, mixed_runs(tmp_path / "b"))
+
+    assert engine.tokens_per_pass == 50
+    assert "out of memory: passes of 50 tokens from now on" in caplog.text
+    for number, curve in expected.items():
+        torch.testing.assert_close(losses(curves[number]), losses(curve), rtol=1e-5, atol=0)
+        torch.testing.assert_close(perplexities(curves[number]), perplexities(curve), rtol=1e-5, atol=0)
+
+
+def test_a_row_that_does_not_fit_alone_is_one_clear_message(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_llama, SPLITS)
+    engine.model.__class__ = type("Tiny", (SmallDevice,), {"max_tokens": 5})
+
+    with pytest.raises(LoraSearchError, match=r"out of memory with a single row .* Lower data.max_length"):
+        train_all(engine, mixed_runs(tmp_path)[:1])
+
+
+def test_what_the_cpu_says_when_memory_ends_is_understood() -> None:
+    code = (
+        "import resource, torch\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
+        "try: torch.empty(2**34)\n"
+        "except RuntimeError as error:\n"
+        "    from lora_search.memory import is_out_of_memory\n"
+        "    print(is_out_of_memory(error), is_out_of_memory(RuntimeError('shapes differ')))\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+    assert done.stdout.split() == ["True", "False"]
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert 0 < available_bytes(torch.device("cpu")) < 2**50
