@@ -171,16 +171,16 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    slots: int = 4  # trials that train at once on one base
-    tokens_per_pass: int = 1024  # upper bound of useful tokens in one forward/backward
+    slots: int | str = 4  # trials that train at once on one base; auto: what memory and a speed probe give
+    tokens_per_pass: int | str = 1024  # most useful tokens in one forward/backward; auto: what memory holds
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are float32 always
 
     def __post_init__(self) -> None:
-        require(self.slots >= 1, "engine.slots", self.slots, "must be at least 1")
-        require(
-            self.tokens_per_pass >= 8, "engine.tokens_per_pass", self.tokens_per_pass, "must be at least 8"
-        )
+        for key, least in (("slots", 1), ("tokens_per_pass", 8)):
+            value = getattr(self, key)
+            fits = value == "auto" or (isinstance(value, int) and value >= least)
+            require(fits, f"engine.{key}", value, f"must be at least {least}, or auto")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(bool(known), "engine.device", self.device, "must be auto, cpu, cuda or cuda:N")
         require_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))

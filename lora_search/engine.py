@@ -8,7 +8,7 @@ passes.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from lora_search.config import ALL_LINEAR, SweepConfig
 from lora_search.data import Splits
 from lora_search.errors import LoraSearchError
 from lora_search.evaluation import perplexities
+from lora_search.fitting import Fit, bytes_per_slot, fit
 from lora_search.lora import SlotBank, export_peft
-from lora_search.memory import give_back_memory, is_out_of_memory
+from lora_search.memory import available_bytes, give_back_memory, is_out_of_memory
 from lora_search.model import Base, matches, target_layers
 from lora_search.optim import SlotAdamW, learning_rate
 from lora_search.packing import fill_pass
 from lora_search.passes import PackedModel, SlotRows
 from lora_search.slots import Slot
-from lora_search.space import Space, largest, possible_targets
+from lora_search.space import Space, largest, possible_targets, smallest, trial_settings
 from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun
 
 logger = logging.getLogger(__name__)
@@ -267,22 +268,42 @@ class Engine:
         return position
 
 
-def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) -> Engine:
-    """Return an engine with room for every trial of the space. Raises ModelError where a target does not
-    exist."""
+def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) -> tuple[Engine, str]:
+    """Return an engine with room for every trial of the space, and how its size was chosen ("": it was set).
+
+    Raises ModelError where a target does not exist.
+    """
     layers: dict[str, nn.Linear] = {}
     for targets in possible_targets(config, space):
         layers |= target_layers(base.model, targets)
-    layers = {
-        name: layer for name, layer in target_layers(base.model, (ALL_LINEAR,)).items() if name in layers
-    }
-    bank = SlotBank(base.model, layers, config.engine.slots, largest(config, space, "lora.r"), base.dtype)
-    return Engine(
+    everything = target_layers(base.model, (ALL_LINEAR,))
+    layers = {name: layer for name, layer in everything.items() if name in layers}
+    chosen = _fit(config, space, base, splits, layers)
+    bank = SlotBank(base.model, layers, chosen.slots, largest(config, space, "lora.r"), base.dtype)
+    engine = Engine(
         PackedModel(base.model, bank),
         bank,
         splits,
         data_seed=config.seed,
-        tokens_per_pass=config.engine.tokens_per_pass,
+        tokens_per_pass=chosen.tokens_per_pass,
         base_path=base.source,
         resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
     )
+    return engine, chosen.note
+
+
+def _fit(
+    config: SweepConfig, space: Space, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]
+) -> Fit:
+    """Choose what is auto by a probe with one slot, which leaves the model as it was."""
+    slots, tokens = config.engine.slots, config.engine.tokens_per_pass
+    if isinstance(slots, int) and isinstance(tokens, int):
+        return Fit(slots, tokens)
+    bank = SlotBank(base.model, layers, 1, largest(config, space, "lora.r"), base.dtype)
+    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
+    batch_size = smallest(config, space, "train.batch_size")
+    model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
+    free, most = available_bytes(base.device), config.study.n_trials
+    chosen = fit(config.engine, model, splits.train, batch_size, per_slot, most, free)
+    bank.remove(base.model)
+    return chosen

@@ -158,6 +158,12 @@ class SlotBank:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
 
+    def remove(self, model: nn.Module) -> None:
+        """Put the bare layers back into the model."""
+        for name in self.names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
+
     def views(
         self, row_P: torch.Tensor, r: int, names: Sequence[str]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

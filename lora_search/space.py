@@ -118,6 +118,18 @@ def largest(config: SweepConfig, space: Space, key: str) -> int:
     return value
 
 
+def smallest(config: SweepConfig, space: Space, key: str) -> int:
+    """Return the smallest integer that the key may take."""
+    distribution = space.distributions.get(key)
+    if isinstance(distribution, CategoricalDistribution):
+        return min(int(choice) for choice in distribution.choices if isinstance(choice, (int, float)))
+    if isinstance(distribution, IntDistribution):
+        return distribution.low
+    value = _get(config, key)
+    assert isinstance(value, int)
+    return value
+
+
 def _flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     leaves: list[tuple[str, str]] = []
     for name, value in tree.items():

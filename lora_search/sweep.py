@@ -74,7 +74,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
     progress.event(f"data {config.data.path}: " + ", ".join(f"{v} {k}" for k, v in splits.counts.items()))
     base = load_base(source, config.model, config.engine)
-    engine = build_engine(config, space, base, splits)
+    engine, sizes = build_engine(config, space, base, splits)
+    if sizes:
+        progress.event(f"engine: {sizes}")
     attributes = _attributes(config, sweep_name, source, splits)
     study = SweepStudy.open(config, space, _fingerprint(config, splits), attributes, folder)
     progress.event(

@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"data", "model", "study"},
     {"passes", "axis"},
-    {"slots", "evaluation"},
+    {"slots", "evaluation", "fitting"},
     {"charts", "engine"},
     {"report"},
     {"worker"},
