@@ -1,9 +1,9 @@
 """Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
 ever computed.
 
-On CUDA PyTorch's variable-length kernel, on the CPU one scaled_dot_product_attention per row. Scores that are
-capped (Gemma 2) are written out row by row on both: no kernel of PyTorch 2.11 to 2.13 caps them, at the cost
-of a [heads, length, length] score matrix.
+On CUDA in half precision PyTorch's variable-length kernel, elsewhere one scaled_dot_product_attention per
+row. Scores that are capped (Gemma 2) are written out row by row on both, at the cost of a [heads, length,
+length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 
 import torch
@@ -35,8 +35,9 @@ def rows_attention(
     ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes more keywords; that none
     of them matters to a base is what `soundness` checks when it is loaded.
     """
-    assert cu_seq_lens_q is not None, "the engine passes the row boundaries"
-    if query.is_cuda and softcap is None:
+    if cu_seq_lens_q is None:
+        raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
+    if softcap is None and _fits_kernel(query, value):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         gqa = query.shape[1] != key.shape[1]
@@ -53,6 +54,12 @@ def rows_attention(
     else:
         outputs = [_capped_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width up to 256."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
 
 
 def _one_row(

@@ -7,14 +7,15 @@ PACKAGE = Path(__file__).parents[1] / "lora_search"
 LAYERS = [
     {"__init__", "errors"},
     {"config", "trial"},
-    {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
+    {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning", "attention"},
     {
         "history",
         "space",
         "sampling",
         "reading",
         "storage",
-        "attention",
+        "sources",
+        "soundness",
         "tracking",
         "checkpoint",
         "lora",
