@@ -5,6 +5,7 @@ ModelError that says what is there.
 """
 
 import importlib.util
+import logging
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     _check_whole(config, model, found)
     model.requires_grad_(False)
     model.eval()
+    _keep_trainable(model)
     check_packing(model, config.path)
     return Base(model, source, device, dtype)
 
@@ -184,6 +186,9 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndB
     if importlib.util.find_spec("bitsandbytes") is None:
         rule, remedy = "needs the bitsandbytes package", "Run: pip install 'lora-search[qlora]'"
         raise ConfigError("model.quantization", config.quantization, rule, remedy)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it misses a kernel that only inference would use
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -191,6 +196,17 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndB
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": nf4}
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in a form that gradients pass through.
+
+    In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first call without
+    gradients, for good, for a kernel that has no backward. Their training mode changes nothing else.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
+            module.train()
 
 
 def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
