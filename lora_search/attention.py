@@ -1,7 +1,9 @@
 """Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
 ever computed.
 
-On CUDA PyTorch's variable-length kernel, on the CPU one scaled_dot_product_attention per row.
+On CUDA in half precision PyTorch's variable-length kernel, elsewhere one scaled_dot_product_attention per
+row, and in training on a CPU `row_attention`. Scores that are capped (Gemma 2) are written out row by row, at
+the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 
 import torch
@@ -25,17 +27,19 @@ def rows_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Return [1, T, heads, width] for query [1, heads, T, width]; key and value may have fewer heads.
 
-    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes keywords that do not
-    matter here.
+    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes more keywords; that none
+    of them matters to a base is what `soundness` checks when it is loaded.
     """
-    assert cu_seq_lens_q is not None, "the engine passes the row boundaries"
-    if query.is_cuda:
+    if cu_seq_lens_q is None:
+        raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
+    if softcap is None and _fits_kernel(query, value):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         gqa = query.shape[1] != key.shape[1]
@@ -46,12 +50,22 @@ def rows_attention(
         assert isinstance(packed, torch.Tensor)
         return packed.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
-    if torch.is_grad_enabled() and sliding_window is None and max_length_q <= LONGEST_ROW:
+    is_plain = softcap is None and (sliding_window is None or max_length_q <= sliding_window)
+    if is_plain and torch.is_grad_enabled() and not query.is_cuda and max_length_q <= LONGEST_ROW:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, lengths, scale), None  # type: ignore[no-untyped-call]
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
+    if softcap is None:
+        outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
+    else:
+        outputs = [_capped_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width up to 256."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
 
 
 def _one_row(
@@ -60,10 +74,32 @@ def _one_row(
     length, enable_gqa = q.shape[2], q.shape[1] != k.shape[1]
     if sliding_window is None or length <= sliding_window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa)
-    position = torch.arange(length, device=q.device)
-    distance = position[:, None] - position[None, :]
-    visible = (distance >= 0) & (distance < sliding_window)
+    visible = _visible(length, sliding_window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling, enable_gqa=enable_gqa)
+
+
+def _capped_row(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with scores softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
+    length, queries_per_key = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    hidden = ~_visible(length, sliding_window or length, q.device)
+    return scores.float().masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return [length, length]: which keys a query sees, itself and at most ``window`` - 1 before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 def _no_mask(*_: object, **__: object) -> None:

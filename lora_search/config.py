@@ -30,11 +30,14 @@ class ModelConfig:
     path: str = "smollm2-135m-instruct"  # the packaged default, a local folder, a .gguf file, or a hub id
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: str | None = None  # or nf4: the base in 4 bits (QLoRA); adapters stay float32
 
     def __post_init__(self) -> None:
         require(
             bool(self.path.strip()), "model.path", self.path, "must name a model", "Give a folder or a hub id"
         )
+        known = self.quantization in (None, "nf4")
+        require(known, "model.quantization", self.quantization, "must be null or nf4")
 
 
 @dataclass(kw_only=True)

