@@ -1,3 +1,7 @@
 """lora_search: a hyperparameter sweep orchestrator for LoRA fine-tuning, many trials over one frozen base."""
 
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every import which kernels it lacks
+
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from lora_search.packing import fill_pass
 from lora_search.passes import PackedModel, SlotRows
 from lora_search.slots import Slot
 from lora_search.space import Space, largest, possible_targets, smallest, trial_settings
-from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun
+from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
 
 logger = logging.getLogger(__name__)
 
@@ -268,18 +268,42 @@ class Engine:
         return position
 
 
-def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) -> tuple[Engine, str]:
-    """Return an engine with room for every trial of the space, and how its size was chosen ("": it was set).
+@dataclass(frozen=True)
+class Room:
+    """What an engine must hold: all targets that a trial may have, largest rank, smallest batch, trials."""
+
+    targets: tuple[tuple[str, ...], ...]
+    max_rank: int
+    min_batch_size: int
+    num_trials: int
+
+    @classmethod
+    def of(cls, trials: Sequence[TrialSettings]) -> "Room":
+        """Return room for just these trials."""
+        targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
+        max_rank, min_batch = max(t.r for t in trials), min(t.batch_size for t in trials)
+        return cls(targets, max_rank, min_batch, len(trials))
+
+    @classmethod
+    def of_space(cls, config: SweepConfig, space: Space) -> "Room":
+        """Return room for every trial of a space."""
+        targets = tuple(possible_targets(config, space))
+        max_rank = largest(config, space, "lora.r")
+        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
+
+
+def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) -> tuple[Engine, str]:
+    """Return an engine of that room, and how its size was chosen ("": it was set).
 
     Raises ModelError where a target does not exist.
     """
     layers: dict[str, nn.Linear] = {}
-    for targets in possible_targets(config, space):
+    for targets in room.targets:
         layers |= target_layers(base.model, targets)
     everything = target_layers(base.model, (ALL_LINEAR,))
     layers = {name: layer for name, layer in everything.items() if name in layers}
-    chosen = _fit(config, space, base, splits, layers)
-    bank = SlotBank(base.model, layers, chosen.slots, largest(config, space, "lora.r"), base.dtype)
+    chosen = _fit(config, room, base, splits, layers)
+    bank = SlotBank(base.model, layers, chosen.slots, room.max_rank, base.dtype)
     engine = Engine(
         PackedModel(base.model, bank),
         bank,
@@ -292,18 +316,15 @@ def build_engine(config: SweepConfig, space: Space, base: Base, splits: Splits) 
     return engine, chosen.note
 
 
-def _fit(
-    config: SweepConfig, space: Space, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]
-) -> Fit:
+def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
     """Choose what is auto by a probe with one slot, which leaves the model as it was."""
     slots, tokens = config.engine.slots, config.engine.tokens_per_pass
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)
-    bank = SlotBank(base.model, layers, 1, largest(config, space, "lora.r"), base.dtype)
+    bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
     bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
-    batch_size = smallest(config, space, "train.batch_size")
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
-    free, most = available_bytes(base.device), config.study.n_trials
-    chosen = fit(config.engine, model, splits.train, batch_size, per_slot, most, free)
+    free, batch = available_bytes(base.device), room.min_batch_size
+    chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

@@ -98,6 +98,12 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
     )  # fmt: skip
 
 
+def searchable_keys() -> list[str]:
+    """Return the settings that may differ between the trials of a sweep."""
+    keys = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
+    return [key for key in keys if key not in FIXED]
+
+
 def possible_targets(config: SweepConfig, space: Space) -> list[tuple[str, ...]]:
     """Return every value that lora.target_modules may take."""
     distribution = space.distributions.get("lora.target_modules")
@@ -151,8 +157,7 @@ def _as_choice(key: str, value: object) -> str:
 
 
 def _require_searchable(key: str) -> None:
-    searchable = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
-    searchable = [name for name in searchable if name not in FIXED]
+    searchable = searchable_keys()
     if key in searchable:
         return
     if key in FIXED:

@@ -56,7 +56,7 @@ def main() -> int:
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     """Prepare, search, conclude."""
     from lora_search.data import prepare
-    from lora_search.engine import build_engine
+    from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
     from lora_search.reading import load_rows
     from lora_search.space import parse_space
@@ -74,7 +74,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
     progress.event(f"data {config.data.path}: " + ", ".join(f"{v} {k}" for k, v in splits.counts.items()))
     base = load_base(source, config.model, config.engine)
-    engine, sizes = build_engine(config, space, base, splits)
+    engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
     if sizes:
         progress.event(f"engine: {sizes}")
     attributes = _attributes(config, sweep_name, source, splits)

@@ -29,7 +29,7 @@ LAYERS = [
     {"slots", "evaluation", "fitting"},
     {"charts", "engine"},
     {"report"},
-    {"worker"},
+    {"worker", "training"},
     {"sweep"},
 ]
 HOMES = {

@@ -1,0 +1,65 @@
+"""The engine without a study: train these N settings on this data, packed, and yield what they measure.
+
+from lora_search.config import DataConfig, ModelConfig, SweepConfig
+from lora_search.training import train
+
+config = SweepConfig(
+    model=ModelConfig(path="smollm2-135m-instruct"),  # or a folder, or a hub id
+    data=DataConfig(path="faq.jsonl", max_train_examples=200),
+)
+settings = [
+    {"lora.r": 8, "optim.lr": 2e-4},
+    {"lora.r": 32, "optim.lr": 1e-3, "lora.target_modules": ["q_proj", "v_proj", "up_proj"]},
+]
+best = {}
+for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and m.perplexity > 40):
+    best[m.trial_number] = m.best_perplexity  # the adapter lies in runs/by_hand/<number>/adapter
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lora_search.config import SweepConfig
+from lora_search.data import prepare
+from lora_search.engine import Room, build_engine
+from lora_search.errors import ConfigError
+from lora_search.model import load_base, load_tokenizer, resolve_model
+from lora_search.reading import load_rows
+from lora_search.sampling import draw_seed
+from lora_search.space import searchable_keys, trial_settings
+from lora_search.trial import Measurement, TrialRun
+
+
+def train(
+    config: SweepConfig,
+    settings: Sequence[Mapping[str, object]],
+    folder: str | Path,
+    stop: Callable[[Measurement], bool] = lambda _: False,
+) -> Iterator[Measurement]:
+    """Yield every measurement of every trial as it comes; trial i has ``settings[i]`` laid over ``config``.
+
+    A trial ends where ``stop`` says so. One that left a checkpoint under ``folder`` goes on from there.
+    Raises ConfigError, DataError or ModelError before anything is trained.
+    """
+    for key in (key for chosen in settings for key in chosen):
+        if key not in searchable_keys():
+            raise ConfigError(
+                key, key, "is not a setting of a trial", f"There are: {', '.join(searchable_keys())}"
+            )
+    chosen = [trial_settings(config, params) for params in settings]
+    place = Path(folder).resolve()
+    runs = [
+        TrialRun(number=i, seed=draw_seed(config.seed, i), settings=trial, folder=str(place / str(i)))
+        for i, trial in enumerate(chosen)
+    ]
+    rows, source = load_rows(config.data), resolve_model(config.model)
+    splits = prepare(config, rows, load_tokenizer(source, config.model), place / "data")
+    base = load_base(source, config.model, config.engine)
+    engine, _ = build_engine(config, Room.of(chosen), base, splits)
+    waiting = list(reversed(runs))
+    while waiting or engine.free_slots < len(engine.slots):
+        engine.admit([waiting.pop() for _ in range(min(engine.free_slots, len(waiting)))])
+        for measurement in engine.advance():
+            if stop(measurement):
+                engine.release([measurement.trial_number])
+            yield measurement
