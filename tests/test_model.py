@@ -161,6 +161,7 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, content: bytes, monkeypatch: 
     message = refusal(lambda: load(tmp_path / "base.gguf"))
 
     assert message.startswith(f"model.path: {tmp_path}/base.gguf cannot be loaded: ")
+    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -180,6 +181,16 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
     message = refusal(lambda: load_tokenizer(resolve_model(config), config))
 
     assert "It holds no tokenizer.json: save the tokenizer beside the model." in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json_that_cannot_be_read_is_refused(folder: Path, name: str) -> None:
+    config = ModelConfig(path=str(folder))
+    (folder / name).write_text('{"cut": ')
+
+    message = refusal(lambda: load_tokenizer(resolve_model(config), config))
+
+    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
 
 
 def test_an_adapter_is_no_base(folder: Path) -> None:
@@ -213,7 +224,7 @@ def test_layers_that_are_not_linear_carry_no_adapters(tmp_path: Path) -> None:
 
     for targets in (("all-linear",), ("c_attn",)):
         message = refusal(lambda t=targets: target_layers(model, t))
-        assert "this gpt2 model has none: its layers are Conv1D, Embedding" in message
+        assert "this gpt2 model has none: its layers are Conv1D. Choose another base." in message
 
 
 @pytest.mark.parametrize("tied", [False, True])
