@@ -5,10 +5,12 @@ ModelError that says what is there.
 """
 
 import importlib.util
+import json
 import logging
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,16 +31,22 @@ from lora_search.attention import NAME as ATTENTION
 from lora_search.config import ALL_LINEAR, EngineConfig, ModelConfig
 from lora_search.errors import ConfigError, ModelError
 from lora_search.soundness import check_packing
-from lora_search.sources import find_source, location
+from lora_search.sources import check_missing, find_source, location
 
 T = TypeVar("T")
 DAMAGED = "A file of it is damaged or cut short: fetch it again."
+UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError)
 NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
 REMEDIES = {  # what transformers' message contains -> what to do about it
     "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
     "backend tokenizer": NO_TOKENIZER,
     "Unrecognized configuration class": "It is no causal language model: choose a decoder-only one.",
     "does not recognize this architecture": "Choose another base, or update transformers.",
+    "not a valid JSON file": DAMAGED,
+    "GGUF magic": DAMAGED,
+    "cannot reshape array": DAMAGED,
+    "cannot mmap an empty file": DAMAGED,
+    "out of memory": "Choose a smaller base, another engine.device, or model.quantization=nf4.",
     "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
 }
 
@@ -93,7 +101,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
         config,
         dtype=dtype,
         attn_implementation=ATTENTION,
-        device_map={"": str(device)},
+        device_map={"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # said below, with the names
         **_quantization(config, dtype),
@@ -172,11 +180,11 @@ def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, 
 
 
 def _layer_kinds(modules: dict[str, nn.Module]) -> str:
-    weights = {name: getattr(module, "weight", None) for name, module in modules.items()}
-    matrices = [
-        name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.dim() == 2
-    ]
-    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices}))
+    """Return the kinds of the layers that multiply by a matrix."""
+    plain = (nn.Embedding, nn.Linear)
+    weights = {name: getattr(m, "weight", None) for name, m in modules.items() if not isinstance(m, plain)}
+    matrices = [name for name, w in weights.items() if isinstance(w, torch.Tensor) and w.dim() == 2]
+    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices})) or "of a kind of their own"
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
@@ -215,13 +223,7 @@ def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, A
         raise ModelError(
             f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
         )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(
-            f"model.path: {config.path} lacks {len(missing)} of its weights: {names}. "
-            "Give the whole model, saved for causal language modelling."
-        )
+    check_missing(config.path, found["missing_keys"])
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ModelError(
@@ -242,16 +244,20 @@ def _explained(config: ModelConfig, load: Callable[[], T]) -> T:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = first.rstrip(".")
-        raise ModelError(f"model.path: {config.path} cannot be loaded: {reason}. {_remedy(error)}") from None
+        reason = first.rstrip(".: ")
+        raise ModelError(
+            f"model.path: {config.path} cannot be loaded: {reason}. {_remedy(config, error)}"
+        ) from None
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(config: ModelConfig, error: Exception) -> str:
     for part, remedy in REMEDIES.items():
         if part in str(error):
             return remedy
-    if isinstance(error, (SafetensorError, struct.error)) or "reshape" in str(error):
+    if isinstance(error, UNREADABLE):
         return DAMAGED
     if isinstance(error, ImportError):
         return "Install what it names, or choose another base."
+    if Path(config.path).expanduser().exists():
+        return "Check the files in it, or give another base."
     return "Check name and network, log in with `hf auth login` for gated models, or give a folder."

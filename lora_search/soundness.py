@@ -54,7 +54,8 @@ def _relative_error(model: PreTrainedModel) -> float:
     start_R1 = torch.arange(NUM_ROWS, device=model.device)[:, None] * 5 + 3
     rows = (start_R1 + 7 * torch.arange(ROW_TOKENS, device=model.device)) % vocabulary
     with _short_windows(model):
-        packed = _packed_logits(model, rows).float()
+        with _linear_layers_watched(model, rows.numel()):
+            packed = _packed_logits(model, rows).float()
         with _own_attention(model):
             alone = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
     error = (packed - alone).norm(dim=-1) / alone.float().norm(dim=-1)
@@ -74,6 +75,29 @@ def _packed_logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
         max_length_q=ROW_TOKENS,
     )
     return output_head(model)(output.last_hidden_state[0]).view(*rows.shape, -1)
+
+
+@contextlib.contextmanager
+def _linear_layers_watched(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
+    """Raise ValueError where a linear layer is given some of the tokens only, as an expert would be: which
+    token gets which adapter goes by its place in the pass."""
+
+    def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs and inputs[0].numel() != num_tokens * inputs[0].shape[-1]:
+            raise ValueError(f"its layer {names[layer]} is not given every token of a pass.")
+
+    head = model.get_output_embeddings()
+    names: dict[nn.Module, str] = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    hooks = [layer.register_forward_pre_hook(look) for layer in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import ssl
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import huggingface_hub
@@ -56,6 +56,16 @@ def location(source: str, config: ModelConfig) -> str:
     if Path(source).is_dir() or _hub_answers(hub.ENDPOINT):
         return source
     return str(_cached_snapshot(config))
+
+
+def check_missing(path: str, missing_keys: Collection[str]) -> None:
+    """Raise ModelError, with names, where a checkpoint leaves weights to chance."""
+    if missing_keys:
+        names = ", ".join(sorted(missing_keys)[:3]) + (", ..." if len(missing_keys) > 3 else "")
+        raise ModelError(
+            f"model.path: {path} lacks {len(missing_keys)} of its weights: {names}. "
+            "Give the whole model, saved for causal language modelling."
+        )
 
 
 def _check_folder(path: Path) -> None:
@@ -144,7 +154,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     options = {"gguf_file": gguf.name}
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **options
+        )
+    check_missing(str(gguf), found["missing_keys"])  # or random weights would pass for converted ones
     del model.config.quantization_config
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -106,11 +106,34 @@ def test_a_window_that_the_attention_never_hears_of_is_noticed(tmp_path: Path) -
     assert "compute wrongly" in refusal(lambda: check_packing(model, "gemma2"))
 
 
+class HalfOfTheTokens(torch.nn.Module):
+    """A feed-forward layer that is given every second token, as an expert would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        y[:, ::2] = self.expert(x[:, ::2])
+        return y
+
+
+def test_linear_layers_that_see_some_of_the_tokens_are_refused(tmp_path: Path) -> None:
+    model = load(make_tiny_model(tmp_path)).model
+    model.model.layers[1].mlp = HalfOfTheTokens()
+
+    message = refusal(lambda: check_packing(model, "llama"))
+
+    assert "its layer model.layers.1.mlp.expert is not given every token of a pass" in message
+
+
 def test_the_check_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = load(make_tiny_model(tmp_path, "gemma2")).model
 
     assert model.config.sliding_window == 4096
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == [4096, None]
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
@@ -161,6 +184,7 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, content: bytes, monkeypatch: 
     message = refusal(lambda: load(tmp_path / "base.gguf"))
 
     assert message.startswith(f"model.path: {tmp_path}/base.gguf cannot be loaded: ")
+    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -180,6 +204,16 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
     message = refusal(lambda: load_tokenizer(resolve_model(config), config))
 
     assert "It holds no tokenizer.json: save the tokenizer beside the model." in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json_that_cannot_be_read_is_refused(folder: Path, name: str) -> None:
+    config = ModelConfig(path=str(folder))
+    (folder / name).write_text('{"cut": ')
+
+    message = refusal(lambda: load_tokenizer(resolve_model(config), config))
+
+    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
 
 
 def test_an_adapter_is_no_base(folder: Path) -> None:
@@ -213,7 +247,7 @@ def test_layers_that_are_not_linear_carry_no_adapters(tmp_path: Path) -> None:
 
     for targets in (("all-linear",), ("c_attn",)):
         message = refusal(lambda t=targets: target_layers(model, t))
-        assert "this gpt2 model has none: its layers are Conv1D, Embedding" in message
+        assert "this gpt2 model has none: its layers are Conv1D. Choose another base." in message
 
 
 @pytest.mark.parametrize("tied", [False, True])
