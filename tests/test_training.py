@@ -57,8 +57,7 @@ def test_the_example_runs_on_ones_own_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"What is {i} plus one?", "response": f"It is {i + 1}."} for i in range(60)]
     Path("faq.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    lines = inspect.cleandoc(training.__doc__ or "").splitlines()
-    example = "\n".join(line[4:] for line in lines if line.startswith("    "))
+    example = "\n".join(inspect.cleandoc(training.__doc__ or "").splitlines()[2:])
     names: dict[str, dict[int, float]] = {}
 
     exec(example.replace("smollm2-135m-instruct", "tiny-llama"), names)
