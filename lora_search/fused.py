@@ -7,6 +7,7 @@ replaced only where a probe gives the module's own numbers; any other stays as i
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 PROBE_ROWS = 3
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class RmsNorm(torch.autograd.Function):
@@ -80,7 +82,7 @@ class GatedSilu(torch.autograd.Function):
 
 def rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """Return both rotated; the signature is transformers'."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
@@ -137,15 +139,34 @@ def _apply_gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _fuse_rotary(modeling: object) -> None:
     """Replace the function of that name in a module of transformers', where it gives the same."""
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    if original is None or original is rotary:
+    if original is None or isinstance(original, partial):
         return
-    q, cos, sin = (torch.randn(1, 2, PROBE_ROWS, 8), *torch.randn(2, 1, PROBE_ROWS, 8))
+    if all(_same_rotary(original, dtype) for dtype in (torch.float32, torch.bfloat16)):
+        modeling.apply_rotary_pos_emb = partial(_rotary_or, original)  # type: ignore[attr-defined]
+
+
+def _same_rotary(original: Callable[..., Pair], dtype: torch.dtype) -> bool:
+    wave = torch.sin(torch.arange(4 * PROBE_ROWS * 8.0)).view(1, 4, PROBE_ROWS, 8)
+    q, cos, sin = wave[:, :2].to(dtype), wave[:, 2], wave[:, 3]
     try:
-        theirs = original(q, q, cos, sin)
+        theirs = original(q, q, cos, sin)[0]
     except (TypeError, RuntimeError):  # another signature or layout
-        return
-    if torch.allclose(theirs[0], rotary(q, q, cos, sin)[0], rtol=1e-5, atol=1e-6):
-        modeling.apply_rotary_pos_emb = rotary  # type: ignore[attr-defined]
+        return False
+    ours = rotary(q, q, cos, sin)[0]
+    return theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+def _rotary_or(
+    original: Callable[..., Pair],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    *rest: Any,
+    **named: Any,
+) -> Pair:
+    """Rotate whole heads by our own function, parts of them (GPT-NeoX) by the model's."""
+    is_whole = cos.shape[-1] == q.shape[-1]
+    return rotary(q, k, cos, *rest, **named) if is_whole else original(q, k, cos, *rest, **named)
 
 
 def _probe(weight: torch.Tensor, width: int) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers.models.llama import modeling_llama
 from lora_search.fused import GatedSilu, RmsNorm, Rotary, fuse, rotary
 from lora_search.tiny import ARCHITECTURES, make_tiny_model
 
+UNFUSED = ("gpt_neox", "opt", "starcoder2")  # layer norms and plain MLPs
+
 
 def double(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
@@ -44,7 +46,7 @@ def test_a_fused_model_gives_the_same_states_and_gradients(tmp_path: Path, archi
 
     output = fused.base_model(inputs_embeds=states).last_hidden_state
     (grad,) = torch.autograd.grad(output.square().sum(), states)
-    assert count >= 5  # two norms a layer and the last one
+    assert count >= 5 or architecture in UNFUSED  # two norms a layer and the last one
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
