@@ -74,6 +74,12 @@ class Progress:
         elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
         self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
 
+    def wait(self, text: str) -> None:
+        """Print why nothing happens here, now and then."""
+        if self._clock() - self._drawn >= LINE_SECONDS:
+            self._drawn = self._clock()
+            self.event(text)
+
     def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
         """Show where the sweep stands. Cheap enough for every pass: it draws only now and then."""
         now = self._clock()

@@ -121,17 +121,22 @@ class SweepStudy:
         reasons = taken | self._losers(list(trials.values()), judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
-    def prune(self, stop: Stop) -> None:
-        """End a held trial as PRUNED; one that was taken over is only let go."""
-        self._end(self.held.pop(stop.trial_number), TrialState.PRUNED, stop.reason)
+    def prune(self, stop: Stop) -> str:
+        """End a held trial as PRUNED and return its state; one that was taken over is only let go."""
         self._failures.clear()
+        return self._end(self.held.pop(stop.trial_number), TrialState.PRUNED, stop.reason)
 
     def finish(self, measurement: Measurement) -> str:
-        """End a held trial and return its state: COMPLETE with its best perplexity, FAIL without any."""
-        if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
-            return self.fail(measurement.trial_number, f"diverged: {measurement.detail}")
-        self._failures.clear()
+        """End a held trial and return its state: COMPLETE with its best perplexity.
+
+        A diverged one is PRUNED: the sampler learns from it, and nothing non-finite becomes COMPLETE. It
+        counts as a failure all the same, so that a sweep in which every trial diverges ends.
+        """
         trial = self.held.pop(measurement.trial_number)
+        if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
+            self._failures.append(f"trial {measurement.trial_number}: diverged: {measurement.detail}")
+            return self._end(trial, TrialState.PRUNED, f"diverged: {measurement.detail}")
+        self._failures.clear()
         return self._end(trial, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
 
     def fail(self, number: int, reason: str) -> str:
@@ -181,6 +186,12 @@ class SweepStudy:
                 f"study.max_failures_in_a_row: {len(self._failures)} trials failed in a row, "
                 f"the last one, {self._failures[-1]}. Mend the cause, then the same command goes on."
             )
+
+    def num_running_elsewhere(self) -> int:
+        """Return how many trials other workers hold while the total is not reached."""
+        states = [t.state for t in self._trials() if t.number not in self.held]
+        is_through = sum(state in FINISHED for state in states) >= self.config.study.n_trials
+        return 0 if is_through else states.count(TrialState.RUNNING)
 
     def summary(self) -> StudySummary:
         """Return where the study stands."""

@@ -60,15 +60,17 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
     from lora_search.reading import load_rows
     from lora_search.space import parse_space
-    from lora_search.study import SweepStudy
+    from lora_search.study import SweepStudy, check_study
     from lora_search.tracking import make_tracker
     from lora_search.worker import work
 
     signal.signal(signal.SIGTERM, _interrupt)
     folder = Path(config.runs_dir) / config.study.name
     space = parse_space(config)
-    rows = load_rows(config.data)
+    check_study(config, space)
     pick_device(config.engine.device)
+    tracker = make_tracker(config, {"model": config.model.path, "seed": config.seed})
+    rows = load_rows(config.data)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
     splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
@@ -78,7 +80,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     if sizes:
         progress.event(f"engine: {sizes}")
     attributes = _attributes(config, sweep_name, source, splits)
-    study = SweepStudy.open(config, space, _fingerprint(config, splits), attributes, folder)
+    fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
+    study = SweepStudy.open(config, space, fingerprint, attributes, folder)
     progress.event(
         f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
     )
@@ -88,12 +91,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     )
     if not study.is_finished:
         with progress:
-            work(
-                study,
-                engine,
-                make_tracker(config, {"model": config.model.path, "seed": config.seed}),
-                progress,
-            )
+            work(study, engine, tracker, progress)
     _conclude(study, folder, config, progress)
 
 
@@ -125,11 +123,11 @@ def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: 
     progress.console.print(next_steps(places), markup=False)
 
 
-def _fingerprint(config: SweepConfig, splits: "Splits") -> dict[str, str]:
-    """Return what must stay the same under one study name."""
+def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
+    """Return what must stay the same under one study name; the dtype that `auto` came to."""
     settings = as_dict(config)
     free = ("study", "engine", "tracker", "runs_dir")
-    flat = {"data_hash": splits.data_hash, "engine.dtype": config.engine.dtype}
+    flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
     for section, value in settings.items():
         if section not in free:
             flat |= _flat(section, value)

@@ -1,5 +1,6 @@
 """One process on one device: claims trials, trains them in its slots, reports. Decides every trial's fate."""
 
+import time
 from collections.abc import Sequence
 
 from lora_search.engine import Engine
@@ -8,12 +9,15 @@ from lora_search.study import SweepStudy
 from lora_search.tracking import Tracker
 from lora_search.trial import Measurement
 
+POLL_SECONDS = 2.0  # between two looks at what other workers do
+
 
 def work(study: SweepStudy, engine: Engine, tracker: Tracker, progress: Progress) -> None:
-    """Train until no trial is left to claim. Whatever ends it early, held trials go back to the study
-    first."""
+    """Train until the study is through. Whatever ends it early, held trials go back to the study first."""
     try:
-        while _admit(study, engine, tracker):
+        while _admit(study, engine, tracker) or _others_train(study, progress):
+            if engine.free_slots == len(engine.slots):
+                continue
             measurements = engine.advance()
             study.heartbeat()
             if measurements:
@@ -22,6 +26,15 @@ def work(study: SweepStudy, engine: Engine, tracker: Tracker, progress: Progress
     finally:
         study.hand_back("interrupted; its checkpoint is kept")
         tracker.close()
+
+
+def _others_train(study: SweepStudy, progress: Progress) -> bool:
+    """Wait a while if other workers still train: one that dies leaves its trials to this one."""
+    others = study.num_running_elsewhere()
+    if others:
+        progress.wait(f"waiting for {others} trials of other workers")
+        time.sleep(POLL_SECONDS)
+    return others > 0
 
 
 def _admit(study: SweepStudy, engine: Engine, tracker: Tracker) -> bool:
@@ -52,7 +65,10 @@ def _settle(
             text = f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}"
             progress.event(text.rstrip())
     for stop in study.judge():
-        study.prune(stop)
         engine.release([stop.trial_number])
-        tracker.finish(stop.trial_number, "PRUNED", stop.reason)
-        progress.event(f"trial {stop.trial_number} pruned at {stop.reason}")
+        if study.prune(stop) == "PRUNED":
+            tracker.finish(stop.trial_number, "PRUNED", stop.reason)
+            progress.event(f"trial {stop.trial_number} pruned at {stop.reason}")
+        else:
+            tracker.finish(stop.trial_number, "INTERRUPTED", stop.reason)
+            progress.event(f"trial {stop.trial_number} let go: {stop.reason}")

@@ -332,7 +332,7 @@ def test_other_settings_under_the_same_name_are_refused_by_key(tmp_path: Path) -
     assert "data_hash" not in str(caught.value)
 
 
-def test_a_diverged_trial_fails_and_too_many_of_them_end_the_sweep(tmp_path: Path) -> None:
+def test_a_diverged_trial_is_pruned_and_too_many_of_them_end_the_sweep(tmp_path: Path) -> None:
     study = open_study(make_config(tmp_path, n_trials=20), tmp_path)
     good, *bad = study.claim(6)
     ends = [diverge(study, run) for run in bad[:4]]
@@ -344,8 +344,8 @@ def test_a_diverged_trial_fails_and_too_many_of_them_end_the_sweep(tmp_path: Pat
     ):
         study.check_failures()
 
-    assert ends == ["FAIL"] * 5
-    assert study.summary().finished == 0
+    assert ends == ["PRUNED"] * 5
+    assert {row.reason for row in study.rows()[1:]} == {"diverged: loss not finite"}
     study.finish(measure(good, 4, "finished"))
     study.check_failures()
 
@@ -356,7 +356,7 @@ def test_a_value_that_is_not_finite_is_never_complete(tmp_path: Path) -> None:
     last = replace(measure(run, 4, "finished"), perplexity=math.inf, best_perplexity=math.inf)
     study.report([last])
 
-    assert study.finish(last) == "FAIL"
+    assert study.finish(last) == "PRUNED"
     assert study.summary().best_perplexity is None
 
 
