@@ -37,8 +37,8 @@ lint: $(READY)  ## check format, style and types
 format: $(READY)  ## mend format and style
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(READY)  ## measure packing against one trial at a time on this machine
-	@$(BIN)/python -m tests.benchmarks.packing $(ARGS)
+bench: $(READY)  ## measure training against TRL + PEFT on this machine
+	@$(BIN)/python -m tests.benchmarks.training $(ARGS)
 
 dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:$(PORT)
 	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) $(STORAGE)

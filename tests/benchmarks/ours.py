@@ -1,4 +1,7 @@
-"""One measurement of our engine, in a process of its own: prints JSON. Arguments: dtype, slots, tokens per pass."""
+"""One measurement of our engine, in a process of its own: prints JSON.
+
+Arguments: dtype, slots, tokens per pass.
+"""
 
 import json
 import resource
@@ -24,7 +27,7 @@ def tokens_of(splits: Splits) -> int:
 
 
 def epoch_seconds(engine: Engine, runs: list[TrialRun], folder: str, attempt: int) -> tuple[float, float]:
-    """Train all of them for one epoch without evaluation until its end; return training and evaluation seconds."""
+    """Train all of them for one epoch without evaluation until its end; return both seconds."""
     again = [replace(run, folder=f"{folder}/{attempt}/{run.number}") for run in runs]
     engine.admit(again)
     start = time.perf_counter()

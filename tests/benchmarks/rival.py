@@ -1,7 +1,7 @@
-"""The same training as people script it: TRL's SFTTrainer with PEFT, one trial, in a process of its own: prints JSON.
+"""The same training as people script it: TRL's SFTTrainer with PEFT, one trial alone: prints JSON.
 
-Arguments: dtype, rows per forward. Its best setting here: no gradient checkpointing, rows grouped by length, and few
-rows per forward with accumulation up to the same effective batch, so that little is padded.
+Arguments: dtype, rows per forward. Its best setting here: no gradient checkpointing, rows grouped by length,
+and few rows per forward with accumulation up to the same effective batch, so that little is padded.
 """
 
 import json

@@ -1,8 +1,8 @@
 """`make bench`: our engine against TRL + PEFT, SmolLM2-135M on FAQ rows, useful tokens only; prints a table.
 
-Every figure comes from a process of its own, both sides in turn in one run, medians of three. TRL is taken in its
-best setting (`rival`). The sweep is run for real on our side; on TRL's it is its measured speed times the same
-tokens, without what loading and setting up would cost it. Takes about 15 minutes on 2 cores.
+Every figure comes from a process of its own, both sides in turn in one run, medians of three. TRL is taken in
+its best setting (`rival`). The sweep is run for real on our side; on TRL's it is its measured speed times the
+same tokens, without what loading and setting up would cost it. Takes about 15 minutes on 2 cores.
 """
 
 import json
@@ -139,13 +139,33 @@ def main() -> None:
         ("training, one trial alone", f"{one:.0f} tokens/s", f"{trl_train:.0f}", f"{one / trl_train:.1f}x"),
         ("training, 4 packed", f"{four:.0f} tokens/s", f"{trl_train:.0f}", f"{four / trl_train:.1f}x"),
         ("training, 8 packed", f"{eight:.0f} tokens/s", f"{trl_train:.0f}", f"{eight / trl_train:.1f}x"),
-        ("validation", f"{validation:.0f} tokens/s", f"{trl_validation:.0f}", f"{validation / trl_validation:.1f}x"),
-        ("default sweep, no pruning", f"{plain['seconds']:.0f} s", f"{trl_sweep:.0f}", f"{trl_sweep / plain['seconds']:.1f}x"),
-        ("default sweep, pruned", f"{pruned['seconds']:.0f} s", f"{trl_sweep:.0f}", f"{trl_sweep / pruned['seconds']:.1f}x"),
-        (f"share of the {ours} matmul rate, 8 packed", f"{eight * flops:.0f} GFLOP/s", f"{rate:.0f}", f"{eight * flops / rate:.0%}"),
+        (
+            "validation",
+            f"{validation:.0f} tokens/s",
+            f"{trl_validation:.0f}",
+            f"{validation / trl_validation:.1f}x",
+        ),
+        (
+            "default sweep, no pruning",
+            f"{plain['seconds']:.0f} s",
+            f"{trl_sweep:.0f}",
+            f"{trl_sweep / plain['seconds']:.1f}x",
+        ),
+        (
+            "default sweep, pruned",
+            f"{pruned['seconds']:.0f} s",
+            f"{trl_sweep:.0f}",
+            f"{trl_sweep / pruned['seconds']:.1f}x",
+        ),
+        (
+            f"share of the {ours} matmul rate, 8 packed",
+            f"{eight * flops:.0f} GFLOP/s",
+            f"{rate:.0f}",
+            f"{eight * flops / rate:.0%}",
+        ),
         ("outside passes, steps and evaluation", "", "", f"{overhead:.1%}"),
         ("peak memory, 8 slots against 1", "", "", f"{memory:.2f}x"),
-    ]  # fmt: skip
+    ]
     progress.console.print(f"| {ours}, {torch.get_num_threads()} cores | lora_search | TRL + PEFT | ratio |")
     progress.console.print("|---|---|---|---|")
     for row in rows:
