@@ -49,9 +49,9 @@ def rows_attention(
         )
         assert isinstance(packed, torch.Tensor)
         return packed.unsqueeze(0), None
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = tuple(cu_seq_lens_q.diff().tolist())
     is_plain = softcap is None and (sliding_window is None or max_length_q <= sliding_window)
-    if is_plain and torch.is_grad_enabled() and not query.is_cuda and max_length_q <= LONGEST_ROW:
+    if is_plain and not query.is_cuda and max_length_q <= LONGEST_ROW:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, lengths, scale), None  # type: ignore[no-untyped-call]
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)

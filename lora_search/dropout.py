@@ -1,13 +1,16 @@
 """Dropout masks that depend on nothing but the trial, the example, the token and the layer.
 
 A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the
-pass, in whichever slot, on a first run or a repeated one, the same elements are dropped. Five integer
-passes per mask.
+pass, in whichever slot, on a first run or a repeated one, the same elements are dropped.
+
+One 32-bit hash decides about two elements, and a mask is applied to the bits of a number: 0.2 ms for 976 x 576
+elements in bfloat16, where comparing and multiplying by bool take 1.0 ms.
 """
 
 import torch
 
 GOLDEN = 0x9E3779B9
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> an integer of the same size
 
 
 def _int32(value: int) -> int:
@@ -33,15 +36,29 @@ def token_keys(seed: int, ordinals: list[int], lengths: list[int], device: torch
 
 
 def kept(key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int) -> torch.Tensor:
-    """Return the mask of elements that stay, bool [T, width], for one adapted layer.
+    """Return one adapted layer's mask, int16 [T, width]: -1 (all bits) where an element stays, 0 elsewhere.
 
     Token and feature keys are well mixed already: their product needs one round more, not three.
     """
-    features = mix(torch.arange(width, dtype=torch.int32, device=key_T.device) + _int32(layer * GOLDEN))
-    h = key_T[:, None] * features.bitwise_or_(1)[None, :]
-    return h.bitwise_xor_(h >> 15).mul_(_int32(0x2C1B3C6D)) >= threshold_T[:, None]
+    pair = torch.arange((width + 1) // 2, dtype=torch.int32, device=key_T.device)
+    features = mix(pair + _int32(layer * GOLDEN)).bitwise_or_(1)
+    h = key_T[:, None] * features
+    h = h.bitwise_xor_(h >> 15).mul_(_int32(0x2C1B3C6D))
+    halves = h.view(torch.int16)[:, :width].bitwise_right_shift_(1)  # 15 bits: the difference never overflows
+    # The sign of threshold - hash: negative where the element stays.
+    return torch.sub(threshold_T[:, None], halves, out=halves).bitwise_right_shift_(15)
+
+
+def masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return x with exact zeros where an element is dropped."""
+    return x.view(BITS[x.element_size()]).bitwise_and(kept).view(x.dtype)
+
+
+def mask_(x: torch.Tensor, kept: torch.Tensor) -> None:
+    """Zero what is dropped, in place."""
+    x.view(BITS[x.element_size()]).bitwise_and_(kept)
 
 
 def threshold(probability: float) -> int:
-    """Return the int32 below which a hash drops its element."""
-    return int(probability * 2**32) - 2**31
+    """Return the int16 up to which a 15-bit hash drops its element: in steps of 1/32768."""
+    return round(probability * 2**15) - 2**14 - 1

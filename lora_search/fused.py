@@ -23,21 +23,19 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(_wide(x.dtype))
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse_rms = mean_square.add_(eps).rsqrt_()
-        normal = (wide * inverse_rms).to(x.dtype)
-        ctx.save_for_backward(normal, weight, inverse_rms)
-        scaled: torch.Tensor = normal * weight
-        return scaled
+        wide, width = _wide(x.dtype), x.shape[-1]
+        square_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        ctx.save_for_backward(x, weight, square_norm.div_(width).add_(eps).rsqrt_())
+        return F.rms_norm(x, (width,), weight, eps)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        normal, weight, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = (grad_outputs[0] * weight).to(inverse_rms.dtype)
-        projection = (grad * normal).mean(-1, keepdim=True)
-        grad.addcmul_(normal.to(grad.dtype), projection, value=-1.0).mul_(inverse_rms)
-        return grad.to(normal.dtype), None, None
+        x, weight, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
+        wide = inverse_rms.dtype
+        grad, x_wide = (grad_outputs[0] * weight).to(wide), x.to(wide)  # mixed dtypes take 5 times as long
+        projection = (grad * x_wide).mean(-1, keepdim=True).mul_(inverse_rms.square())
+        grad.addcmul_(x_wide, projection, value=-1.0).mul_(inverse_rms)
+        return grad.to(x.dtype), None, None
 
 
 class Rotary(torch.autograd.Function):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from lora_search.dropout import kept
+from lora_search.dropout import kept, mask_, masked
 from lora_search.trial import TrialSettings
 
 
@@ -86,7 +86,7 @@ class AddAdapters(torch.autograd.Function):
     ) -> torch.Tensor:
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         keep = _keep(plan, layer, x.shape[-1])
-        input_TD = x_TD if keep is None else x_TD * keep
+        input_TD = x_TD if keep is None else masked(x_TD, keep)
         hiddens = []
         for adapter, rows in _parts(adapters, plan):
             scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
@@ -105,7 +105,7 @@ class AddAdapters(torch.autograd.Function):
         x, keep, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        input_TD = x_TD if keep is None else x_TD * keep
+        input_TD = x_TD if keep is None else masked(x_TD, keep)
         grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
         for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
@@ -116,7 +116,7 @@ class AddAdapters(torch.autograd.Function):
             if grad_x_TD is not None:
                 torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
         if grad_x_TD is not None and keep is not None:
-            grad_x_TD.mul_(keep)
+            mask_(grad_x_TD, keep)
         return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
 
 

@@ -5,11 +5,22 @@ from pathlib import Path
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_KEPT_BYTES = 32 * 2**20  # the most that glibc takes
+
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether PyTorch ran out of memory: CUDA has a class for it, the CPU only words."""
     words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a pass frees for the next one. Fresh pages cost a CPU pass about 5 % of its time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back_memory(device: torch.device) -> None:

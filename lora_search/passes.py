@@ -93,7 +93,7 @@ class PackedModel:
             )
             for pack in packs
         ]
-        thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int32)
+        thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int16)
         counts = torch.tensor([pack.num_tokens for pack in packs])
         return Plan(slots, bounds, torch.cat(keys), thresholds.repeat_interleave(counts).to(self.device))
 

@@ -6,8 +6,8 @@ CPU = torch.device("cpu")
 
 
 def dropped(keys: torch.Tensor, layer: int, width: int, probability: float) -> torch.Tensor:
-    thresholds = torch.full_like(keys, threshold(probability))
-    return ~kept(keys, thresholds, layer, width)
+    thresholds = torch.full_like(keys, threshold(probability), dtype=torch.int16)
+    return kept(keys, thresholds, layer, width) == 0
 
 
 def test_the_share_of_dropped_elements_is_the_probability() -> None:

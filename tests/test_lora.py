@@ -31,8 +31,8 @@ def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int,
     model, bank = make_bank(tmp_path)
     x = torch.randn(shape, requires_grad=True)
     keys, thresholds = token_keys(5, [0], [9], x.device), [threshold(0.0)] * 6 + [threshold(0.4)] * 3
-    bank.plan = Plan((0, None, 2), (0, 4, 6, 9), keys, torch.tensor(thresholds, dtype=torch.int32))
-    keep = kept(keys, bank.plan.threshold_T, 0, D_IN)
+    bank.plan = Plan((0, None, 2), (0, 4, 6, 9), keys, torch.tensor(thresholds, dtype=torch.int16))
+    keep = kept(keys, bank.plan.threshold_T, 0, D_IN) != 0
     leaves, pieces = (
         {},
         list(F.linear(x.reshape(9, D_IN), model[0].base.weight, model[0].base.bias).split([4, 2, 3])),

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from lora_search.row_attention import RowAttention
 
-LENGTHS = [5, 1, 9]
+LENGTHS = (5, 1, 9, 8)
 
 
 def heads(number: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
