@@ -3,8 +3,8 @@
 A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the
 pass, in whichever slot, on a first run or a repeated one, the same elements are dropped.
 
-One 32-bit hash decides about two elements, and a mask is applied to the bits of a number: 0.2 ms for 976 x 576
-elements in bfloat16, where comparing and multiplying by bool take 1.0 ms.
+One 32-bit hash decides about two elements, and a mask is applied to the bits of a number: 0.2 ms for 976 x
+576 elements in bfloat16, where comparing and multiplying by bool take 1.0 ms.
 """
 
 import torch
@@ -25,13 +25,13 @@ def mix(h: torch.Tensor) -> torch.Tensor:
     return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
 
 
-def token_keys(seed: int, ordinals: list[int], lengths: list[int], device: torch.device) -> torch.Tensor:
+def token_keys(seed: int, ordinals: list[int], lengths: list[int]) -> torch.Tensor:
     """Return one int32 key per token, [sum(lengths)]; ``ordinals`` number a trial's examples in the order
     it sees them."""
     starts = [_int32((seed * 0x27D4EB2F) ^ (ordinal * 0x165667B1)) for ordinal in ordinals]
-    rows = mix(torch.tensor(starts, dtype=torch.int32, device=device))
-    positions = torch.cat([torch.arange(length, dtype=torch.int32, device=device) for length in lengths])
-    repeats = torch.tensor(lengths, device=device)
+    rows = mix(torch.tensor(starts, dtype=torch.int32))
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    repeats = torch.tensor(lengths)
     return mix(rows.repeat_interleave(repeats, output_size=sum(lengths)) + positions * _int32(GOLDEN))
 
 

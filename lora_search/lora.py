@@ -8,41 +8,26 @@ views into them, in the dtype of the base.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save_file
 from torch import nn
-from torch.autograd.function import FunctionCtx
 
-from lora_search.dropout import kept, mask_, masked
+from lora_search.adapters import AddAdapters, AddGrouped, LayerBank, Plan, SlotAdapter
 from lora_search.trial import TrialSettings
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
-
-    Slot None is the bare base. Keys and thresholds (see `dropout`) are None where nothing is dropped."""
-
-    slots: tuple[int | None, ...]
-    bounds: tuple[int, ...]
-    key_T: torch.Tensor | None
-    threshold_T: torch.Tensor | None
+ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
 
 
-@dataclass(frozen=True)
-class SlotAdapter:
-    """One layer's adapter of one slot: views into the bank. ``scaling`` makes up for what dropout takes."""
-
-    a_RD: torch.Tensor
-    b_RO: torch.Tensor
-    grad_a_RD: torch.Tensor
-    grad_b_RO: torch.Tensor
-    scaling: float
-    dropout: float
+def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Return whether PyTorch's grouped matmul runs on the device: bfloat16 from compute capability 8.0 on."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    is_aligned = all(width % ALIGNED == 0 for shape in shapes for width in shape)
+    return is_aligned and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def lora_scaling(settings: TrialSettings) -> float:
@@ -61,75 +46,14 @@ class SlotLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         bank = self._bank[0]
-        if bank.plan is None or bank.adapters[self.layer].keys().isdisjoint(bank.plan.slots):
-            return y
         adapters = bank.adapters[self.layer]
-        added: torch.Tensor = AddAdapters.apply(y, x, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
-        return added
-
-
-class AddAdapters(torch.autograd.Function):
-    """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place.
-
-    The gradients of A and B go straight into the bank: fewer nodes, no accumulation by autograd.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        _anchor: torch.Tensor,
-        adapters: Mapping[int | None, SlotAdapter],
-        plan: Plan,
-        layer: int,
-    ) -> torch.Tensor:
-        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        keep = _keep(plan, layer, x.shape[-1])
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
-        hiddens = []
-        for adapter, rows in _parts(adapters, plan):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
-            hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
-            y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
-            hiddens.append(hidden_TR)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, keep, *hiddens)  # type: ignore[arg-type]  # None is fine
-        ctx.adapters, ctx.plan = adapters, plan  # type: ignore[attr-defined]
-        return y
-
-    @staticmethod
-    def backward(
-        ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
-        x, keep, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        x_TD = x.reshape(-1, x.shape[-1])
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
-        grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
-        parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
-        for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
-            grad_hidden_TR = (grad_TO[rows] @ adapter.b_RO.T).mul_(scaling)
-            adapter.grad_b_RO.add_(hidden_TR.T @ grad_TO[rows])
-            adapter.grad_a_RD.add_(grad_hidden_TR.T @ input_TD[rows])
-            if grad_x_TD is not None:
-                torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
-        if grad_x_TD is not None and keep is not None:
-            mask_(grad_x_TD, keep)
-        return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
-
-
-def _keep(plan: Plan, layer: int, width: int) -> torch.Tensor | None:
-    if plan.key_T is None or plan.threshold_T is None:
-        return None
-    return kept(plan.key_T, plan.threshold_T, layer, width)
-
-
-def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:
-    for slot, start, end in zip(plan.slots, plan.bounds, plan.bounds[1:], strict=False):
-        if slot in adapters:
-            yield adapters[slot], slice(start, end)
+        if bank.plan is None or adapters.keys().isdisjoint(bank.plan.slots):
+            return y
+        if bank.is_grouped:
+            added = AddGrouped.apply(y, x, bank.anchor, bank.stacked[self.layer], bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        else:
+            added = AddAdapters.apply(y, x, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, added)
 
 
 class SlotBank:
@@ -142,21 +66,30 @@ class SlotBank:
         num_slots: int,
         max_rank: int,
         dtype: torch.dtype = torch.float32,
+        is_grouped: bool | None = None,
     ) -> None:
         self.names = list(layers)
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
-        self.max_rank = max_rank
         device = next(iter(layers.values())).weight.device
+        self.is_grouped = fits_grouped(device, dtype, self.shapes) if is_grouped is None else is_grouped
+        self.max_rank = -(-max_rank // ALIGNED) * ALIGNED if self.is_grouped else max_rank
+        max_rank = self.max_rank
         num_parameters = max_rank * sum(d_in + d_out for d_in, d_out in self.shapes)
         self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
         self.grad_SP = torch.zeros_like(self.theta_SP)
         self.used_SP = self.theta_SP.to(dtype)  # what the matmuls see: theta itself in float32
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
+        self.stacked = [LayerBank(*views) for views in self._stacked_views()] if self.is_grouped else []
         self.plan: Plan | None = None
         for index, (name, layer) in enumerate(layers.items()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
+
+    def scaling(self, slot: int | None) -> float:
+        """Return what the slot's adapters are scaled by while dropout is off; 0 where it has none."""
+        held = (adapters[slot].scaling for adapters in self.adapters if slot in adapters)
+        return next(held, 0.0)
 
     def remove(self, model: nn.Module) -> None:
         """Put the bare layers back into the model."""
@@ -173,6 +106,19 @@ class SlotBank:
             middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
             if self.names[index] in names:
                 yield index, row_P[start:middle].view(-1, d_in)[:r], row_P[middle:end].view(-1, d_out)[:r]
+            start = end
+
+    def _stacked_views(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield A [S, R, D], B transposed [S, R, O] and their gradients, layer by layer."""
+        start = 0
+        for d_in, d_out in self.shapes:
+            middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
+            places = ((slice(start, middle), d_in), (slice(middle, end), d_out))
+            yield tuple(
+                bank_SP[:, place].unflatten(1, (self.max_rank, width))
+                for bank_SP in (self.used_SP, self.grad_SP)
+                for place, width in places
+            )
             start = end
 
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:

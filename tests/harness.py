@@ -27,12 +27,18 @@ def random_splits(num_train: int = 12, num_validation: int = 5, seed: int = 0) -
 
 
 def build_engine(
-    folder: Path, splits: Splits, *, slots: int = 1, tokens_per_pass: int = 64, max_rank: int = 8
+    folder: Path,
+    splits: Splits,
+    *,
+    slots: int = 1,
+    tokens_per_pass: int = 64,
+    max_rank: int = 8,
+    is_grouped: bool = False,
 ) -> Engine:
     config = ModelConfig(path=str(folder))
     base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype="float32"))
     layers = target_layers(base.model, ("all-linear",))
-    bank = SlotBank(base.model, layers, slots, max_rank)
+    bank = SlotBank(base.model, layers, slots, max_rank, is_grouped=is_grouped)
     return Engine(
         PackedModel(base.model, bank),
         bank,

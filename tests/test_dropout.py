@@ -2,8 +2,6 @@ import torch
 
 from lora_search.dropout import kept, threshold, token_keys
 
-CPU = torch.device("cpu")
-
 
 def dropped(keys: torch.Tensor, layer: int, width: int, probability: float) -> torch.Tensor:
     thresholds = torch.full_like(keys, threshold(probability), dtype=torch.int16)
@@ -11,7 +9,7 @@ def dropped(keys: torch.Tensor, layer: int, width: int, probability: float) -> t
 
 
 def test_the_share_of_dropped_elements_is_the_probability() -> None:
-    keys = token_keys(7, list(range(40)), [50] * 40, CPU)
+    keys = token_keys(7, list(range(40)), [50] * 40)
 
     for probability in (0.05, 0.3):
         mask = dropped(keys, 3, 256, probability).float()
@@ -22,7 +20,7 @@ def test_the_share_of_dropped_elements_is_the_probability() -> None:
 
 def test_masks_of_layers_seeds_and_examples_are_uncorrelated() -> None:
     masks = [
-        dropped(token_keys(seed, [ordinal], [200], CPU), layer, 256, 0.5).float().flatten()
+        dropped(token_keys(seed, [ordinal], [200]), layer, 256, 0.5).float().flatten()
         for seed, ordinal, layer in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]
     ]
 
@@ -32,15 +30,15 @@ def test_masks_of_layers_seeds_and_examples_are_uncorrelated() -> None:
 
 
 def test_a_mask_does_not_depend_on_who_shares_the_pass() -> None:
-    together = token_keys(5, [3, 4], [11, 6], CPU)
+    together = token_keys(5, [3, 4], [11, 6])
 
-    alone = token_keys(5, [4], [6], CPU)
+    alone = token_keys(5, [4], [6])
 
     assert torch.equal(together[11:], alone)
 
 
 def test_pairs_of_tokens_and_of_features_are_uncorrelated() -> None:
-    keys = token_keys(3, list(range(8)), [128] * 8, CPU)
+    keys = token_keys(3, list(range(8)), [128] * 8)
     mask = dropped(keys, 5, 512, 0.3).float()
     z = (mask - mask.mean()) / mask.std()
 
@@ -51,4 +49,4 @@ def test_pairs_of_tokens_and_of_features_are_uncorrelated() -> None:
 
 
 def test_without_dropout_everything_stays() -> None:
-    assert not dropped(token_keys(1, [0], [50], CPU), 0, 64, 0.0).any()
+    assert not dropped(token_keys(1, [0], [50]), 0, 64, 0.0).any()

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_search.adapters import Plan
 from lora_search.dropout import kept, threshold, token_keys
-from lora_search.lora import Plan, SlotBank
+from lora_search.lora import SlotBank
 from tests.conftest import SETTINGS, make_run
 
 D_IN, D_OUT = 12, 10
@@ -30,7 +31,7 @@ def make_bank(tmp_path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
 def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
     model, bank = make_bank(tmp_path)
     x = torch.randn(shape, requires_grad=True)
-    keys, thresholds = token_keys(5, [0], [9], x.device), [threshold(0.0)] * 6 + [threshold(0.4)] * 3
+    keys, thresholds = token_keys(5, [0], [9]), [threshold(0.0)] * 6 + [threshold(0.4)] * 3
     bank.plan = Plan((0, None, 2), (0, 4, 6, 9), keys, torch.tensor(thresholds, dtype=torch.int16))
     keep = kept(keys, bank.plan.threshold_T, 0, D_IN) != 0
     leaves, pieces = (
