@@ -177,6 +177,7 @@ class EngineConfig:
     slots: int | str = 4  # trials that train at once on one base; auto: what memory and a speed probe give
     tokens_per_pass: int | str = 1024  # most useful tokens in one forward/backward; auto: what memory holds
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    gradient_checkpointing: bool | str = "auto"  # auto: where a row would not fit without it
     dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are float32 always
 
     def __post_init__(self) -> None:
@@ -184,6 +185,9 @@ class EngineConfig:
             value = getattr(self, key)
             fits = value == "auto" or (isinstance(value, int) and value >= least)
             require(fits, f"engine.{key}", value, f"must be at least {least}, or auto")
+        recompute = self.gradient_checkpointing
+        known_choice = isinstance(recompute, bool) or recompute == "auto"
+        require(known_choice, "engine.gradient_checkpointing", recompute, "must be true, false or auto")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(bool(known), "engine.device", self.device, "must be auto, cpu, cuda or cuda:N")
         require_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))

@@ -28,6 +28,7 @@ from lora_search.model import Base, matches, target_layers
 from lora_search.optim import SlotAdamW, learning_rate
 from lora_search.packing import fill_pass
 from lora_search.passes import PackedModel, SlotRows
+from lora_search.recompute import recompute_layers
 from lora_search.slots import Slot
 from lora_search.space import Space, largest, possible_targets, smallest, trial_settings
 from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
@@ -302,6 +303,8 @@ def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) ->
         layers |= target_layers(base.model, targets)
     everything = target_layers(base.model, (ALL_LINEAR,))
     layers = {name: layer for name, layer in everything.items() if name in layers}
+    if config.engine.gradient_checkpointing is True:
+        recompute_layers(base.model)
     chosen = _fit(config, room, base, splits, layers)
     bank = SlotBank(base.model, layers, chosen.slots, room.max_rank, base.dtype)
     engine = Engine(

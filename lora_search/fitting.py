@@ -8,15 +8,18 @@ CPU the tensors kept for backward are counted.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from lora_search.config import EngineConfig
 from lora_search.data import Example
 from lora_search.errors import LoraSearchError
 from lora_search.lora import SlotBank
+from lora_search.memory import give_back_memory, is_out_of_memory
 from lora_search.passes import PackedModel, SlotRows
+from lora_search.recompute import decoder_layers, recompute_layers
 
 MARGIN = {"cuda": 0.85, "cpu": 0.5}  # share of what is free that is planned with
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # beyond it a pass of a 1B to 8B (135M) model gains no speed
@@ -62,9 +65,14 @@ def fit(
     room = MARGIN[device] * free_bytes
     lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
     mean = sum(lengths) / len(lengths)
-    cost = measure(model, rows, sizes=_sizes(config, mean, batch_size, device))
+    sizes = _sizes(config, mean, batch_size, device)
+    cost = measure(model, rows, sizes)
     least_slots = 1 if config.slots == "auto" else int(config.slots)
-    tokens = _tokens(config, cost, room - least_slots * bytes_per_slot, lengths[0], MOST_TOKENS[device])
+    room_for_pass = room - least_slots * bytes_per_slot
+    if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < lengths[0]:
+        recompute_layers(model.decoder)
+        cost = measure(model, rows, sizes) if device == "cuda" else _recomputed(cost, model.decoder)
+    tokens = _tokens(config, cost, room_for_pass, lengths[0], MOST_TOKENS[device])
     left = room - cost.fixed_bytes - cost.bytes_per_token * tokens
     slots = least_slots
     if config.slots == "auto":
@@ -75,14 +83,25 @@ def fit(
 
 
 def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -> PassCost:
-    """Return what training passes of about these many tokens take, of the longest rows as the worst case."""
+    """Return what training passes of about these many tokens take, of the longest rows as the worst case.
+
+    It ends early at a size that runs out of memory; where the first one does, a token costs all there is.
+    """
     longest = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     used, points = [], {}
     for size in sizes:
         chosen = _fill(longest, size)
         pack = SlotRows(0, chosen, 0, range(len(chosen)), dropout=0.05)
-        used.append((pack.num_tokens, _peak_bytes(model, pack)))
-        points[pack.num_tokens] = pack.num_tokens / _seconds(model, pack)
+        try:
+            used.append((pack.num_tokens, _peak_bytes(model, pack)))
+            points[pack.num_tokens] = pack.num_tokens / _seconds(model, pack)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            give_back_memory(model.device)
+            break
+    if not points:
+        return PassCost(math.inf, 1.0, {1: 1.0})
     (few, low), (many, high) = used[0], used[-1]
     slope = max(0.0, (high - low) / (many - few)) if many > few else high / many
     return PassCost(max(0.0, low - slope * few), slope, points)
@@ -106,15 +125,29 @@ def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> l
 def _tokens(config: EngineConfig, cost: PassCost, room: float, longest: int, most: int) -> int:
     if config.tokens_per_pass != "auto":
         return int(config.tokens_per_pass)
-    fitting = int((room - cost.fixed_bytes) / max(cost.bytes_per_token, 1.0))
+    fitting = _fitting(cost, room)
     if fitting < longest:
         needed = (cost.fixed_bytes + cost.bytes_per_token * longest) / 2**30
+        amount = f"{needed:.1f} GiB" if math.isfinite(needed) else "more than there is"
         raise LoraSearchError(
-            f"engine.tokens_per_pass: a row of {longest} tokens needs {needed:.1f} GiB beside the base, and "
+            f"engine.tokens_per_pass: a row of {longest} tokens needs {amount} beside the base, and "
             f"{max(room, 0.0) / 2**30:.1f} GiB are left. Lower data.max_length (at most {max(fitting, 0)}) "
             "or lora.r, or take a device with more memory."
         )
     return min(fitting, most)
+
+
+def _fitting(cost: PassCost, room: float) -> int:
+    """Return the most tokens of a pass within the room."""
+    return max(0, int(max(room - cost.fixed_bytes, 0.0) / max(cost.bytes_per_token, 1.0)))
+
+
+def _recomputed(cost: PassCost, decoder: nn.Module) -> PassCost:
+    """Return what passes take once layers are computed again: the inputs of all, the inside of one."""
+    layers = len(decoder_layers(decoder))
+    weight = next(decoder.parameters())
+    inputs = layers * weight.shape[-1] * weight.element_size()
+    return replace(cost, bytes_per_token=cost.bytes_per_token / layers + inputs)
 
 
 def _slots(cost: PassCost, tokens: int, batch_tokens: float, most: int) -> int:

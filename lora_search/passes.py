@@ -66,17 +66,14 @@ class PackedModel:
         position_T = torch.cat([torch.arange(length) for length in lengths])
         boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         target_positions = torch.tensor(_completion_positions(rows))
-        self.bank.plan = self._plan(packs)
-        try:
-            output = self.decoder(
-                input_ids=self._upload(ids_T[None]),
-                position_ids=self._upload(position_T[None]),
-                use_cache=False,
-                cu_seq_lens_q=self._upload(boundaries),
-                max_length_q=max(lengths),
-            )
-        finally:
-            self.bank.plan = None
+        self.bank.plan = self._plan(packs)  # it stays: layers may be computed again on the way back
+        output = self.decoder(
+            input_ids=self._upload(ids_T[None]),
+            position_ids=self._upload(position_T[None]),
+            use_cache=False,
+            cu_seq_lens_q=self._upload(boundaries),
+            max_length_q=max(lengths),
+        )
         target_N = self._upload(ids_T[target_positions])
         return output.last_hidden_state[0, self._upload(target_positions - 1)], target_N
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lora_search.data import Example, Splits, epoch_order
 from lora_search.lora import export_peft
+from lora_search.recompute import recompute_layers
 from lora_search.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
@@ -72,6 +73,18 @@ def test_grouped_matmuls_of_a_gpu_give_the_same_curves(
         torch.testing.assert_close(losses(packed[number]), losses(solo), rtol=1e-5, atol=0)
         torch.testing.assert_close(perplexities(packed[number]), perplexities(solo), rtol=1e-5, atol=0)
     assert not engine.bank.theta_SP.any(), "a released slot leaves nothing behind"
+
+
+def test_layers_that_are_computed_again_give_the_same_curves(
+    tiny_llama: Path, tmp_path: Path, solo_curves: dict[int, list[Measurement]]
+) -> None:
+    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200)
+    recompute_layers(engine.model.decoder)
+
+    packed = train_all(engine, mixed_runs(tmp_path))
+
+    for number, solo in solo_curves.items():
+        torch.testing.assert_close(losses(packed[number]), losses(solo), rtol=1e-5, atol=0)
 
 
 def test_micro_batches_and_accumulation_are_the_same_step(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sizes chosen by the probe: they fit the memory that is there, and what cannot fit is said at once."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def test_a_row_that_cannot_fit_is_one_message_with_what_would(tiny_llama: Path, 
         LoraSearchError, match=r"a row of \d+ tokens needs .* Lower data.max_length \(at most"
     ):
         probe(tiny_llama, make_run(tmp_path), config, free_bytes=MIB // 8)
+
+
+def test_a_row_that_fits_only_with_its_layers_computed_again_gets_them_so(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    run, config = make_run(tmp_path), EngineConfig(slots=1, tokens_per_pass="auto")
+    engine = build_engine(tiny_llama, SPLITS, max_rank=8)
+    engine.bank.admit(0, dataclasses.replace(run.settings, r=8), engine.bank.names, seed=0)
+    cost = measure(engine.model, SPLITS.train, (100, 200))
+    longest = max(len(row.input_ids) for row in SPLITS.train)
+    short_of = int(
+        2 * (cost.fixed_bytes + bytes_per_slot(engine.bank) + 0.9 * longest * cost.bytes_per_token)
+    )
+
+    chosen = fit(config, engine.model, SPLITS.train, 2, bytes_per_slot(engine.bank), 1, short_of)
+
+    assert chosen.tokens_per_pass >= longest
+    assert all(isinstance(layer.forward, partial) for layer in engine.model.decoder.layers)
 
 
 def test_a_pass_takes_memory_in_proportion_to_its_tokens(tiny_llama: Path, tmp_path: Path) -> None:

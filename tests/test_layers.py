@@ -8,7 +8,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"config", "trial"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
-    {"adapters", "fused", "row_attention", "head", "memory"},
+    {"adapters", "fused", "row_attention", "head", "memory", "recompute"},
     {"attention"},
     {
         "history",

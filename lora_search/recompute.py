@@ -1,0 +1,30 @@
+"""Gradient checkpointing (arXiv 1604.06174): keep each decoder layer's input only, compute the layer once
+more on the way back. A third more time for a small part of the memory; the numbers stay the same, dropout
+included, since masks depend on no generator.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Return the layers: the longest list of modules in the decoder."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=nn.ModuleList()))
+
+
+def recompute_layers(decoder: nn.Module) -> None:
+    """From now on compute the decoder's layers again on the way back."""
+    for layer in decoder_layers(decoder):
+        if not isinstance(layer.forward, partial):
+            layer.forward = partial(_again, layer.forward)  # type: ignore[method-assign]
+
+
+def _again(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
