@@ -13,18 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     """Return the layers: the longest list of modules in the decoder."""
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    lists = [list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def recompute_layers(decoder: nn.Module) -> None:
     """From now on compute the decoder's layers again on the way back."""
     for layer in decoder_layers(decoder):
         if not isinstance(layer.forward, partial):
-            layer.forward = partial(_again, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(_again, layer.forward)
 
 
 def _again(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
