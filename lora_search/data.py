@@ -76,7 +76,9 @@ def prepare(
         **{name: tuple(item.example for item in members) for name, members in cut.items()},
         max_length=max_length,
         data_hash=_hash(unique),
-        counts={key: count for key, count in counts.items() if count} | {k: len(v) for k, v in cut.items()},
+        counts={key: count for key, count in counts.items() if count}
+        | {name: len(members) for name, members in cut.items()}
+        | _lengths(items["train"]),
     )
 
 
@@ -185,8 +187,26 @@ def _max_length(config: DataConfig, train: Sequence[Example], tokenizer: PreTrai
         rule = f"must be at most {limit}, the longest input of the model"
         require(config.max_length <= limit, "data.max_length", config.max_length, rule)
         return config.max_length
-    percentile = np.percentile([len(example.input_ids) for example in train], config.max_length_percentile)
-    return min(math.ceil(float(percentile) / 8) * 8, limit)
+    lengths = [len(example.input_ids) for example in train]
+    enough = math.ceil(float(np.percentile(lengths, config.max_length_percentile)) / 8) * 8
+    if not config.max_length_choices:
+        return min(enough, limit)
+    choices = sorted(config.max_length_choices)
+    chosen = next((choice for choice in choices if choice >= enough), choices[-1])
+    rule = f"must be at most {limit}, the longest input of the model"
+    require(chosen <= limit, "data.max_length_choices", chosen, rule)
+    return chosen
+
+
+def _lengths(train: Sequence[_Item]) -> dict[str, int]:
+    """Return the token distribution in three figures, before anything is cut."""
+    lengths = [len(item.example.input_ids) for item in train]
+    median, most = np.percentile(lengths, (50, 99))
+    return {
+        "tokens in the median training row": round(float(median)),
+        "tokens hold 99 % of them": math.ceil(float(most)),
+        "tokens in the longest": max(lengths),
+    }
 
 
 def _leave_out_long_prompts(

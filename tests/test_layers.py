@@ -27,7 +27,7 @@ LAYERS = [
     {"data", "model", "study"},
     {"passes", "axis"},
     {"slots", "evaluation", "fitting"},
-    {"charts", "engine"},
+    {"charts", "engine", "preflight"},
     {"report"},
     {"worker", "training"},
     {"sweep"},
