@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lora_search.config import SweepConfig, require
+from lora_search.data import LENGTH, Splits
 from lora_search.errors import ConfigError
 from lora_search.space import Space, largest
 from lora_search.storage import check_storage
@@ -47,3 +48,12 @@ def describe_search(config: SweepConfig, space: Space) -> list[str]:
         given = ", ".join(f"{key}={value}" for key, value in outside.items())
         lines.append(f"{given} lies outside what is searched: the first trial is drawn like the others")
     return lines
+
+
+def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
+    """Return what was read and left out, and how long the rows are: one line each."""
+    is_length = {key: key.startswith(LENGTH) for key in splits.counts}
+    rows = ", ".join(f"{count} {key}" for key, count in splits.counts.items() if not is_length[key])
+    lengths = [f"{key.removeprefix(LENGTH)} {n}" for key, n in splits.counts.items() if is_length[key]]
+    chosen = f"rows are cut at {splits.max_length} tokens (data.max_length={config.data.max_length})"
+    return [f"data {config.data.path}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]

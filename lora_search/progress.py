@@ -5,6 +5,7 @@ The program prints here and nowhere else.
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -281,8 +282,8 @@ def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
     steps = {
         "report": f"{folder}/report.html",
         "best adapter": best,
-        "dashboard": f"{program('optuna-dashboard')} {redact(config.study.storage)}",
-        "W&B": f"{program('wandb')} sync {folder}/trials/*/wandb/offline-run-*",
+        "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
+        "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
         "more trials": f"the same command with study.n_trials={config.study.n_trials * 2}",
         "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
     }

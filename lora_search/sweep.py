@@ -60,10 +60,11 @@ def main() -> int:
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     """Prepare, search, conclude."""
-    from lora_search.data import prepare
+    from lora_search.data import prepare, write_pairs
     from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
-    from lora_search.preflight import check_amount, check_places, describe_search
+    from lora_search.note import write_note
+    from lora_search.preflight import check_amount, check_places, describe_rows, describe_search
     from lora_search.reading import load_rows
     from lora_search.space import parse_space
     from lora_search.study import SweepStudy, check_study
@@ -75,16 +76,18 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     space = parse_space(config)
     check_study(config, space)
     pick_device(config.engine.device)
-    tracker = make_tracker(config, {"model": config.model.path, "seed": config.seed})
+    tracker = make_tracker(
+        config, {"model": config.model.path, "data": config.data.path, "seed": config.seed}
+    )
     rows = load_rows(config.data)
     check_places(config)
     for line in describe_search(config, space):
         progress.event(line)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
-    progress.event(f"data {config.data.path}: " + ", ".join(f"{v} {k}" for k, v in splits.counts.items()))
-    progress.event(f"rows of up to {splits.max_length} tokens (data.max_length={config.data.max_length})")
+    splits = prepare(config, rows, load_tokenizer(source, config.model))
+    for line in describe_rows(config, splits):
+        progress.event(line)
     check_amount(config, space, len(splits.train))
     base = load_base(source, config.model, config.engine)
     engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
@@ -93,13 +96,17 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     attributes = _attributes(config, sweep_name, source, splits)
     fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
     study = SweepStudy.open(config, space, fingerprint, attributes, folder)
+    write_pairs(splits, folder / "data")  # now that no other sweep's lie there
     progress.event(
         f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
     )
+    is_new = "base_perplexity" not in study.attributes()
     base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
     progress.event(
         f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
     )
+    if is_new:
+        write_note(study.study, config, space, attributes["command"], float(base_perplexity))
     if not study.is_finished:
         with progress:
             work(study, engine, tracker, progress)

@@ -265,7 +265,7 @@ def test_auto_length_takes_the_smallest_choice_that_is_enough(
 
     splits = prepared(tmp_path, rows, settings(max_length_choices=choices))
 
-    assert splits.counts["tokens hold 99 % of them"] in range(73, 97)  # of a byte-level tokenizer
+    assert splits.counts["tokens in a training row: 99 % up to"] in range(73, 97)  # of a byte-level tokenizer
     assert splits.max_length == chosen
     assert splits.counts.get("train truncated", 0) == (len(splits.train) if chosen == 40 else 0)
 

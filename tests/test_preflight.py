@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from lora_search.composition import compose
+from lora_search.data import LENGTH, Splits
 from lora_search.errors import ConfigError, LoraSearchError
-from lora_search.preflight import check_amount, check_places, describe_search
+from lora_search.preflight import check_amount, check_places, describe_rows, describe_search
 from lora_search.space import parse_space
 
 
@@ -81,3 +82,14 @@ def test_a_value_that_lies_outside_its_range_is_told_of() -> None:
 
     assert first.startswith("searching lora.r choice(8, 16, 32), optim.lr tag(log, interval(5e-5, 5e-3)), ")
     assert second == "optim.lr=0.9 lies outside what is searched: the first trial is drawn like the others"
+
+
+def test_people_are_told_how_long_their_rows_are() -> None:
+    config = compose("smoke", [])
+    counts = {"rows read": 9, "train": 7, f"{LENGTH} median": 40, f"{LENGTH} longest": 90}
+    splits = Splits((), (), (), 64, "hash", counts)
+
+    assert describe_rows(config, splits) == [
+        "data construction-faq: 9 rows read, 7 train",
+        "rows are cut at 64 tokens (data.max_length=128); before that: median 40, longest 90",
+    ]

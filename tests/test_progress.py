@@ -218,7 +218,7 @@ def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as after `make sweep`: the environment is not activated
     monkeypatch.delenv("MAKELEVEL", raising=False)
     config = SweepConfig(
-        study=StudyConfig(name="faq", n_trials=5, storage="postgresql://u:secret@db/faq"),
+        study=StudyConfig(name="faq", n_trials=5, storage="postgresql://u:secret@db/my faq"),
         data=DataConfig(path="my.jsonl"),
     )
 
@@ -226,7 +226,7 @@ def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPat
 
     bin_folder = Path(sys.executable).parent
     assert steps[0] == "  report         runs/faq/report.html"
-    assert steps[2].endswith("/optuna-dashboard postgresql://u:***@db/faq")
+    assert steps[2].endswith("/optuna-dashboard 'postgresql://u:***@db/my faq'")
     assert Path(steps[2].split()[1]).resolve() == bin_folder.resolve() / "optuna-dashboard"
     assert steps[3].endswith("/wandb sync runs/faq/trials/*/wandb/offline-run-*")
     assert steps[4].endswith("the same command with study.n_trials=10")

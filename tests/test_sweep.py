@@ -85,6 +85,17 @@ def test_changed_settings_under_the_old_name_are_refused(
     assert "optim.weight_decay: 0.0 -> 0.1" in capsys.readouterr().out
 
 
+def test_a_refused_sweep_leaves_the_pairs_of_the_old_one(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = finished / "runs/smoke/data/train.jsonl"
+    before = pairs.read_text()
+
+    assert run_sweep(monkeypatch, finished, *TINY, "optim.lr=5e-3", "template=inst") == 2
+
+    assert pairs.read_text() == before
+
+
 def test_the_report_is_written_anew_and_needs_no_network(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +159,7 @@ BAD_INPUT = [
     (["lora.target_modules=[q_proj,q_proj]"], "lora.target_modules: must name each layer once"),
     (["+x=1"], "x: there is no such setting. See --help."),
     (["space/lora=null"], "space/lora=null: names no choice of the group space/lora"),
-    (["--cfg", "job", "space/lora=null"], "space/lora=null: names no choice of the group space/lora"),
+    (["space/lora=null", "--cfg", "job"], "space/lora=null: names no choice of the group space/lora"),
     (["-cd", "/no/folder"], "-cd /no/folder: no such folder."),
     (["-cp", "/no/folder"], "-cp: sweeps lie in sweeps/. Add a folder of your own with -cd."),
     (["-m"], "-m: a sweep searches by its `space`"),
