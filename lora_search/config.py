@@ -12,6 +12,7 @@ from typing import Any
 from lora_search.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str = "") -> None:
@@ -48,6 +49,14 @@ class ColumnsConfig:
     context: str | None = "context"
     response: str = "response"
 
+    def __post_init__(self) -> None:
+        names = [name for name in (self.instruction, self.context, self.response) if name is not None]
+        for key in ("instruction", "context", "response"):
+            name = getattr(self, key)
+            require(name != "", f"data.columns.{key}", name, "must name a column of the file")
+            rule = "must be another column than the other parts"
+            require(names.count(name) <= 1, f"data.columns.{key}", name, rule)
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -60,6 +69,7 @@ class DataConfig:
     max_validation_examples: int | None = None
     max_length: int | str = "auto"  # tokens per row, or auto: the percentile below of the training rows
     max_length_percentile: float = 99.0
+    max_length_choices: list[int] = field(default_factory=list)  # auto takes the smallest that is enough
 
     def __post_init__(self) -> None:
         require(bool(self.path.strip()), "data.path", self.path, "must name a file or folder")
@@ -77,6 +87,12 @@ class DataConfig:
         require(is_length, "data.max_length", self.max_length, "must be a number of tokens >= 8, or auto")
         percentile = self.max_length_percentile
         require(0 < percentile <= 100, "data.max_length_percentile", percentile, "must lie in (0, 100]")
+        choices, key = self.max_length_choices, "data.max_length_choices"
+        require(
+            all(c >= 8 for c in choices), key, choices, "must be numbers of tokens >= 8", "Try [512,1024]"
+        )
+        rule = "are for data.max_length=auto only"
+        require(not choices or self.max_length == "auto", key, choices, rule, "Set data.max_length=auto")
 
 
 @dataclass(kw_only=True)
@@ -97,7 +113,7 @@ class LoraConfig:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, "lora.r", self.r, "must be at least 1", "Try 8, 16 or 32")
+        require(1 <= self.r <= MAX_RANK, "lora.r", self.r, f"must lie in [1, {MAX_RANK}]", "Try 8, 16 or 32")
         self.alpha_for_rank(self.r)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must lie in [0, 1)", "Try 0.05")
         names = self.target_modules
@@ -109,6 +125,8 @@ class LoraConfig:
             f"must be a list of layer names or {ALL_LINEAR}",
             "Write it as '[q_proj,v_proj]'",
         )
+        is_unique = not is_list or len(set(names)) == len(names)
+        require(is_unique, "lora.target_modules", names, "must name each layer once", "Take the repeated out")
 
     def alpha_for_rank(self, r: int) -> float:
         """Return alpha as a number: "2r" at rank 8 is 16."""
@@ -258,7 +276,10 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ("wandb_offline", "wandb", "none"))
-        require(bool(self.project), "tracker.project", self.project, "must not be empty")
+        for key in ("project", "entity"):
+            name = getattr(self, key)
+            is_usable = name is None or re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
+            require(is_usable, f"tracker.{key}", name, r"must be 1 to 128 characters, none of / \ # ? % :")
 
 
 @dataclass(kw_only=True)
@@ -282,6 +303,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
+        require(bool(self.runs_dir.strip()), "runs_dir", self.runs_dir, "must name a folder", "Try runs")
 
 
 def redact(url: str) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from lora_search.templates import Pair, Row, render
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30
 SHOWN_ROWS = 3
+LENGTH = "tokens in a training row:"  # so begin the counts of the token distribution
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Splits:
     max_length: int
     data_hash: str
     counts: dict[str, int]
+    pairs: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # the text of each split
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def prepare(
     config: SweepConfig,
     loaded: tuple[list[Row], Counter[str]],
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    folder: Path | None = None,
 ) -> Splits:
-    """Clean, split, render, tokenize; write the pairs to ``folder``/{train,validation,test}.jsonl."""
+    """Clean, split, render, tokenize; write the pairs to ``folder`` where one is given."""
     rows, counts = loaded[0], loaded[1].copy()
     unique = _without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
@@ -71,13 +73,18 @@ def prepare(
     max_length = _max_length(config.data, [item.example for item in items["train"]], tokenizer)
     fitting = _leave_out_long_prompts(items, max_length, config.data, counts)
     cut = {name: _truncate(name, members, max_length, tokenizer, counts) for name, members in fitting.items()}
-    _write({name: [item.pair for item in members] for name, members in cut.items()}, folder)
-    return Splits(
+    splits = Splits(
         **{name: tuple(item.example for item in members) for name, members in cut.items()},
         max_length=max_length,
         data_hash=_hash(unique),
-        counts={key: count for key, count in counts.items() if count} | {k: len(v) for k, v in cut.items()},
+        counts={key: count for key, count in counts.items() if count}
+        | {name: len(members) for name, members in cut.items()}
+        | _lengths(items["train"]),
+        pairs={name: tuple(item.pair for item in members) for name, members in cut.items()},
     )
+    if folder is not None:
+        write_pairs(splits, folder)
+    return splits
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
@@ -185,8 +192,26 @@ def _max_length(config: DataConfig, train: Sequence[Example], tokenizer: PreTrai
         rule = f"must be at most {limit}, the longest input of the model"
         require(config.max_length <= limit, "data.max_length", config.max_length, rule)
         return config.max_length
-    percentile = np.percentile([len(example.input_ids) for example in train], config.max_length_percentile)
-    return min(math.ceil(float(percentile) / 8) * 8, limit)
+    lengths = [len(example.input_ids) for example in train]
+    enough = math.ceil(float(np.percentile(lengths, config.max_length_percentile)) / 8) * 8
+    if not config.max_length_choices:
+        return min(enough, limit)
+    choices = sorted(config.max_length_choices)
+    chosen = next((choice for choice in choices if choice >= enough), choices[-1])
+    rule = f"must be at most {limit}, the longest input of the model"
+    require(chosen <= limit, "data.max_length_choices", chosen, rule)
+    return chosen
+
+
+def _lengths(train: Sequence[_Item]) -> dict[str, int]:
+    """Return the token distribution in three figures, before anything is cut."""
+    lengths = [len(item.example.input_ids) for item in train]
+    median, most = np.percentile(lengths, (50, 99))
+    return {
+        f"{LENGTH} median": round(float(median)),
+        f"{LENGTH} 99 % up to": math.ceil(float(most)),
+        f"{LENGTH} longest": max(lengths),
+    }
 
 
 def _leave_out_long_prompts(
@@ -231,9 +256,10 @@ def _cut(item: _Item, max_length: int, tokenizer: PreTrainedTokenizerBase) -> _I
     return _Item(item.source, Pair(item.pair.prompt, completion), short)
 
 
-def _write(pairs: dict[str, list[Pair]], folder: Path) -> None:
+def write_pairs(splits: Splits, folder: Path) -> None:
+    """Write the text that the model sees to ``folder``/{train,validation,test}.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, members in pairs.items():
+    for name, members in splits.pairs.items():
         lines = [
             json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in members
         ]

@@ -4,8 +4,13 @@ The program prints here and nowhere else.
 """
 
 import logging
+import os
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lora_search.config import SweepConfig, redact
 from lora_search.ranking import (
     best_of,
     ranked,
@@ -269,7 +275,31 @@ def row_cells(row: TrialRow, keys: Sequence[str], base_perplexity: float) -> lis
     ]
 
 
-def next_steps(places: Mapping[str, str]) -> str:
-    """Return the lines to type next, one per place."""
-    width = max(map(len, places))
-    return "\n".join(f"  {name:<{width}}  {command}" for name, command in places.items())
+def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
+    """Return where the results lie and the commands to type next, as they work in this shell."""
+    own = "data=jsonl data.path=my.jsonl study.name=mine"
+    by_make = "MAKELEVEL" in os.environ  # make sets it for what it starts
+    steps = {
+        "report": f"{folder}/report.html",
+        "best adapter": best,
+        "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
+        "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
+        "more trials": f"the same command with study.n_trials={config.study.n_trials * 2}",
+        "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
+    }
+    if config.tracker.name != "wandb_offline":
+        del steps["W&B"]
+    width = max(map(len, steps))
+    return "\n".join(f"  {name:<{width}}  {step}" for name, step in steps.items())
+
+
+def program(name: str) -> str:
+    """Return how to call a program that is installed beside this Python: its name, or else its path."""
+    beside = Path(sys.executable).parent / name
+    if not beside.exists() or shutil.which(name) == str(beside):
+        return name
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def python() -> str:
+    return "python" if shutil.which("python") == sys.executable else program(Path(sys.executable).name)

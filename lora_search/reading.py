@@ -3,6 +3,8 @@
 What cannot be used is refused, or skipped with a count; nothing is dropped in silence.
 """
 
+import codecs
+import csv
 import difflib
 import importlib.resources
 import json
@@ -19,7 +21,9 @@ from lora_search.templates import Row
 
 PACKAGED = "construction-faq"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SEPARATORS = ",;\t"  # of a CSV file; spreadsheets write ; where the comma is the decimal sign
 SHOWN_COMPLAINTS = 3
+CHATS = {"messages", "conversations"}
 USUAL_NAMES = {  # what other data sets call the parts, for suggestions only
     "instruction": ("question", "prompt", "query", "input"),
     "context": ("input", "passage", "background", "document"),
@@ -109,6 +113,9 @@ def _read(path: Path, columns: ColumnsConfig) -> tuple[list[Record], Counter[str
 
 
 def _file(path: Path, columns: ColumnsConfig) -> Iterator[Record]:
+    encoding = _wide_encoding(path)
+    if encoding is not None:
+        raise DataError(f"data.path: {path.name} is {encoding}, not UTF-8. {_convert(path, encoding)}")
     if path.suffix.lower() == ".jsonl":
         return _jsonl(path)
     return _as_records(path.name, _table(path, columns))
@@ -117,8 +124,6 @@ def _file(path: Path, columns: ColumnsConfig) -> Iterator[Record]:
 def _jsonl(path: Path) -> Iterator[Record]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"data.path: {path.name} is UTF-16, not UTF-8. {_convert(path, 'UTF-16')}")
             if line.strip():
                 place = f"line {number} of {path.name}"
                 yield Record(place, f"{path.name}:{number}", _parse(line, place, path))
@@ -127,7 +132,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 def _parse(line: bytes, place: str, path: Path) -> Any:
     """Return what the line says, or a Complaint."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         remedy = _convert(path, "LATIN1")
         return Complaint("not UTF-8", f"{place} is not UTF-8 at byte {error.start + 1}. {remedy}")
@@ -137,8 +142,38 @@ def _parse(line: bytes, place: str, path: Path) -> Any:
             f", or name the file {path.stem}.json if it is one list." if line.lstrip()[:1] == b"[" else "."
         )
         return Complaint("not JSON", f"{place} is not JSON ({error.msg} at column {error.colno}). {hint}")
+    except _RepeatedKeyError as error:
+        return Complaint("repeated key", f"{place} has {error} twice. Keep one of them.")
     except (ValueError, RecursionError) as error:  # a huge integer, deep nesting
         return Complaint("not JSON", f"{place} is not JSON that can be read ({error}).")
+
+
+class _RepeatedKeyError(Exception):
+    """JSON would keep the last value in silence."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(json.dumps(name) for name in names if names.count(name) > 1))
+    return content
+
+
+def _wide_encoding(path: Path) -> str | None:
+    """Return UTF-16 or UTF-32 where a text file is in one of them, with or without a mark at its start."""
+    if path.suffix.lower() == ".parquet":
+        return None
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    blanks = [place % 2 for place, byte in enumerate(start) if byte == 0]
+    if len(blanks) < len(start) // 4 or not blanks or len(set(blanks)) > 1:
+        return None
+    return "UTF-16LE" if blanks[0] else "UTF-16BE"
 
 
 def _convert(path: Path, encoding: str) -> str:
@@ -162,13 +197,18 @@ def _table(path: Path, columns: ColumnsConfig) -> list[Any]:
                 # Without these, an answer "NA" or "null" would be read as missing, and "12" as a number.
                 names = [name for name in (columns.instruction, columns.context, columns.response) if name]
                 as_text = dict.fromkeys(names, str)
-                table = datasets.Dataset.from_csv(**place, keep_default_na=False, converters=as_text)
+                table = datasets.Dataset.from_csv(
+                    **place, sep=_separator(path, names), keep_default_na=False, converters=as_text
+                )
             elif path.suffix.lower() == ".json":
                 table = datasets.Dataset.from_json(**place)
             else:
                 table = datasets.Dataset.from_parquet(**place)
         except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-            if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            empty = ("corresponds to no data", "BatchSize must be greater than 0")
+            if isinstance(error, StopIteration) or any(
+                words in f"{error} {error.__cause__}" for words in empty
+            ):
                 return []  # how the library says that there are no rows
             raise DataError(f"data.path: {path.name} cannot be read: {_cause(error, path)}") from None
     if "__index_level_0__" in table.column_names and path.suffix.lower() == ".csv":
@@ -176,6 +216,21 @@ def _table(path: Path, columns: ColumnsConfig) -> list[Any]:
         rule = "has rows with more fields than its header"
         raise DataError(f'data.path: {path.name} {rule}. Put text that holds commas in "quotes".')
     return list(table.to_list())
+
+
+def _separator(path: Path, names: Sequence[str]) -> str:
+    """Return what stands between the columns, by the header. A column that is there twice is refused."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        headers = {
+            sep: next(csv.reader([line], delimiter=sep), [])
+            for line in [file.readline()]
+            for sep in SEPARATORS
+        }
+    separator = next((sep for sep, header in headers.items() if names[0] in header), ",")
+    repeated = next((name for name in names if headers[separator].count(name) > 1), None)
+    if repeated is not None:
+        raise DataError(f'data.path: {path.name} has two columns "{repeated}". Rename one of them.')
+    return separator
 
 
 def _cause(error: BaseException, path: Path) -> str:
@@ -186,15 +241,17 @@ def _cause(error: BaseException, path: Path) -> str:
         ".csv": 'Put text that holds commas, quotes or line breaks in "quotes".',
         ".json": "Mend the JSON.",
     }
-    return f"{str(cause).strip().splitlines()[0]}. {remedies.get(path.suffix.lower(), 'Is it complete?')}"
+    said = str(cause).strip().splitlines()[0].rstrip(".")
+    return f"{said}. {remedies.get(path.suffix.lower(), 'Is it complete?')}"
 
 
 def _saved_folder(path: Path) -> tuple[list[Record], Counter[str]]:
     datasets = _datasets()
     try:
         saved = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"data.path: {path} cannot be read: {error!r}. Save it again with save_to_disk."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition(" Detail:")[0].rstrip(". ")
+        message = f"data.path: {path} cannot be read: {reason}. Save it again with save_to_disk."
         raise DataError(message) from None
     if not isinstance(saved, datasets.DatasetDict):
         return list(_as_records(path.name, saved.to_list())), Counter()
@@ -220,12 +277,16 @@ def _check(record: Record, columns: ColumnsConfig) -> Row | Complaint:
     if not isinstance(content, dict):
         kind = type(content).__name__
         message = f'{place} is a {kind}, not an object like {{"instruction": ..., "response": ...}}.'
+        if isinstance(content, list) and ".jsonl:" in record.source:
+            message += " Name the file .json if it is one list."
         return Complaint("not an object", message)
     texts = {"context": ""}
     for part, column in (("instruction", columns.instruction), ("response", columns.response)):
         if column not in content:
             keys, other = ", ".join(map(str, content)), _suggest(part, content, columns)
             remedy = f"Rename it, or set data.columns.{part}={other}."
+            if not CHATS.isdisjoint(content):
+                remedy = "Chats are not read: write question and answer under keys of their own."
             return Complaint("missing field", f'{place} has no "{column}" (keys: {keys}). {remedy}')
         texts[part] = content[column]
     if columns.context and content.get(columns.context) is not None:
@@ -240,7 +301,8 @@ def _complain(value: object, what: str, required: bool) -> Complaint | None:
     if value is None:
         return Complaint("missing field", f"{what} is missing or null.")
     if not isinstance(value, str):
-        return Complaint("wrong type", f'{what} is {type(value).__name__}, not text. Put it in "quotes".')
+        remedy = 'Put it in "quotes".' if isinstance(value, int | float) else "Write it as one text."
+        return Complaint("wrong type", f"{what} is {type(value).__name__}, not text. {remedy}")
     if required and not value.strip():
         return Complaint("empty field", f"{what} is empty.")
     try:

@@ -3,6 +3,7 @@
 `python -m lora_search.report -cn NAME [study.name=...]` writes it anew at any time, also during the sweep.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from lora_search.charts import learning_curves, parameter_chart
-from lora_search.composition import DEFAULT_SWEEP, compose
+from lora_search.composition import DEFAULT_SWEEP, compose_study
 from lora_search.errors import LoraSearchError, StudyError
 from lora_search.progress import Progress
 from lora_search.ranking import (
@@ -29,7 +30,7 @@ from lora_search.ranking import (
 from lora_search.study import SweepStudy
 from lora_search.trial import TrialRow
 
-HIDDEN = ("fingerprint",)  # says the same as the settings
+HIDDEN = ("fingerprint", "command")  # the settings say the same; shown above
 
 
 def write_report(
@@ -108,21 +109,32 @@ def facts(attributes: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def main() -> int:
     """Write the report of the study that the command line names; return the exit code."""
     progress = Progress()
-    arguments = sys.argv[1:]
-    name = arguments.pop(arguments.index("-cn") + 1) if "-cn" in arguments[:-1] else DEFAULT_SWEEP
+    arguments = parse_arguments(sys.argv[1:])
     try:
-        config = compose(name, [a for a in arguments if a != "-cn"])
-        rows, attributes = SweepStudy.read(config.study)
+        study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
+        rows, attributes = SweepStudy.read(study)
         if "base_perplexity" not in attributes:
-            name = config.study.name
-            raise StudyError(f"study.name: {name!r} has measured nothing yet. Run the sweep first.")
-        path = Path(config.runs_dir) / config.study.name / "report.html"
+            raise StudyError(f"study.name: {study.name!r} has measured nothing yet. Run the sweep first.")
+        path = Path(runs_dir) / study.name / "report.html"
         write_report(rows, attributes, float(attributes["base_perplexity"]), path)
     except LoraSearchError as error:
         progress.console.print(str(error), markup=False)
         return error.exit_code
     progress.event(f"wrote {path}")
     return 0
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return sweep, overrides and config_dir, named as in `python -m lora_search.sweep`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_search.report",
+        description="Write runs/<study>/report.html anew, also while the sweep runs.",
+    )
+    parser.add_argument("-cn", "--config-name", dest="sweep", default=DEFAULT_SWEEP, metavar="SWEEP",
+                        help="the sweep, as in lora_search.sweep (default: %(default)s)")  # fmt: skip
+    parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="a folder of your own sweeps")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. study.name=mine")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

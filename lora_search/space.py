@@ -44,8 +44,12 @@ class Space:
     def default_params(self, config: SweepConfig) -> dict[str, object] | None:
         """Return the settings outside `space` as a point of the space, or None where one lies outside."""
         params = {key: _encode(_get(config, key)) for key in self.distributions}
-        inside = all(_contains(distribution, params[key]) for key, distribution in self.distributions.items())
-        return params if inside else None
+        return None if self.outside(config) else params
+
+    def outside(self, config: SweepConfig) -> dict[str, object]:
+        """Return the settings outside `space` that are no value of their key's range."""
+        given = {key: _get(config, key) for key in self.distributions}
+        return {k: v for k, v in given.items() if not _contains(self.distributions[k], _encode(v))}
 
     def num_points(self) -> int | None:
         """Return how many points the space has; None where there are more than MAX_POINTS."""

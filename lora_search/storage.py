@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
@@ -47,6 +47,24 @@ def open_storage(config: StudyConfig) -> RDBStorage:
         if url.get_backend_name() == "sqlite":
             _share_sqlite(storage)
     return storage
+
+
+def check_storage(config: StudyConfig) -> None:
+    """Raise ConfigError or StudyError for a database that cannot be used. Makes none."""
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            rule = "must name a file, or nothing of the study is kept"
+            raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
+        if not Path(url.database).exists():
+            return
+    try:
+        with explained_errors(config):
+            engine = create_engine(url)
+            inspect(engine).has_table("studies")
+            engine.dispose()
+    except ImportError:
+        raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from None
 
 
 @contextmanager

@@ -9,17 +9,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_space_override, compose
+from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
 from lora_search.config import SweepConfig, as_dict, redact
 from lora_search.errors import InputError, LoraSearchError
 from lora_search.progress import Progress, leaderboard, next_steps
+from lora_search.ranking import best_of
 
 if TYPE_CHECKING:
     from lora_search.data import Splits
@@ -38,11 +38,16 @@ def main() -> int:
                 "-m: a sweep searches by its `space`, not by multirun. Leave -m out: "
                 "optim.lr=interval(1e-5,1e-3)"
             )
-        config_dir = Path(arguments.config_dir).resolve() if arguments.config_dir else SWEEPS
+        if arguments.config_path:
+            raise InputError("-cp: sweeps lie in sweeps/. Add a folder of your own with -cd.")
+        more = Path(arguments.config_dir) if arguments.config_dir else None
         name = arguments.config_name or DEFAULT_SWEEP
+        if arguments.help:
+            progress.console.print(help_page(name, arguments.overrides, more), markup=False, soft_wrap=True)
+            return 0
         if _only_informs(arguments):
             return _inform()
-        config = compose(name, arguments.overrides, config_dir)
+        config = compose(name, arguments.overrides, more)
         run_sweep(config, name, progress)
     except LoraSearchError as error:
         progress.console.print(str(error), markup=False, style="red")
@@ -55,9 +60,11 @@ def main() -> int:
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     """Prepare, search, conclude."""
-    from lora_search.data import prepare
+    from lora_search.data import prepare, write_pairs
     from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
+    from lora_search.note import write_note
+    from lora_search.preflight import check_amount, check_places, describe_rows, describe_search
     from lora_search.reading import load_rows
     from lora_search.space import parse_space
     from lora_search.study import SweepStudy, check_study
@@ -69,12 +76,19 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     space = parse_space(config)
     check_study(config, space)
     pick_device(config.engine.device)
-    tracker = make_tracker(config, {"model": config.model.path, "seed": config.seed})
+    tracker = make_tracker(
+        config, {"model": config.model.path, "data": config.data.path, "seed": config.seed}
+    )
     rows = load_rows(config.data)
+    check_places(config)
+    for line in describe_search(config, space):
+        progress.event(line)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
-    progress.event(f"data {config.data.path}: " + ", ".join(f"{v} {k}" for k, v in splits.counts.items()))
+    splits = prepare(config, rows, load_tokenizer(source, config.model))
+    for line in describe_rows(config, splits):
+        progress.event(line)
+    check_amount(config, space, len(splits.train))
     base = load_base(source, config.model, config.engine)
     engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
     if sizes:
@@ -82,13 +96,17 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     attributes = _attributes(config, sweep_name, source, splits)
     fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
     study = SweepStudy.open(config, space, fingerprint, attributes, folder)
+    write_pairs(splits, folder / "data")  # now that no other sweep's lie there
     progress.event(
         f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
     )
+    is_new = "base_perplexity" not in study.attributes()
     base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
     progress.event(
         f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
     )
+    if is_new:
+        write_note(study.study, config, space, attributes["command"], float(base_perplexity))
     if not study.is_finished:
         with progress:
             work(study, engine, tracker, progress)
@@ -110,17 +128,8 @@ def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: 
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
         )
     progress.console.print("Next:")
-    places = {
-        "report": str(folder / "report.html"),
-        "best adapter": f"{best}/adapter" if best else "none: no trial is complete",
-        "dashboard": f"make dashboard   (optuna-dashboard {redact(config.study.storage)})",
-        "W&B": f"wandb sync {folder}/trials/*/wandb/offline-run-*",
-        "more trials": f"the same command with study.n_trials={config.study.n_trials * 2}",
-        "your own data": "make sweep ARGS='data=jsonl data.path=my.jsonl study.name=mine'",
-    }
-    if config.tracker.name != "wandb_offline":
-        del places["W&B"]
-    progress.console.print(next_steps(places), markup=False)
+    found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
+    progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)
 
 
 def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
@@ -144,6 +153,8 @@ def _flat(prefix: str, value: object) -> dict[str, str]:
 
 def _attributes(config: SweepConfig, sweep_name: str, source: str, splits: "Splits") -> dict[str, str]:
     """Return what the study should remember of how it was run; no secrets."""
+    from importlib.metadata import version
+
     return {
         "study": config.study.name,
         "sweep": sweep_name,
@@ -169,7 +180,6 @@ def _git_commit() -> str:
 
 def _only_informs(arguments: object) -> bool:
     flags = (
-        "help",
         "hydra_help",
         "version",
         "show_config",
@@ -182,8 +192,8 @@ def _only_informs(arguments: object) -> bool:
 
 
 def _inform() -> int:
-    """Let Hydra answer --help, --cfg, --info and the like."""
-    sys.argv[1:] = [a if a.startswith("-") else as_space_override(a) for a in sys.argv[1:]]
+    """Let Hydra answer --cfg, --info and the like."""
+    sys.argv[1:] = [as_override(a) if "=" in a and not a.startswith("-") else a for a in sys.argv[1:]]
     hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
     return 0
 

@@ -257,6 +257,26 @@ def test_auto_length_is_the_percentile_of_the_training_rows(tmp_path: Path) -> N
     assert not any("truncated" in key for key in splits.counts)
 
 
+@pytest.mark.parametrize(("choices", "chosen"), [([128, 96], 96), ([32, 128], 128), ([32, 40], 40)])
+def test_auto_length_takes_the_smallest_choice_that_is_enough(
+    tmp_path: Path, choices: list[int], chosen: int
+) -> None:
+    rows = [replace(row, response="So. " * 15) for row in ROWS]
+
+    splits = prepared(tmp_path, rows, settings(max_length_choices=choices))
+
+    assert splits.counts["tokens in a training row: 99 % up to"] in range(73, 97)  # of a byte-level tokenizer
+    assert splits.max_length == chosen
+    assert splits.counts.get("train truncated", 0) == (len(splits.train) if chosen == 40 else 0)
+
+
+def test_a_chosen_length_beyond_the_models_limit_is_refused(tmp_path: Path) -> None:
+    rows = [replace(row, response="Long. " * 400) for row in ROWS]
+
+    with pytest.raises(ConfigError, match=r"data.max_length_choices: must be at most 512.*got 1024"):
+        prepared(tmp_path, rows, settings(max_length_choices=[512, 1024]))
+
+
 def test_auto_length_never_stops_the_sweep_for_a_long_prompt(tmp_path: Path) -> None:
     rows = [*make_rows(300), Row("Q" * 400, "", "A", "faq.jsonl:301")]
 

@@ -27,14 +27,15 @@ LAYERS = [
     {"data", "model", "study"},
     {"passes", "axis"},
     {"slots", "evaluation", "fitting"},
-    {"charts", "engine"},
+    {"charts", "engine", "preflight", "note"},
     {"report"},
     {"worker", "training"},
     {"sweep"},
 ]
 HOMES = {
     "wandb": {"tracking"},
-    "optuna": {"history", "space", "pruning", "sampling", "storage", "study"},
+    "optuna_dashboard": {"note"},
+    "optuna": {"note", "history", "space", "pruning", "sampling", "storage", "study"},
     "sqlalchemy": {"storage"},
     "hydra": {"composition", "space", "sweep"},
     "omegaconf": {"composition"},

@@ -3,11 +3,14 @@
 import io
 import logging
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
 
+from lora_search.config import DataConfig, StudyConfig, SweepConfig, TrackerConfig
 from lora_search.progress import Progress, TimeLeft, leaderboard, next_steps
 from lora_search.ranking import best_of, show_change, show_count, show_perplexity, show_seconds, show_value
 from lora_search.trial import SlotView, StudySummary, TrialSettings
@@ -211,10 +214,33 @@ def test_hostile_values_are_shown_as_they_are() -> None:
     assert "[red]a[/red]" in "\n".join(drawn(leaderboard([row], 12.0)))
 
 
-def test_next_steps_stand_in_columns() -> None:
-    assert (
-        next_steps({"report": "a.html", "W&B": "wandb sync x"}) == "  report  a.html\n  W&B     wandb sync x"
+def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as after `make sweep`: the environment is not activated
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    config = SweepConfig(
+        study=StudyConfig(name="faq", n_trials=5, storage="postgresql://u:secret@db/my faq"),
+        data=DataConfig(path="my.jsonl"),
     )
+
+    steps = next_steps(config, Path("runs/faq"), "runs/faq/best/adapter").splitlines()
+
+    bin_folder = Path(sys.executable).parent
+    assert steps[0] == "  report         runs/faq/report.html"
+    assert steps[2].endswith("/optuna-dashboard 'postgresql://u:***@db/my faq'")
+    assert Path(steps[2].split()[1]).resolve() == bin_folder.resolve() / "optuna-dashboard"
+    assert steps[3].endswith("/wandb sync runs/faq/trials/*/wandb/offline-run-*")
+    assert steps[4].endswith("the same command with study.n_trials=10")
+    assert "python -m lora_search.sweep data=jsonl" in steps[5]
+
+
+def test_next_steps_after_make_are_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAKELEVEL", "1")
+    config = SweepConfig(data=DataConfig(path="my.jsonl"), tracker=TrackerConfig(name="none"))
+
+    steps = next_steps(config, Path("runs/faq"), "none yet")
+
+    assert "make sweep ARGS='data=jsonl data.path=my.jsonl study.name=mine'" in steps
+    assert "W&B" not in steps
 
 
 def test_the_best_is_a_complete_trial_of_lowest_perplexity() -> None:

@@ -127,6 +127,16 @@ def test_csv_cells_stay_the_text_that_they_are(tmp_path: Path) -> None:
     assert texts(tmp_path / "faq.csv") == [("NA", "", "null"), ("007", "", "12"), ("a, b", "", "c\nd")]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_may_be_separated_as_spreadsheets_do(tmp_path: Path, separator: str) -> None:
+    lines = [["instruction", "response"], ['"a, b; c"', "d"]]
+    content = "\r\n".join(separator.join(cells) for cells in lines)
+
+    load_rows(write_bytes(tmp_path / "faq.csv", b"\xef\xbb\xbf" + content.encode()))
+
+    assert texts(tmp_path / "faq.csv") == [("a, b; c", "", "d")]
+
+
 def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     config = write_lines(tmp_path / "faq.jsonl", '{"q": "What?", "about": "Roofs", "a": "Tiles."}')
     config.columns = ColumnsConfig(instruction="q", context="about", response="a")
@@ -160,7 +170,7 @@ BAD_LINES = [
     ("[[[", "not JSON", "name the file faq.json if it is one list"),
     ("[" * 100_000, "not JSON", "is not JSON that can be read"),
     (f'{{"instruction": {"9" * 5000}}}', "not JSON", "is not JSON that can be read"),
-    ("[1, 2]", "not an object", 'is a list, not an object like {"instruction": ..., "response": ...}'),
+    ("[1, 2]", "not an object", 'like {"instruction": ..., "response": ...}. Name the file .json if it is'),
     ('"text"', "not an object", "is a str, not an object"),
     (
         '{"instruction": "a", "output": "b"}',
@@ -172,7 +182,10 @@ BAD_LINES = [
         "missing field",
         "set data.columns.instruction=question.",
     ),
-    ('{"messages": [{"role": "user"}]}', "missing field", "set data.columns.instruction=NAME."),
+    ('{"id": 1, "tags": []}', "missing field", "set data.columns.instruction=NAME."),
+    ('{"messages": [{"role": "user"}]}', "missing field", "Chats are not read: write question and answer"),
+    ('{"instruction": "a", "response": "b", "response": "c"}', "repeated key", 'has "response" twice.'),
+    ('{"instruction": "a", "response": {"text": "b"}}', "wrong type", "is dict, not text. Write it as one"),
     (
         '{"Instruction": "a", "id": "1", "response": "b"}',
         "missing field",
@@ -276,9 +289,22 @@ def test_a_file_of_bad_rows_alone_is_refused_even_when_they_may_be_skipped(tmp_p
         ),
         (
             "faq.csv",
-            b"instruction;response\na;b\n",
-            'row 1 of faq.csv has no "instruction" (keys: instruction;resp',
+            b"instruction|response\na|b\n",
+            'row 1 of faq.csv has no "instruction" (keys: instruction|r',
         ),
+        (
+            "faq.csv",
+            b"instruction,response,response\na,b,c\n",
+            'faq.csv has two columns "response". Rename one',
+        ),
+        (
+            "faq.csv",
+            "instruction,response\n".encode("utf-16"),
+            "faq.csv is UTF-16, not UTF-8. Convert the file",
+        ),
+        ("faq.json", b"\xff\xfe\x00\x00[\x00\x00\x00", "faq.json is UTF-32, not UTF-8. Convert the file"),
+        ("faq.jsonl", '{"instruction": "a"}'.encode("utf-16-le"), "faq.jsonl is UTF-16LE, not UTF-8."),
+        ("faq.jsonl", '{"instruction": "a"}'.encode("utf-16-be"), "faq.jsonl is UTF-16BE, not UTF-8."),
         (
             "faq.csv",
             b"instruction,response\na,b,c\nd,e,f\n",
@@ -309,6 +335,19 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
 
     assert "holds no data: no .jsonl, .json, .csv, .parquet file" in refusal(DataConfig(path=str(tmp_path)))
+
+
+def test_a_parquet_file_without_rows_is_empty(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"instruction": [], "response": []}).to_parquet(tmp_path / "faq.parquet")
+
+    assert "faq.parquet is empty" in refusal(DataConfig(path=str(tmp_path / "faq.parquet")))
+
+
+def test_a_saved_folder_with_a_file_missing_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+
+    assert "Save it again with save_to_disk" in refusal(DataConfig(path=str(tmp_path / "saved")))
 
 
 def test_a_broken_saved_folder_is_refused(tmp_path: Path) -> None:

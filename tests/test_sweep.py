@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,17 @@ def test_changed_settings_under_the_old_name_are_refused(
     assert "optim.weight_decay: 0.0 -> 0.1" in capsys.readouterr().out
 
 
+def test_a_refused_sweep_leaves_the_pairs_of_the_old_one(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = finished / "runs/smoke/data/train.jsonl"
+    before = pairs.read_text()
+
+    assert run_sweep(monkeypatch, finished, *TINY, "optim.lr=5e-3", "template=inst") == 2
+
+    assert pairs.read_text() == before
+
+
 def test_the_report_is_written_anew_and_needs_no_network(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +118,7 @@ BAD_INPUT = [
     (["optim.lr=-1"], "optim.lr: must lie between 0 and 1, got -1.0"),
     (["optim.lr=nan"], "optim.lr: must lie between 0 and 1, got nan"),
     (["optim.schedule=cosin"], "optim.schedule: must be one of cosine, linear, constant, got 'cosin'"),
-    (["lora.r=0"], "lora.r: must be at least 1, got 0"),
+    (["lora.r=0"], r"lora.r: must lie in \[1, 4096\], got 0"),
     (["lora.alpha=two"], "lora.alpha: must be a number > 0 or a multiple of r"),
     (["lora.dropout=1.5"], r"lora.dropout: must lie in \[0, 1\), got 1.5"),
     (["lora.target_modules=q_proj"], r"lora.target_modules: must be a list of layer names or all-linear"),
@@ -134,6 +146,22 @@ BAD_INPUT = [
     (["data.max_length=4"], "data.max_length: must be a number of tokens >= 8, or auto, got 4"),
     (["data.validation_fraction=0"], "data.validation_fraction: must lie between 0 and 1, got 0.0"),
     (["tracker.name=mlflow"], "tracker.name: must be one of wandb_offline, wandb, none, got 'mlflow'"),
+    (["runs_dir=/proc/nowhere"], "runs_dir: must be a folder that can be written to"),
+    (["study.storage=redis://x"], "study.storage: must be a SQL URL of a known kind, got 'redis://x'"),
+    (
+        ["study.storage='sqlite:///:memory:'"],
+        "study.storage: must name a file, or nothing of the study is kept",
+    ),
+    (
+        ["data.max_train_examples=3"],
+        "train.batch_size: must be at most the number of training examples, 3, got 8",
+    ),
+    (["lora.target_modules=[q_proj,q_proj]"], "lora.target_modules: must name each layer once"),
+    (["+x=1"], "x: there is no such setting. See --help."),
+    (["space/lora=null"], "space/lora=null: names no choice of the group space/lora"),
+    (["space/lora=null", "--cfg", "job"], "space/lora=null: names no choice of the group space/lora"),
+    (["-cd", "/no/folder"], "-cd /no/folder: no such folder."),
+    (["-cp", "/no/folder"], "-cp: sweeps lie in sweeps/. Add a folder of your own with -cd."),
     (["-m"], "-m: a sweep searches by its `space`"),
     (["-cn", "nosuch"], "-cn nosuch: no such sweep. There are: construction_faq, llama31_8b_instruct, smoke"),
     (["optim.lr=[1"], r"optim.lr=\[1: cannot be read"),
@@ -153,9 +181,31 @@ def test_wrong_input_is_one_clear_message_and_exit_code_2(
 
     output = " ".join(capsys.readouterr().out.split())
     assert code == 2, output
-    assert __import__("re").search(message, output), output
+    assert re.search(message, output), output
     assert "Traceback" not in output
     assert not (tmp_path / "runs" / "lora_search.db").exists() or "countable" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-cn", "llama31_8b_instruct"], "study.storage: must be a database that exists"),
+        (["-cn", "nosuch"], "-cn nosuch: no such sweep."),
+        (["study.names=x"], "study.names: there is no such setting. Did you mean study.name"),
+    ],
+)
+def test_the_report_says_what_is_wrong_with_its_command_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+
+    assert report_main() == 2
+    assert message in capsys.readouterr().out
 
 
 def command(*arguments: str) -> list[str]:
@@ -170,6 +220,7 @@ def test_help_lists_the_groups_without_torch(tmp_path: Path) -> None:
         command("--help"), capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
     )
 
+    assert "construction_faq      Which rank" in done.stdout
     for group in ("model: ", "data: ", "sampler: ", "pruner: ", "space/lora: ", "tracker: "):
         assert group in done.stdout
     assert (
