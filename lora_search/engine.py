@@ -324,7 +324,8 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
     bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
-    free, batch = available_bytes(base.device), room.min_batch_size
+    sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
+    free, batch = available_bytes(base.device) // sharing, room.min_batch_size
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

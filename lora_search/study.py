@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import StudyConfig, SweepConfig
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import StudyError
 from lora_search.history import (
     DUPLICATE,
     SURPLUS,
@@ -36,10 +36,10 @@ from lora_search.storage import (
     locked_from_the_start,
     open_storage,
     quieten_optuna,
-    require_database,
     worker_is_dead,
     worker_name,
 )
+from lora_search.study_view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -214,15 +214,8 @@ class SweepStudy:
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
         """Return trials and attributes of a study without changing it."""
-        require_database(config)
-        storage = open_storage(config)
-        with explained_errors(config):
-            if config.name not in optuna.get_all_study_names(storage):
-                raise ConfigError(
-                    "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
-                )
-            study = optuna.load_study(study_name=config.name, storage=storage)
-            return trial_rows(study.get_trials(deepcopy=False)), attributes_of(study)
+        view = StudyView(config)
+        return view.rows(), view.attributes()
 
     def _claim_one(self) -> TrialRun | None:
         for _ in range(MAX_DUPLICATES_IN_A_ROW):
