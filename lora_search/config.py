@@ -227,6 +227,7 @@ class StudyConfig:
     storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
     heartbeat_seconds: int = 30
     max_failures_in_a_row: int = 5
+    max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
     first_trial_is_default: bool = True  # start from the settings outside `space`
 
     def __post_init__(self) -> None:
@@ -242,6 +243,7 @@ class StudyConfig:
             self.heartbeat_seconds,
             "must be at least 1",
         )
+        require(self.max_retries >= 0, "study.max_retries", self.max_retries, "must be at least 0")
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
 

@@ -87,7 +87,11 @@ class Engine:
                 self.slots[index] = None
 
     def advance(self) -> list[Measurement]:
-        """Run one packed pass; return the measurements of the trials that reached a rung in it."""
+        """Run one packed pass; return the measurements of the trials that reached a rung in it.
+
+        Report them before the next call, which writes the checkpoints: these never know more than the study.
+        """
+        self._save_measured()
         active = [(index, slot) for index, slot in enumerate(self.slots) if slot is not None]
         queues = [[len(row.input_ids) for row, _ in slot.batch.rows] for _, slot in active]
         taken = fill_pass(queues, self.tokens_per_pass)
@@ -202,7 +206,7 @@ class Engine:
             measurements.append(self._measurement(slot, perplexity, new_steps, ended, detail))
             if ended:
                 return measurements
-        self._save(index, slot)
+        slot.is_saved = False
         slot.steps.clear()
         slot.train_seconds = 0.0
         self._next_batch(slot)
@@ -246,6 +250,12 @@ class Engine:
             "m": self.optimizer.exp_avg_SP,
             "v": self.optimizer.exp_avg_sq_SP,
         }
+
+    def _save_measured(self) -> None:
+        for index, slot in enumerate(self.slots):
+            if slot is not None and not slot.is_saved:
+                self._save(index, slot)
+                slot.is_saved = True
 
     def _save(self, index: int, slot: Slot) -> None:
         state = {

@@ -43,7 +43,6 @@ from lora_search.study_view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-MAX_RETRIES = 3
 MAX_DUPLICATES_IN_A_ROW = 50
 
 
@@ -294,14 +293,18 @@ class SweepStudy:
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
     def _put_back(self, trial: FrozenTrial) -> None:
+        """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place."""
         trial_id = self._id(trial.number)
-        if self.storage.get_trial(trial_id).state != TrialState.RUNNING:
-            return
-        retries = int(trial.user_attrs.get("retries", 0)) + 1
-        is_last = retries > MAX_RETRIES
+        now = self.storage.get_trial(trial_id)
+        if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+            return  # another worker was quicker
+        rung, before = now.last_step or 0, now.user_attrs.get("died_at_rung")
+        retries = int(now.user_attrs.get("retries", 0)) + 1 if rung == before else 1
+        is_last = retries > self.config.study.max_retries
         self.storage.record_heartbeat(trial_id)  # so that no other worker finds it stale as well
         self.storage.set_trial_user_attr(trial_id, "retries", retries)
-        reason = f"its worker died {retries} times" if is_last else "its worker died"
+        self.storage.set_trial_user_attr(trial_id, "died_at_rung", rung)
+        reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
         self.storage.set_trial_user_attr(trial_id, "reason", reason)
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
 
