@@ -249,6 +249,7 @@ class StudyConfig:
     storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
     heartbeat_seconds: int = 30
     max_failures_in_a_row: int = 5
+    max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
     first_trial_is_default: bool = True  # start from the settings outside `space`
 
     def __post_init__(self) -> None:
@@ -264,6 +265,7 @@ class StudyConfig:
             self.heartbeat_seconds,
             "must be at least 1",
         )
+        require(self.max_retries >= 0, "study.max_retries", self.max_retries, "must be at least 0")
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
 
@@ -283,6 +285,25 @@ class TrackerConfig:
 
 
 @dataclass(kw_only=True)
+class LauncherConfig:
+    """Who works. Free to differ between two starts of one study."""
+
+    name: str = "inline"  # this process; or local: one worker process per visible GPU
+    workers: int | None = None  # local: so many; null is one per visible GPU, without a GPU one
+    max_restarts: int = 3  # local: how often a worker is started again that a signal killed
+    worker: int | None = None  # set by local for the processes that it starts
+
+    def __post_init__(self) -> None:
+        require_choice("launcher.name", self.name, ("inline", "local"))
+        for key, least in (("workers", 1), ("max_restarts", 0), ("worker", 0)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"launcher.{key}", value, f"must be at least {least}")
+        remedy = "Add launcher=local"
+        require(self.workers is None or self.name == "local", "launcher.workers", self.workers,
+                "is for launcher=local only", remedy)  # fmt: skip
+
+
+@dataclass(kw_only=True)
 class SweepConfig:
     """The whole of one sweep. `space` mirrors the keys it searches, in Hydra's sweep grammar."""
 
@@ -299,6 +320,7 @@ class SweepConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

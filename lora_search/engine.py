@@ -88,7 +88,11 @@ class Engine:
                 self.slots[index] = None
 
     def advance(self) -> list[Measurement]:
-        """Run one packed pass; return the measurements of the trials that reached a rung in it."""
+        """Run one packed pass; return the measurements of the trials that reached a rung in it.
+
+        Report them before the next call, which writes the checkpoints: these never know more than the study.
+        """
+        self._save_measured()
         active = [(index, slot) for index, slot in enumerate(self.slots) if slot is not None]
         queues = [[len(row.input_ids) for row, _ in slot.batch.rows] for _, slot in active]
         taken = fill_pass(queues, self.tokens_per_pass)
@@ -203,7 +207,7 @@ class Engine:
             measurements.append(self._measurement(slot, perplexity, new_steps, ended, detail))
             if ended:
                 return measurements
-        self._save(index, slot)
+        slot.is_saved = False
         slot.steps.clear()
         slot.train_seconds = 0.0
         self._next_batch(slot)
@@ -247,6 +251,12 @@ class Engine:
             "m": self.optimizer.exp_avg_SP,
             "v": self.optimizer.exp_avg_sq_SP,
         }
+
+    def _save_measured(self) -> None:
+        for index, slot in enumerate(self.slots):
+            if slot is not None and not slot.is_saved:
+                self._save(index, slot)
+                slot.is_saved = True
 
     def _save(self, index: int, slot: Slot) -> None:
         state = {
@@ -327,7 +337,8 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
     bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
-    free, batch = available_bytes(base.device), room.min_batch_size
+    sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
+    free, batch = available_bytes(base.device) // sharing, room.min_batch_size
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

@@ -36,6 +36,7 @@ class Slot:
     train_tokens: int = 0
     train_seconds: float = 0.0
     steps: list[tuple[int, torch.Tensor, float, torch.Tensor]] = field(default_factory=list)
+    is_saved: bool = True  # the checkpoint holds the last rung
     last_loss: float | None = None
     last_perplexity: float | None = None
 

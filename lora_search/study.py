@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import StudyConfig, SweepConfig
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import StudyError
 from lora_search.history import (
     DUPLICATE,
     SURPLUS,
@@ -36,14 +36,13 @@ from lora_search.storage import (
     locked_from_the_start,
     open_storage,
     quieten_optuna,
-    require_database,
     worker_is_dead,
     worker_name,
 )
+from lora_search.study_view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-MAX_RETRIES = 3
 MAX_DUPLICATES_IN_A_ROW = 50
 
 
@@ -214,15 +213,8 @@ class SweepStudy:
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
         """Return trials and attributes of a study without changing it."""
-        require_database(config)
-        storage = open_storage(config)
-        with explained_errors(config):
-            if config.name not in optuna.get_all_study_names(storage):
-                raise ConfigError(
-                    "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
-                )
-            study = optuna.load_study(study_name=config.name, storage=storage)
-            return trial_rows(study.get_trials(deepcopy=False)), attributes_of(study)
+        view = StudyView(config)
+        return view.rows(), view.attributes()
 
     def _claim_one(self) -> TrialRun | None:
         for _ in range(MAX_DUPLICATES_IN_A_ROW):
@@ -301,14 +293,18 @@ class SweepStudy:
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
     def _put_back(self, trial: FrozenTrial) -> None:
+        """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place."""
         trial_id = self._id(trial.number)
-        if self.storage.get_trial(trial_id).state != TrialState.RUNNING:
-            return
-        retries = int(trial.user_attrs.get("retries", 0)) + 1
-        is_last = retries > MAX_RETRIES
+        now = self.storage.get_trial(trial_id)
+        if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+            return  # another worker was quicker
+        rung, before = now.last_step or 0, now.user_attrs.get("died_at_rung")
+        retries = int(now.user_attrs.get("retries", 0)) + 1 if rung == before else 1
+        is_last = retries > self.config.study.max_retries
         self.storage.record_heartbeat(trial_id)  # so that no other worker finds it stale as well
         self.storage.set_trial_user_attr(trial_id, "retries", retries)
-        reason = f"its worker died {retries} times" if is_last else "its worker died"
+        self.storage.set_trial_user_attr(trial_id, "died_at_rung", rung)
+        reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
         self.storage.set_trial_user_attr(trial_id, "reason", reason)
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
 

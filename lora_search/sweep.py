@@ -9,6 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +20,15 @@ from hydra._internal.utils import get_args_parser
 from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
 from lora_search.config import SweepConfig, as_dict, redact
 from lora_search.errors import InputError, LoraSearchError
+from lora_search.launcher import Command, run_workers, told_to_launcher, typed_arguments
 from lora_search.progress import Progress, leaderboard, next_steps
 from lora_search.ranking import best_of
+from lora_search.trial import TrialRow
 
 if TYPE_CHECKING:
     from lora_search.data import Splits
-    from lora_search.study import SweepStudy
 
+FINISHED = ("COMPLETE", "PRUNED")
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 
 
@@ -48,7 +52,14 @@ def main() -> int:
         if _only_informs(arguments):
             return _inform()
         config = compose(name, arguments.overrides, more)
-        run_sweep(config, name, progress)
+        signal.signal(signal.SIGTERM, _interrupt)
+        if config.launcher.name == "local" and config.launcher.worker is None:
+            own_folder = more.resolve() if more else None
+            command = Command(sweep=name, config_dir=own_folder, overrides=tuple(arguments.overrides))
+            run_together(config, command, progress)
+        else:
+            with told_to_launcher(config):
+                run_sweep(config, name, progress)
     except LoraSearchError as error:
         progress.console.print(str(error), markup=False, style="red")
         return error.exit_code
@@ -58,8 +69,18 @@ def main() -> int:
     return 0
 
 
+def run_together(config: SweepConfig, command: Command, progress: Progress) -> None:
+    """Let workers search, and conclude once. Imports no torch."""
+    from lora_search.space import parse_space
+    from lora_search.study import SweepStudy, check_study
+
+    check_study(config, parse_space(config))
+    run_workers(config, command, progress)
+    _conclude(*SweepStudy.read(config.study), config, progress)
+
+
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
-    """Prepare, search, conclude."""
+    """Prepare, search, conclude. One of many workers leaves the conclusion to its launcher."""
     from lora_search.data import prepare, write_pairs
     from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
@@ -71,7 +92,6 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     from lora_search.tracking import make_tracker
     from lora_search.worker import work
 
-    signal.signal(signal.SIGTERM, _interrupt)
     folder = Path(config.runs_dir) / config.study.name
     space = parse_space(config)
     check_study(config, space)
@@ -110,20 +130,23 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     if not study.is_finished:
         with progress:
             work(study, engine, tracker, progress)
-    _conclude(study, folder, config, progress)
+    if config.launcher.worker is None:
+        _conclude(study.rows(), study.attributes(), config, progress)
 
 
-def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: Progress) -> None:
+def _conclude(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
+) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next."""
     from lora_search.export import export_best
     from lora_search.report import write_report
 
-    rows, attributes = study.rows(), study.attributes()
+    folder = Path(config.runs_dir) / config.study.name
     base_perplexity = float(attributes["base_perplexity"])
     best = export_best(rows, attributes, folder)
     write_report(rows, attributes, base_perplexity, folder / "report.html")
     progress.console.print(leaderboard(rows, base_perplexity))
-    if study.exhausted:
+    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
         )
@@ -135,7 +158,7 @@ def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: 
 def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
     """Return what must stay the same under one study name; the dtype that `auto` came to."""
     settings = as_dict(config)
-    free = ("study", "engine", "tracker", "runs_dir")
+    free = ("study", "engine", "tracker", "launcher", "runs_dir")
     flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
     for section, value in settings.items():
         if section not in free:
@@ -152,20 +175,21 @@ def _flat(prefix: str, value: object) -> dict[str, str]:
 
 
 def _attributes(config: SweepConfig, sweep_name: str, source: str, splits: "Splits") -> dict[str, str]:
-    """Return what the study should remember of how it was run; no secrets."""
+    """Return what the study should remember of how it was run; no secrets. All workers say the same."""
     from importlib.metadata import version
 
+    shared = replace(config, launcher=replace(config.launcher, worker=None))
     return {
         "study": config.study.name,
         "sweep": sweep_name,
-        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *sys.argv[1:]])),
+        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *typed_arguments(sys.argv[1:])])),
         "base_model": source,
         "base_model_name": config.model.path,
         "max_length": str(splits.max_length),
         "git_commit": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         **_flat("data", splits.counts),
-        **{f"setting/{k}": v for k, v in _flat("sweep", as_dict(config)).items()},
+        **{f"setting/{k}": v for k, v in _flat("sweep", as_dict(shared)).items()},
         **{f"version/{name}": version(name) for name in LIBRARIES},
     }
 

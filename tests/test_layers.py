@@ -24,7 +24,8 @@ LAYERS = [
         "progress",
         "export",
     },
-    {"data", "model", "study"},
+    {"data", "model", "study_view"},
+    {"study", "launcher"},
     {"passes", "axis"},
     {"slots", "evaluation", "fitting"},
     {"charts", "engine", "preflight", "note"},
@@ -35,7 +36,7 @@ LAYERS = [
 HOMES = {
     "wandb": {"tracking"},
     "optuna_dashboard": {"note"},
-    "optuna": {"note", "history", "space", "pruning", "sampling", "storage", "study"},
+    "optuna": {"note", "history", "space", "pruning", "sampling", "storage", "study", "study_view"},
     "sqlalchemy": {"storage"},
     "hydra": {"composition", "space", "sweep"},
     "omegaconf": {"composition"},

@@ -275,8 +275,26 @@ def test_a_trial_whose_worker_dies_again_and_again_fails_with_the_reason(tmp_pat
 
     study = open_study(make_config(tmp_path, n_trials=1), tmp_path)
 
-    assert (study.rows()[0].state, study.rows()[0].reason) == ("FAIL", "its worker died 4 times")
+    assert (study.rows()[0].state, study.rows()[0].reason) == (
+        "FAIL",
+        "its worker died 4 times, no rung between",
+    )
     assert [run.number for run in study.claim(1)] == [1]
+
+
+def test_a_trial_that_comes_on_between_deaths_is_never_given_up(tmp_path: Path) -> None:
+    config = make_config(tmp_path, study=StudyConfig(
+        name="s", n_trials=1, storage=f"sqlite:///{tmp_path}/study.db", max_retries=1
+    ))  # fmt: skip
+    for rung in (1, 2, 3):
+        study = open_study(config, tmp_path)
+        run = study.claim(1)[0]
+        study.report([measure(run, rung)])
+        sign_as(study, 0, worker_name(os.getpid()) + "9")
+
+    study = open_study(config, tmp_path)
+
+    assert (study.rows()[0].state, rungs_of(study, 0)) == ("WAITING", [1, 2, 3])
 
 
 def test_a_worker_on_another_host_is_dead_only_when_its_heartbeat_is(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""The smoke sweep, killed again and again at random moments, each time started again by the same command.
+
+Every kill is a real SIGKILL of a real process that trains a real (tiny) model.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lora_search.config import StudyConfig
+from lora_search.study import SweepStudy
+from lora_search.trial import TrialRow
+from tests.processes import kill_and_restart, moments
+
+ROOT = Path(__file__).parents[1]
+COMMAND = ("-cn", "smoke", "engine.device=cpu", "study.n_trials=10", "study.heartbeat_seconds=1",
+           "study.max_retries=1000", "optim.lr=5e-3")  # fmt: skip
+UNPRUNED, PRUNED = ("sampler=random", "pruner=none"), ("sampler=tpe", "pruner=asha")
+TRACKED = "tracker=wandb_offline"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def rows_of(folder: Path) -> list[TrialRow]:
+    rows, _ = SweepStudy.read(StudyConfig(name="smoke", storage=f"sqlite:///{folder}/runs/lora_search.db"))
+    return rows
+
+
+def undisturbed(folder: Path, *own: str) -> tuple[list[TrialRow], float]:
+    """Return the trials of a run that nobody kills, and the CPU seconds that it takes."""
+    kill_and_restart(folder, [*COMMAND, *own], [])
+    return rows_of(folder), float((folder / "cpu_seconds.txt").read_text())
+
+
+def killed(folder: Path, kills: int, seconds: float, *own: str) -> list[list[TrialRow]]:
+    """Run whole sweeps, two at a time, until so many kills have struck; return their trials."""
+
+    def lane(number: int) -> list[Path]:
+        folders: list[Path] = []
+        struck = 0
+        while struck < kills / 2:
+            folders.append(folder / f"lane-{number}" / str(len(folders)))
+            planned = moments(
+                seed=100 * number + len(folders), count=kills // 2 - struck, until=0.8 * seconds
+            )
+            struck += kill_and_restart(folders[-1], [*COMMAND, *own], planned)
+        return folders
+
+    with ThreadPoolExecutor(2) as pool:
+        return [rows_of(folder) for folders in pool.map(lane, range(2)) for folder in folders]
+
+
+def told(rows: Sequence[TrialRow], value: Callable[[float], object]) -> list[object]:
+    """Return what the study tells of its trials."""
+    return [
+        (r.number, r.state, r.params, {k: value(v) for k, v in r.perplexities.items()}, r.best_rung)
+        for r in rows
+    ]
+
+
+def test_one_slot_measures_bitwise_the_same_through_forty_kills(tmp_path: Path) -> None:
+    whole, seconds = undisturbed(tmp_path / "whole", *UNPRUNED, "engine.slots=1")
+
+    sweeps = killed(tmp_path, 40, seconds, *UNPRUNED, "engine.slots=1")
+
+    assert [row.state for row in whole] == ["COMPLETE"] * 10
+    assert [told(rows, float.hex) for rows in sweeps] == [told(whole, float.hex)] * len(sweeps)
+
+
+def test_four_slots_measure_the_same_through_sixty_kills_whoever_shares_the_pass(tmp_path: Path) -> None:
+    whole, seconds = undisturbed(tmp_path / "whole", *UNPRUNED, "engine.slots=4")
+
+    sweeps = killed(tmp_path, 60, seconds, *UNPRUNED, "engine.slots=4")
+
+    about = lambda value: pytest.approx(value, rel=1e-6)  # noqa: E731 (other neighbours, other rounding)
+    assert [row.state for row in whole] == ["COMPLETE"] * 10
+    assert [told(rows, float) for rows in sweeps] == [told(whole, about)] * len(sweeps)
+
+
+def test_pruned_and_tracked_sweeps_come_to_their_total_through_kills(tmp_path: Path) -> None:
+    whole, seconds = undisturbed(tmp_path / "whole", *PRUNED, "engine.slots=4", TRACKED)
+    known = {(row.number, str(row.params)): row.perplexities for row in whole}
+
+    sweeps = killed(tmp_path, 20, seconds, *PRUNED, "engine.slots=4", TRACKED)
+
+    for rows in sweeps:
+        assert len(rows) == len({str(row.params) for row in rows}) == 10
+        assert {row.state for row in rows} <= {"COMPLETE", "PRUNED"}
+        assert all([*row.perplexities] == [*range(1, len(row.perplexities) + 1)] for row in rows)
+        same = [(row.perplexities, known.get((row.number, str(row.params)), {})) for row in rows]
+        common = [(mine[k], other[k]) for mine, other in same for k in mine.keys() & other.keys()]
+        assert len(common) >= 5
+        assert all(a == pytest.approx(b, rel=1e-6) for a, b in common)
+
+
+def test_fresh_processes_killed_while_they_train_leave_what_the_same_command_finishes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "lora_search.sweep", *COMMAND, *UNPRUNED, "engine.slots=4"]
+    for sign in ("reading", "trials done", "tokens/s"):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        ) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if sign in line)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+
+    subprocess.run(command, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment, check=True)
+
+    rows = rows_of(tmp_path)
+    assert [(row.state, sorted(row.perplexities)) for row in rows] == [("COMPLETE", [1, 2, 3, 4])] * 10
