@@ -82,9 +82,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     attributes = _attributes(config, sweep_name, source, splits)
     fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
     study = SweepStudy.open(config, space, fingerprint, attributes, folder)
-    progress.event(
-        f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
-    )
+    for change in study.widened:
+        progress.event(f"study {config.study.name}: widened {change}")
+    progress.event(f"study {config.study.name}: {study.standing}")
     base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
     progress.event(
         f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
@@ -126,7 +126,14 @@ def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: 
 def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
     """Return what must stay the same under one study name; the dtype that `auto` came to."""
     settings = as_dict(config)
-    free = ("study", "engine", "tracker", "runs_dir")
+    free = (
+        "study",
+        "engine",
+        "tracker",
+        "launcher",
+        "runs_dir",
+        "space",
+    )  # the study itself checks the space
     flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
     for section, value in settings.items():
         if section not in free:
