@@ -229,6 +229,7 @@ class PrunerConfig:
     percentile: float = 50.0  # percentile: the share of trials that is kept
     patience: int = 2  # patient: rungs without improvement
     n_startup_trials: int = 4  # median, percentile, wilcoxon: finished trials to compare with first
+    resume_paused: bool = False  # asha: take a stopped trial up again when it comes to belong to the top
 
     def __post_init__(self) -> None:
         names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
@@ -239,6 +240,9 @@ class PrunerConfig:
         )
         require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must lie between 0 and 100")
         require(self.patience >= 1, "pruner.patience", self.patience, "must be at least 1")
+        rule = "works with the rungs of asha only"
+        fits = self.name == "asha" or not self.resume_paused
+        require(fits, "pruner.resume_paused", self.resume_paused, rule, "Use pruner=asha")
         require(self.n_startup_trials >= 0, "pruner.n_startup_trials", self.n_startup_trials, "must be >= 0")
 
 
@@ -251,6 +255,7 @@ class StudyConfig:
     max_failures_in_a_row: int = 5
     max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
     first_trial_is_default: bool = True  # start from the settings outside `space`
+    keep_gib: float = 1.0  # disk space for the checkpoints of paused trials (pruner.resume_paused)
 
     def __post_init__(self) -> None:
         known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
@@ -266,6 +271,7 @@ class StudyConfig:
             "must be at least 1",
         )
         require(self.max_retries >= 0, "study.max_retries", self.max_retries, "must be at least 0")
+        require(self.keep_gib >= 0, "study.keep_gib", self.keep_gib, "must be at least 0")
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
 

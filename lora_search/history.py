@@ -1,36 +1,18 @@
-"""What the study remembers, read from Optuna's records: rows, counts, attributes and the fingerprint."""
+"""What the study remembers, read from Optuna's records: rows, counts, attributes."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from lora_search.errors import FingerprintError
 from lora_search.pruning import best_until
-from lora_search.trial import StudySummary, TrialRow
+from lora_search.trial import Measurement, TrialRow
 
 # Reasons of trials that ended before they began; no count and no report shows them.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
-
-
-def summarize(trials: Sequence[FrozenTrial], n_trials: int) -> StudySummary:
-    """Return the counts and the best COMPLETE trial."""
-    begun = [t for t in trials if not never_began(t)]
-    states = [t.state for t in begun]
-    complete, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
-    values = {t.number: t.value for t in begun if t.state == TrialState.COMPLETE and t.value is not None}
-    best = min(values, key=lambda number: values[number], default=None)
-    return StudySummary(
-        finished=complete + pruned,
-        n_trials=n_trials,
-        complete=complete,
-        pruned=pruned,
-        failed=states.count(TrialState.FAIL),
-        running=states.count(TrialState.RUNNING),
-        best_number=best,
-        best_perplexity=None if best is None else values[best],
-    )
+PROGRESS = "progress"  # user attribute: what a trial has trained so far
 
 
 def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
@@ -40,25 +22,6 @@ def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
 
 def attributes_of(study: optuna.Study) -> dict[str, str]:
     return {key: str(value) for key, value in study.user_attrs.items()}
-
-
-def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, str]) -> None:
-    """Store the fingerprint of a new study; raise FingerprintError where an old one has another."""
-    stored = study.user_attrs.get("fingerprint")
-    if stored is None:
-        study.set_user_attr("fingerprint", dict(fingerprint))
-        return
-    keys = sorted({*stored, *fingerprint})
-    changed = [
-        f"{k}: {stored.get(k)} -> {fingerprint.get(k)}" for k in keys if stored.get(k) != fingerprint.get(k)
-    ]
-    if changed:
-        listed = "\n  ".join(changed)
-        raise FingerprintError(
-            f"study.name: {study.study_name!r} was started with other settings:\n  {listed}\n"
-            "Choose a new study.name, or put these back. Free to change: study.n_trials, engine.slots, "
-            "engine.tokens_per_pass, engine.device, tracker, study.heartbeat_seconds."
-        )
 
 
 def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
@@ -74,19 +37,36 @@ def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
 def trial_row(trial: FrozenTrial) -> TrialRow:
     """Return one trial as reports know it."""
     best = best_until(trial, 2**31)
-    attrs = trial.user_attrs
+    progress = progress_of(trial)
     return TrialRow(
         number=trial.number,
         state=trial.state.name,
         perplexity=best if math.isfinite(best) else None,
-        best_rung=attrs.get("best_rung"),
+        best_rung=progress["best_rung"],
         params=dict(trial.params),
         perplexities=dict(sorted(trial.intermediate_values.items())),
-        reason=attrs.get("reason", ""),
-        examples_seen=attrs.get("examples_seen", 0),
-        train_tokens=attrs.get("train_tokens", 0),
-        train_seconds=attrs.get("train_seconds", 0.0),
+        reason=trial.user_attrs.get("reason", ""),
+        examples_seen=progress["examples_seen"],
+        train_tokens=progress["train_tokens"],
+        train_seconds=progress["train_seconds"],
     )
+
+
+def progress_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what the trial has trained so far."""
+    stored: dict[str, Any] = trial.user_attrs.get(PROGRESS, {})
+    return {"best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0} | stored
+
+
+def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Return what the trial has trained once these measurements, its next, are counted."""
+    last, seconds = measurements[-1], sum(m.train_seconds for m in measurements)
+    return {
+        "best_rung": last.best_rung,
+        "examples_seen": last.examples_seen,
+        "train_tokens": last.train_tokens,
+        "train_seconds": round(progress_of(trial)["train_seconds"] + seconds, 3),
+    }
 
 
 def params_of(trial: FrozenTrial) -> Mapping[str, object]:

@@ -6,8 +6,11 @@ there, running ones included. It is judged again when others arrive: the first a
 leader, the best at the farthest rung, is always spared, so a study always has a COMPLETE trial.
 """
 
+import copy
 import importlib.util
 import math
+from bisect import insort
+from collections import defaultdict
 from collections.abc import Sequence
 
 from optuna import pruners
@@ -15,8 +18,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import PrunerConfig, require
+from lora_search.seeds import draw_seed
 
 WILCOXON_P = 0.15  # one-sided: k rungs, all worse, give p = 2^-k, so three rungs can decide
+PAUSED = (
+    "paused"  # user attribute of a trial that was stopped, is RUNNING to Optuna, and may be taken up again
+)
+NOBODY = (1, -math.inf)  # the place behind every other
 WILCOXON_RUNGS = 4  # with fewer it would decide at the end only
 
 
@@ -31,46 +39,104 @@ class RungPruner(pruners.BasePruner):
 
     def losers(self, trials: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
         """Return number -> why it is stopped, of the judged among all trials. Order changes nothing."""
-        peers = [t for t in trials if t.state != TrialState.FAIL and t.last_step is not None]
-        lead = self._lead(peers)
-        sorted_values: dict[int, list[float]] = {}
-        reasons = {}
+        standings = Standings(self)
+        for trial in trials:
+            if trial.state.is_finished():
+                standings.add(trial)
+        return standings.losers([t for t in trials if not t.state.is_finished()], judged)
+
+    def rungs(self, trial: FrozenTrial) -> list[int]:
+        """Return the rungs of this rule that the trial has been at, in order."""
+        reached, rung = [], self.first_rung
+        while rung <= (trial.last_step or 0):
+            reached.append(rung)
+            rung *= self.reduction_factor
+        return reached
+
+
+class Standings:
+    """What finished trials had at each rung of the rule. Each is added once, so judging stays cheap."""
+
+    def __init__(self, rule: RungPruner) -> None:
+        self.rule = rule
+        self._values: defaultdict[int, list[float]] = defaultdict(list)  # rung -> sorted best perplexities
+        self._lead = NOBODY
+
+    def add(self, trial: FrozenTrial) -> None:
+        """Count a finished trial."""
+        if trial.state == TrialState.FAIL:
+            return
+        for rung in self.rule.rungs(trial):
+            insort(self._values[rung], best_until(trial, rung))
+        if trial.state == TrialState.COMPLETE:
+            self._lead = min(self._lead, self._place(trial))
+
+    def losers(self, unfinished: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        """Return number -> why it is stopped, of the judged; they are among the unfinished."""
+        lead = min([self._lead, *(self._place(t) for t in unfinished if t.state != TrialState.PRUNED)])
+        reasons, values_at = {}, dict[int, list[float]]()
         for trial in judged:
-            rung = self._reached(trial)
-            if rung == 0:
+            rungs = self.rule.rungs(trial)
+            if not rungs or self._place(trial) <= lead:
                 continue
-            if rung not in sorted_values:
-                there = [t for t in peers if self._reached(t) >= rung]
-                sorted_values[rung] = sorted(best_until(t, rung) for t in there)
-            values, own = sorted_values[rung], best_until(trial, rung)
-            if len(values) < self.reduction_factor:
+            if rungs[-1] not in values_at:
+                values_at[rungs[-1]] = self._values_at(rungs[-1], unfinished)
+            values = values_at[rungs[-1]]
+            if len(values) < self.rule.reduction_factor:
                 continue  # too few to compare with; it is judged again when more have come
-            kept = math.ceil(len(values) / self.reduction_factor)
-            if own > values[kept - 1] and (-rung, own) > lead:
+            kept = math.ceil(len(values) / self.rule.reduction_factor)
+            own, limit = best_until(trial, rungs[-1]), values[kept - 1]
+            if own > limit:
                 reasons[trial.number] = (
-                    f"rung {rung}: perplexity {own:.4f} is not among the best {kept} of {len(values)}"
-                    f" (<= {values[kept - 1]:.4f})"
+                    f"rung {rungs[-1]}: perplexity {own:.4f} is not among the best {kept} of {len(values)}"
+                    f" (<= {limit:.4f})"
                 )
         return reasons
 
-    def _lead(self, peers: Sequence[FrozenTrial]) -> tuple[int, float]:
-        """Return (-rung, perplexity) of the farthest, then best trial that may still become the result."""
-        rungs = [(self._reached(t), t) for t in peers if t.state != TrialState.PRUNED]
-        places = [(-rung, best_until(t, rung)) for rung, t in rungs]
-        return min((place for place in places if math.isfinite(place[1])), default=(0, -math.inf))
+    def promotable(
+        self, unfinished: Sequence[FrozenTrial], paused: Sequence[FrozenTrial]
+    ) -> list[FrozenTrial]:
+        """Return the paused trials that would not be stopped today, the farthest and best first."""
+        stay = self.losers(unfinished, paused)
+        return self.ranked([t for t in paused if t.number not in stay])
 
-    def _reached(self, trial: FrozenTrial) -> int:
-        """Return the highest rung of this rule that the trial has been at, 0 before the first."""
-        reached, rung = 0, self.first_rung
-        while rung <= (trial.last_step or 0):
-            reached, rung = rung, rung * self.reduction_factor
-        return reached
+    def ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the trials, the farthest and best first."""
+        return sorted(trials, key=lambda t: (*self._place(t), t.number))
+
+    def _values_at(self, rung: int, unfinished: Sequence[FrozenTrial]) -> list[float]:
+        there = [t for t in unfinished if rung in self.rule.rungs(t)]
+        return sorted([*self._values[rung], *(best_until(t, rung) for t in there)])
+
+    def _place(self, trial: FrozenTrial) -> tuple[int, float]:
+        """Return (-rung, perplexity): the farthest, then best trial has the least."""
+        rung = max(self.rule.rungs(trial), default=0)
+        best = best_until(trial, rung)
+        return (-rung, best) if math.isfinite(best) else NOBODY
+
+
+def settled(trial: FrozenTrial) -> FrozenTrial:
+    """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
+    if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):
+        return trial
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    return pruned
 
 
 def best_until(trial: FrozenTrial, rung: int) -> float:
     """Return the trial's lowest perplexity up to the rung; infinity where it has none that is finite."""
     values = [v for step, v in trial.intermediate_values.items() if step <= rung and math.isfinite(v)]
     return min(values, default=math.inf)
+
+
+def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
+    """Return the trials that one of Optuna's rules stops, all reports of the tick being written.
+
+    Some of them favour whoever is asked first: a seeded order for each rung makes that anybody.
+    """
+    order = sorted(judged, key=lambda t: draw_seed(seed, t.last_step or 0, t.number))
+    return [trial for trial in order if study.pruner.prune(study, trial)]
 
 
 def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:

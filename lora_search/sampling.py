@@ -3,19 +3,28 @@
 A sweep that was interrupted draws what it would have drawn at that point; workers that share one differ.
 """
 
+import heapq
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from optuna import Study, samplers
+from optuna import Study, create_study, samplers
 from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import SamplerConfig
 from lora_search.errors import ConfigError
+from lora_search.ledger import Cursor
+from lora_search.seeds import draw_seed
 
 # Optional dependencies of Optuna's.
 NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
+
+
+MAX_TRIALS = 500  # that TPE looks at; its time grows with them, and one trial's share of what it knows falls
+NUM_BEST = 25  # of them the best: more never count as good to TPE
 
 
 class PerTrialSampler(samplers.BaseSampler):
@@ -47,6 +56,73 @@ class PerTrialSampler(samplers.BaseSampler):
         self._current.after_trial(study, trial, state, values)
 
 
+class Outlook(samplers.BaseSampler):
+    """Lets a sampler see what matters of the study: all trials up to MAX_TRIALS, then the best and an even
+    share of the others, so that a draw costs the same at any size. A paused trial is seen as pruned, and the
+    space is the sweep's own: a range that was widened stays part of it."""
+
+    def __init__(self, sampler: samplers.BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
+        self._sampler, self._view = sampler, create_study()
+        self._space = {key: d for key, d in space.items() if not d.single()}
+        self._cursor = Cursor()
+        self._finished: list[FrozenTrial] = []
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        finished, unfinished = self._cursor.read(study.get_trials(deepcopy=False))
+        self._finished += [t for t in finished if t.state != TrialState.FAIL]
+        shown = thinned(self._finished) + [t for t in unfinished if t.number != trial.number]
+        self._view = create_study(storage=_Shown(shown))
+        self._sampler.before_trial(self._view, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, object]:
+        return self._sampler.sample_relative(self._view, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> object:
+        return self._sampler.sample_independent(self._view, trial, param_name, param_distribution)
+
+
+class _Shown(InMemoryStorage):
+    """Holds the trials that a sampler is shown."""
+
+    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._shown = sorted(trials, key=lambda t: t.number)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [t for t in self._shown if states is None or t.state in states]
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """TPE shares what it drew, for others to avoid; the drawn trial itself tells them a moment later."""
+
+
+def thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return at most MAX_TRIALS of the trials: the best, and every so many-th other, by number."""
+    if len(trials) <= MAX_TRIALS:
+        return list(trials)
+    best = heapq.nsmallest(NUM_BEST, trials, key=_rank)
+    stride = 2 ** math.ceil(math.log2(len(trials) / (MAX_TRIALS - NUM_BEST)))
+    chosen = {t.number for t in best}
+    return best + [t for t in trials if t.number % stride == 0 and t.number not in chosen]
+
+
+def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
+    """Order trials as TPE does: COMPLETE by value, then PRUNED by how far they came and their value there."""
+    if trial.state == TrialState.COMPLETE:
+        return False, 0, trial.value or 0.0, trial.number
+    step = trial.last_step
+    value = math.inf if step is None else trial.intermediate_values[step]
+    return True, -(step or 0), value, trial.number
+
+
 def make_sampler(
     config: SamplerConfig, distributions: Mapping[str, BaseDistribution], seed: int
 ) -> samplers.BaseSampler:
@@ -62,12 +138,8 @@ def make_sampler(
     if config.name == "cmaes" and not any(hasattr(d, "high") for d in distributions.values()):
         remedy = "Use sampler=tpe, or search numbers by interval(...)"
         raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
-    return PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)))
-
-
-def draw_seed(*parts: int) -> int:
-    """Return a seed made of others, e.g. the sweep's and a trial's number: the same wherever it is asked."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)))
+    return Outlook(sampler, distributions) if config.name == "tpe" else sampler
 
 
 def _make(config: SamplerConfig, sweep_seed: int, trial_seed: int) -> samplers.BaseSampler:

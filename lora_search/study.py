@@ -16,24 +16,25 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.claiming import FINISHED, Draws
 from lora_search.config import StudyConfig, SweepConfig
 from lora_search.errors import StudyError
+from lora_search.fingerprint import check_fingerprint
 from lora_search.history import (
-    DUPLICATE,
-    SURPLUS,
+    PROGRESS,
     attributes_of,
-    check_fingerprint,
     describe,
-    params_of,
-    summarize,
+    progress_after,
     trial_rows,
 )
-from lora_search.pruning import RungPruner, make_pruner
-from lora_search.sampling import draw_seed, make_sampler
+from lora_search.ledger import Ledger
+from lora_search.pausing import Pauses, drop_checkpoint
+from lora_search.pruning import PAUSED, make_pruner, settled, stopped_by_optuna
+from lora_search.sampling import make_sampler
+from lora_search.seeds import draw_seed
 from lora_search.space import Space, largest, trial_settings
 from lora_search.storage import (
     explained_errors,
-    locked_from_the_start,
     open_storage,
     quieten_optuna,
     worker_is_dead,
@@ -41,9 +42,6 @@ from lora_search.storage import (
 )
 from lora_search.study_view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
-
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-MAX_DUPLICATES_IN_A_ROW = 50
 
 
 class SweepStudy:
@@ -53,9 +51,15 @@ class SweepStudy:
         self, config: SweepConfig, space: Space, storage: RDBStorage, study: optuna.Study, folder: Path
     ) -> None:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
+        self.ledger = Ledger(study)
+        self.trials_folder = folder.resolve() / "trials"
+        self.widened: list[str] = []  # ranges of the space that are wider than when the study was made
+        self.draws = Draws(config, space, study, self.ledger)
         self.held: dict[int, optuna.Trial] = {}
-        self.exhausted = False
+        self._ids: dict[int, int] = {}  # trial number -> its id in the database
         self.worker = worker_name(os.getpid())
+        pauses = Pauses(config.study, study, storage, self.ledger, self.trials_folder, self._id)
+        self.pauses = pauses if config.pruner.resume_paused else None
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
         self._last_heartbeat = self._last_reclaim = -math.inf
 
@@ -80,9 +84,10 @@ class SweepStudy:
                 sampler=sampler,
                 pruner=pruner,
             )
-            check_fingerprint(study, fingerprint)
+            widened = check_fingerprint(study, fingerprint, space.distributions)
             describe(study, attributes)
             sweep_study = cls(config, space, storage, study, folder)
+            sweep_study.widened = widened
             sweep_study.reclaim_stale()
             sweep_study._enqueue_default()
         return sweep_study
@@ -94,36 +99,40 @@ class SweepStudy:
         runs: list[TrialRun] = []
         while len(runs) < max_trials and (run := self._claim_one()) is not None:
             runs.append(run)
+        if self.pauses is not None and not runs and not self.held:
+            self.pauses.end()
         return runs
 
     def report(self, measurements: Sequence[Measurement]) -> None:
         """Write all measurements; none is judged before all are written. A rung is written once."""
-        for m in measurements:
-            trial = self.held[m.trial_number]
-            frozen = self._frozen(trial)
-            if not self._is_mine(frozen):
-                continue
-            if math.isfinite(m.perplexity) and m.rung not in frozen.intermediate_values:
-                trial.report(m.perplexity, m.rung)
-            seconds = frozen.user_attrs.get("train_seconds", 0.0) + m.train_seconds
-            trial.set_user_attr("best_rung", m.best_rung)
-            trial.set_user_attr("examples_seen", m.examples_seen)
-            trial.set_user_attr("train_tokens", m.train_tokens)
-            trial.set_user_attr("train_seconds", round(seconds, 3))
+        self.ledger.read()
+        mine = [m for m in measurements if self._is_mine(self.ledger.trials[m.trial_number])]
+        for m in mine:
+            reported = self.ledger.trials[m.trial_number].intermediate_values
+            if math.isfinite(m.perplexity) and m.rung not in reported:
+                self.held[m.trial_number].report(m.perplexity, m.rung)
+        for number in dict.fromkeys(m.trial_number for m in mine):  # one write, however many rungs
+            news = [m for m in mine if m.trial_number == number]
+            progress = progress_after(self.ledger.trials[number], news)
+            self.held[number].set_user_attr(PROGRESS, progress)
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
-        trials = {t.number: t for t in self._trials()}
-        held = [trials[number] for number in self.held]
+        self.ledger.read()
+        held = [self.ledger.trials[number] for number in self.held]
         taken = {t.number: "taken over by another worker" for t in held if not self._is_mine(t)}
         judged = [t for t in held if t.number not in taken]
-        reasons = taken | self._losers(list(trials.values()), judged)
+        reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
     def prune(self, stop: Stop) -> str:
-        """End a held trial as PRUNED and return its state; one that was taken over is only let go."""
+        """End a held trial as PRUNED, or pause it; return its state. One that was taken over is let go."""
         self._failures.clear()
-        return self._end(self.held.pop(stop.trial_number), TrialState.PRUNED, stop.reason)
+        trial = self.held.pop(stop.trial_number)
+        if self.pauses is None or not self._is_mine(self._frozen(trial)):
+            return self._end(trial, TrialState.PRUNED, stop.reason)
+        self.pauses.pause(trial, stop.reason)
+        return TrialState.PRUNED.name
 
     def finish(self, measurement: Measurement) -> str:
         """End a held trial and return its state: COMPLETE with its best perplexity.
@@ -167,7 +176,8 @@ class SweepStudy:
         # Optuna's public fail_stale_trials would end them for good; only the query behind it is needed.
         silent = set(self.storage._get_stale_trial_ids(study_id))
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        stale = [t for t in running if t.number not in self.held and self._is_abandoned(t, silent)]
+        nobodys = [t for t in running if t.number not in self.held and not t.user_attrs.get(PAUSED)]
+        stale = [t for t in nobodys if self._is_abandoned(t, silent)]
         for trial in stale:
             self._put_back(trial)
         return len(stale)
@@ -175,7 +185,15 @@ class SweepStudy:
     @property
     def is_finished(self) -> bool:
         """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
-        return self.exhausted or self.summary().finished >= self.config.study.n_trials
+        if self.exhausted:
+            return True
+        is_full = self.summary().finished >= self.config.study.n_trials
+        return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every point of the space was tried before the total was reached."""
+        return self.draws.exhausted
 
     def check_failures(self) -> None:
         """Raise StudyError when max_failures_in_a_row trials of this worker failed, none good between."""
@@ -188,17 +206,28 @@ class SweepStudy:
 
     def num_running_elsewhere(self) -> int:
         """Return how many trials other workers hold while the total is not reached."""
-        states = [t.state for t in self._trials() if t.number not in self.held]
-        is_through = sum(state in FINISHED for state in states) >= self.config.study.n_trials
-        return 0 if is_through else states.count(TrialState.RUNNING)
+        self.ledger.read()
+        if self.ledger.count(*FINISHED) >= self.config.study.n_trials:
+            return 0
+        return sum(t.state == TrialState.RUNNING and t.number not in self.held for t in self.ledger.open)
+
+    @property
+    def standing(self) -> str:
+        """How far the study is, and what that means for study.n_trials, in words."""
+        finished, n_trials = self.summary().finished, self.config.study.n_trials
+        text = f"{finished} of {n_trials} trials done"
+        if finished > n_trials:
+            return f"{text}: study.n_trials is lower than what has finished; all stay, none is added"
+        return f"{text}; a higher study.n_trials goes on" if self.is_finished else text
 
     def summary(self) -> StudySummary:
         """Return where the study stands."""
-        return summarize(self._trials(), self.config.study.n_trials)
+        self.ledger.read()
+        return self.ledger.summary(self.config.study.n_trials)
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
-        return trial_rows(self._trials())
+        return trial_rows([settled(t) for t in self.study.get_trials(deepcopy=False)])
 
     def attributes(self) -> dict[str, str]:
         """Return what the study knows about itself."""
@@ -217,57 +246,11 @@ class SweepStudy:
         return view.rows(), view.attributes()
 
     def _claim_one(self) -> TrialRun | None:
-        for _ in range(MAX_DUPLICATES_IN_A_ROW):
-            if not self._has_room():
-                return None
-            with locked_from_the_start():
-                trial = self.study.ask(self.space.distributions)
-            trial.set_user_attr("worker", self.worker)
-            refusal = self._refusal(trial)
-            if refusal is None:
-                return self._take(trial)
-            self._end(trial, TrialState.FAIL, refusal)
-            if refusal.startswith(SURPLUS):
-                return None
-        self._exhaust(f"{MAX_DUPLICATES_IN_A_ROW} draws in a row had been tried before")
-        return None
-
-    def _has_room(self) -> bool:
-        """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
-        trials = self._trials()
-        states = [t.state for t in trials]
-        if sum(state in (*FINISHED, TrialState.RUNNING) for state in states) >= self.config.study.n_trials:
-            return False
-        if TrialState.WAITING in states:
-            return True
-        has_drawn_twice = bool(trials) and str(trials[-1].user_attrs.get("reason", "")).startswith(DUPLICATE)
-        num_points = self.space.num_points()
-        if num_points is None or not (self._is_grid or has_drawn_twice or len(trials) >= num_points):
-            return True
-        untried = self.space.untried(params_of(t) for t in trials)
-        if not untried:
-            self._exhaust(f"all {num_points} combinations of the space have been tried")
-            return False
-        if self._is_grid or has_drawn_twice:
-            self.study.enqueue_trial(untried[draw_seed(self.config.seed, len(trials)) % len(untried)])
-        return True
-
-    @property
-    def _is_grid(self) -> bool:
-        return self.config.sampler.name == "grid"
-
-    def _refusal(self, trial: optuna.Trial) -> str | None:
-        """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
-        trials = self._trials()
-        if "settings" in trials[trial.number].user_attrs:
-            return None  # it began before, and goes on
-        earlier = [t for t in trials[: trial.number] if t.state != TrialState.FAIL]
-        same = next((t.number for t in earlier if params_of(t) == trial.params), None)
-        if same is not None:
-            return f"{DUPLICATE} trial {same}"
-        if len(earlier) >= self.config.study.n_trials:
-            return f"{SURPLUS} another worker took the last place"
-        return None
+        if self.pauses is not None:
+            self.ledger.read()
+            self.pauses.promote()
+        trial = self.draws.draw(self.worker)
+        return None if trial is None else self._take(trial)
 
     def _take(self, trial: optuna.Trial) -> TrialRun:
         settings = trial_settings(self.config, trial.params)
@@ -275,21 +258,14 @@ class SweepStudy:
         trial.set_user_attr("reason", "")
         self.storage.record_heartbeat(self._id(trial.number))
         self.held[trial.number] = trial
-        folder = str(self.folder.resolve() / "trials" / str(trial.number))
+        folder = str(self.trials_folder / str(trial.number))
         seed = draw_seed(self.config.seed, trial.number)
         return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder)
 
-    def _exhaust(self, why: str) -> None:
-        self.exhausted = True
-        self.study.set_user_attr("exhausted", why)
-
-    def _losers(self, trials: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
-        pruner, seed = self.study.pruner, self.config.seed
-        if isinstance(pruner, RungPruner):
-            return pruner.losers(trials, judged)
-        # Some of Optuna's rules favour whoever is asked first: a seeded order per rung makes that anybody.
-        order = sorted(judged, key=lambda t: draw_seed(seed, t.last_step or 0, t.number))
-        stopped = [t for t in order if self.held[t.number].should_prune()]
+    def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        if self.ledger.standings is not None:
+            return self.ledger.standings.losers(self.ledger.open, judged)
+        stopped = stopped_by_optuna(self.study, judged, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
     def _put_back(self, trial: FrozenTrial) -> None:
@@ -320,19 +296,18 @@ class SweepStudy:
 
     def _enqueue_default(self) -> None:
         params = self.space.default_params(self.config)
-        if self.config.study.first_trial_is_default and params is not None and not self._trials():
+        self.ledger.read()
+        if self.config.study.first_trial_is_default and params is not None and not self.ledger.trials:
             self.study.enqueue_trial(params)
-
-    def _trials(self) -> list[FrozenTrial]:
-        """Return all trials by number, from 0 without gaps."""
-        return self.study.get_trials(deepcopy=False)
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
         return self.storage.get_trial(self._id(trial.number))
 
     def _id(self, number: int) -> int:
-        study_id = self.storage.get_study_id_from_name(self.study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        if number not in self._ids:
+            study_id = self.storage.get_study_id_from_name(self.study.study_name)
+            self._ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._ids[number]
 
     def _end(self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None) -> str:
         """End the trial unless another worker took it over; return the name of its state."""
@@ -341,6 +316,8 @@ class SweepStudy:
             return frozen.state.name
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, value, state=state)
+        if state in FINISHED:
+            drop_checkpoint(self.trials_folder, trial.number)
         return state.name
 
 

@@ -8,7 +8,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.config import StudyConfig
 from lora_search.errors import ConfigError
-from lora_search.history import attributes_of, summarize, trial_rows
+from lora_search.history import attributes_of, progress_of, trial_rows
+from lora_search.ledger import Ledger
+from lora_search.pruning import settled
 from lora_search.storage import explained_errors, open_storage, require_database
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
@@ -26,6 +28,7 @@ class StudyView:
                     "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
                 )
             self._study = optuna.load_study(study_name=config.name, storage=storage)
+        self._ledger = Ledger(self._study)
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
@@ -33,7 +36,9 @@ class StudyView:
 
     def summary(self) -> StudySummary:
         """Return where the study stands."""
-        return summarize(self._trials(), self.config.n_trials)
+        with explained_errors(self.config):
+            self._ledger.read()
+        return self._ledger.summary(self.config.n_trials)
 
     def slots(self) -> list[SlotView]:
         """Return what all workers train, best first, each trial as it was at its last rung."""
@@ -48,12 +53,12 @@ class StudyView:
 
     def _trials(self) -> Sequence[FrozenTrial]:
         with explained_errors(self.config):
-            return self._study.get_trials(deepcopy=False)
+            return [settled(trial) for trial in self._study.get_trials(deepcopy=False)]
 
 
 def _slot(trial: FrozenTrial) -> SlotView:
     settings = json.loads(trial.user_attrs["settings"])
-    rung, examples = trial.last_step or 0, trial.user_attrs.get("examples_seen", 0)
+    rung, examples = trial.last_step or 0, progress_of(trial)["examples_seen"]
     return SlotView(
         trial_number=trial.number,
         settings=TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])}),

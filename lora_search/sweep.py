@@ -117,9 +117,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
     study = SweepStudy.open(config, space, fingerprint, attributes, folder)
     write_pairs(splits, folder / "data")  # now that no other sweep's lie there
-    progress.event(
-        f"study {config.study.name}: {study.summary().finished} of {config.study.n_trials} trials done"
-    )
+    for change in study.widened:
+        progress.event(f"study {config.study.name}: widened {change}")
+    progress.event(f"study {config.study.name}: {study.standing}")
     is_new = "base_perplexity" not in study.attributes()
     base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
     progress.event(
@@ -158,7 +158,7 @@ def _conclude(
 def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
     """Return what must stay the same under one study name; the dtype that `auto` came to."""
     settings = as_dict(config)
-    free = ("study", "engine", "tracker", "launcher", "runs_dir")
+    free = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the study checks the space
     flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
     for section, value in settings.items():
         if section not in free:

@@ -25,7 +25,7 @@ from lora_search.engine import Room, build_engine
 from lora_search.errors import ConfigError
 from lora_search.model import load_base, load_tokenizer, resolve_model
 from lora_search.reading import load_rows
-from lora_search.sampling import draw_seed
+from lora_search.seeds import draw_seed
 from lora_search.space import searchable_keys, trial_settings
 from lora_search.trial import Measurement, TrialRun
 

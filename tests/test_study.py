@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def diverge(study: SweepStudy, run: TrialRun) -> str:
     return study.finish(nan)
 
 
-def simulate(study: SweepStudy, slots: int = 4) -> None:
+def simulate(study: SweepStudy, slots: int = 4, measure: Callable[..., Measurement] = measure) -> None:
     """A worker without an engine: every tick each held trial moves one rung."""
     running: dict[int, tuple[TrialRun, int]] = {}
     while True:

@@ -1,0 +1,79 @@
+"""Which trial is next: one that was interrupted, or a new point of the space; none twice, none beyond the
+total."""
+
+from collections.abc import Sequence
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.config import SweepConfig
+from lora_search.history import DUPLICATE, SURPLUS, params_of
+from lora_search.ledger import Ledger
+from lora_search.seeds import draw_seed
+from lora_search.space import Space
+from lora_search.storage import locked_from_the_start
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+MAX_DUPLICATES_IN_A_ROW = 50
+
+
+class Draws:
+    """Draws trials for one worker until the total is reached or the space is exhausted."""
+
+    def __init__(self, config: SweepConfig, space: Space, study: optuna.Study, ledger: Ledger) -> None:
+        self.config, self.space, self.study, self.ledger = config, space, study, ledger
+        self.exhausted = False
+
+    def draw(self, worker: str) -> optuna.Trial | None:
+        """Return a RUNNING trial signed by the worker; None when there is none to be had."""
+        for _ in range(MAX_DUPLICATES_IN_A_ROW):
+            self.ledger.read()
+            if not self._has_room(self.ledger.trials):
+                return None
+            with locked_from_the_start():
+                trial = self.study.ask(self.space.distributions)
+            trial.set_user_attr("worker", worker)
+            refusal = self._refusal(trial)
+            if refusal is None:
+                return trial
+            trial.set_user_attr("reason", refusal)
+            self.study.tell(trial, state=TrialState.FAIL)
+            if refusal.startswith(SURPLUS):
+                return None
+        self._exhaust(f"{MAX_DUPLICATES_IN_A_ROW} draws in a row had been tried before")
+        return None
+
+    def _has_room(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
+        if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.n_trials:
+            return False
+        if self.ledger.count(TrialState.WAITING):
+            return True
+        has_drawn_twice = bool(trials) and str(trials[-1].user_attrs.get("reason", "")).startswith(DUPLICATE)
+        is_grid = self.config.sampler.name == "grid"
+        num_points = self.space.num_points()
+        if num_points is None or not (is_grid or has_drawn_twice or len(trials) >= num_points):
+            return True
+        untried = self.space.untried(params_of(t) for t in trials)
+        if not untried:
+            self._exhaust(f"all {num_points} combinations of the space have been tried")
+            return False
+        if is_grid or has_drawn_twice:
+            self.study.enqueue_trial(untried[draw_seed(self.config.seed, len(trials)) % len(untried)])
+        return True
+
+    def _refusal(self, trial: optuna.Trial) -> str | None:
+        """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
+        self.ledger.read()
+        if "settings" in self.ledger.trials[trial.number].user_attrs:
+            return None  # it began before, and goes on
+        same = self.ledger.first_with(trial.params, before=trial.number)
+        if same is not None:
+            return f"{DUPLICATE} trial {same}"
+        if self.ledger.num_not_failed(before=trial.number) >= self.config.study.n_trials:
+            return f"{SURPLUS} another worker took the last place"
+        return None
+
+    def _exhaust(self, why: str) -> None:
+        self.exhausted = True
+        self.study.set_user_attr("exhausted", why)

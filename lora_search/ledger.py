@@ -1,0 +1,95 @@
+"""The study as one worker sees it, kept up to date at the price of what is new: finished trials never change,
+so each is looked at once, however many there are. Paused trials count as the pruned ones they will be."""
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.history import never_began, params_of
+from lora_search.pruning import RungPruner, Standings, settled
+from lora_search.trial import StudySummary
+
+
+class Cursor:
+    """Tells finished trials from open ones; remembers which it has told."""
+
+    def __init__(self) -> None:
+        self._num_seen = 0
+        self._open: list[int] = []
+
+    def read(self, trials: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Return what has finished since the last call, and what is open; ``trials`` are all, by number."""
+        candidates = [*self._open, *range(self._num_seen, len(trials))]
+        self._num_seen = len(trials)
+        self._open = [number for number in candidates if not trials[number].state.is_finished()]
+        finished = [trials[number] for number in candidates if trials[number].state.is_finished()]
+        return finished, [settled(trials[number]) for number in self._open]
+
+
+class Ledger:
+    """Counts, best trial and tried points. ``read`` brings it up to date; until then it is as it was."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._cursor = study, Cursor()
+        self.trials: list[FrozenTrial] = []  # all, by number, from 0 without gaps
+        self.open: list[FrozenTrial] = []  # not finished, or paused
+        self.standings = Standings(study.pruner) if isinstance(study.pruner, RungPruner) else None
+        self._counts: Counter[TrialState] = Counter()  # of finished trials that began
+        self._failed: list[int] = []  # sorted numbers
+        self._tried: dict[frozenset[object], int] = {}  # params -> lowest number
+        self._best = (math.inf, -1)
+
+    def read(self) -> None:
+        """Bring it up to date."""
+        self.trials = self._study.get_trials(deepcopy=False)
+        finished, self.open = self._cursor.read(self.trials)
+        for trial in finished:
+            self._take(trial)
+
+    def count(self, *states: TrialState) -> int:
+        """Return how many trials that began are in one of these states."""
+        return sum(self._counts[state] for state in states) + sum(t.state in states for t in self.open)
+
+    def summary(self, n_trials: int) -> StudySummary:
+        """Return the counts and the best COMPLETE trial."""
+        perplexity, number = self._best
+        complete, pruned = self.count(TrialState.COMPLETE), self.count(TrialState.PRUNED)
+        return StudySummary(
+            finished=complete + pruned,
+            n_trials=n_trials,
+            complete=complete,
+            pruned=pruned,
+            failed=self.count(TrialState.FAIL),
+            running=self.count(TrialState.RUNNING),
+            best_number=number if number >= 0 else None,
+            best_perplexity=perplexity if number >= 0 else None,
+        )
+
+    def first_with(self, params: Mapping[str, object], before: int) -> int | None:
+        """Return the first trial of a lower number with these parameters that has not failed."""
+        identity = frozenset(params.items())
+        same = [t.number for t in self.open if frozenset(params_of(t).items()) == identity]
+        if identity in self._tried:
+            same.append(self._tried[identity])
+        return min((number for number in same if number < before), default=None)
+
+    def num_not_failed(self, before: int) -> int:
+        """Return how many trials of lower numbers have not failed."""
+        return before - bisect_left(self._failed, before)
+
+    def _take(self, trial: FrozenTrial) -> None:
+        if not never_began(trial):
+            self._counts[trial.state] += 1
+        if trial.state == TrialState.FAIL:
+            insort(self._failed, trial.number)
+            return
+        if self.standings is not None:
+            self.standings.add(trial)
+        identity = frozenset(params_of(trial).items())
+        self._tried[identity] = min(trial.number, self._tried.get(identity, trial.number))
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
+            self._best = min(self._best, (trial.value, trial.number))
