@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether PyTorch ran out of memory: CUDA has a class for it, the CPU only words."""
     words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -3,12 +3,13 @@
 Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command goes on).
 """
 
+import io
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from hydra._internal.utils import get_args_parser
 
 from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_space_override, compose
 from lora_search.config import SweepConfig, as_dict, redact
-from lora_search.errors import InputError, LoraSearchError
+from lora_search.errors import ConfigError, InputError, LoraSearchError
+from lora_search.files import explained_writing
+from lora_search.interrupts import EXIT_CODE, Interrupts
 from lora_search.progress import Progress, leaderboard, next_steps
 
 if TYPE_CHECKING:
@@ -30,7 +33,12 @@ LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets"
 
 def main() -> int:
     """Run the sweep that the command line names; return the exit code."""
-    progress = Progress()
+    with Interrupts() as interrupts:
+        return answer(Progress(), interrupts)
+
+
+def answer(progress: Progress, interrupts: Interrupts) -> int:
+    """Do what the command line says; every error of the user's is one message."""
     arguments = get_args_parser().parse_args()
     try:
         if arguments.multirun:
@@ -43,17 +51,17 @@ def main() -> int:
         if _only_informs(arguments):
             return _inform()
         config = compose(name, arguments.overrides, config_dir)
-        run_sweep(config, name, progress)
+        run_sweep(config, name, progress, interrupts)
     except LoraSearchError as error:
-        progress.console.print(str(error), markup=False, style="red")
+        progress.console.print(redact(str(error)), markup=False, style="red")
         return error.exit_code
     except KeyboardInterrupt:
         progress.event("interrupted: nothing is lost, the same command goes on")
-        return 130
+        return EXIT_CODE
     return 0
 
 
-def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
+def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
     """Prepare, search, conclude."""
     from lora_search.data import prepare
     from lora_search.engine import Room, build_engine
@@ -64,8 +72,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     from lora_search.tracking import make_tracker
     from lora_search.worker import work
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    folder = Path(config.runs_dir) / config.study.name
+    folder = study_folder(config)
     space = parse_space(config)
     check_study(config, space)
     pick_device(config.engine.device)
@@ -73,7 +80,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     rows = load_rows(config.data)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model), folder / "data")
+    tokenizer = load_tokenizer(source, config.model)
+    with explained_writing(folder):
+        splits = prepare(config, rows, tokenizer, folder / "data")
     progress.event(f"data {config.data.path}: " + ", ".join(f"{v} {k}" for k, v in splits.counts.items()))
     base = load_base(source, config.model, config.engine)
     engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
@@ -90,20 +99,36 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
         f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
     )
     if not study.is_finished:
-        with progress:
-            work(study, engine, tracker, progress)
+        with progress, interrupts.after_the_pass():
+            work(study, engine, tracker, progress, interrupts.check)
     _conclude(study, folder, config, progress)
+
+
+def study_folder(config: SweepConfig) -> Path:
+    """Return where the sweep writes, made where it is missing. Raises ConfigError where that is not inside
+    runs_dir."""
+    runs = Path(config.runs_dir)
+    folder = runs / config.study.name
+    rule, remedy = f"must be a folder inside {runs}", "Choose another study.name."
+    if folder.resolve().parent != runs.resolve() or (folder.exists() and not folder.is_dir()):
+        leads = f"{rule}, and {folder} leads to {folder.resolve()}"
+        raise ConfigError("study.name", config.study.name, leads, remedy)
+    with explained_writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _conclude(study: "SweepStudy", folder: Path, config: SweepConfig, progress: Progress) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next."""
     from lora_search.export import export_best
+    from lora_search.outbox import Outbox
     from lora_search.report import write_report
 
-    rows, attributes = study.rows(), study.attributes()
+    rows, attributes = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
     base_perplexity = float(attributes["base_perplexity"])
-    best = export_best(rows, attributes, folder)
-    write_report(rows, attributes, base_perplexity, folder / "report.html")
+    with explained_writing(folder):
+        best = export_best(rows, attributes, folder)
+        write_report(rows, attributes, base_perplexity, folder / "report.html")
     progress.console.print(leaderboard(rows, base_perplexity))
     if study.exhausted:
         progress.event(
@@ -184,16 +209,17 @@ def _only_informs(arguments: object) -> bool:
 def _inform() -> int:
     """Let Hydra answer --help, --cfg, --info and the like."""
     sys.argv[1:] = [a if a.startswith("-") else as_space_override(a) for a in sys.argv[1:]]
-    hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
+    finally:
+        sys.stdout.write("".join(redact(line) for line in said.getvalue().splitlines(keepends=True)))
     return 0
 
 
 def _ignore(_: object) -> None:
     """Hydra never gets as far as running a job."""
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lora_search"
 LAYERS = [
-    {"__init__", "errors"},
-    {"config", "trial"},
+    {"__init__", "errors", "interrupts"},
+    {"config", "trial", "files"},
+    {"failures", "sealed"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
     {"fused", "row_attention", "head", "memory"},
     {"attention"},
@@ -24,9 +25,10 @@ LAYERS = [
         "progress",
         "export",
     },
-    {"data", "model", "study"},
+    {"data", "model", "study", "outbox"},
     {"passes", "axis"},
     {"slots", "evaluation", "fitting"},
+    {"keeping"},
     {"charts", "engine"},
     {"report"},
     {"worker", "training"},
