@@ -1,22 +1,27 @@
-"""A trial's state at its last rung: adapter, moments, position. One small file, written atomically, no
-pickle."""
+"""A trial's state at a rung: adapter, moments, position, curve. One sealed file a rung, the last two kept.
 
-import json
-import os
-from collections.abc import Mapping
+A file that is damaged, or is not this trial's, is put aside and named, never used.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-FILE_NAME = "state.safetensors"
+from lora_search.files import explained_writing, remove_unfinished
+from lora_search.sealed import DamagedFileError, read_sealed, write_sealed
+
+KEPT = 2  # the last one, and the one before it should the last be damaged
+PUT_ASIDE = ".damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a trial had come. Best values are over its rungs so far; ``best_rung`` 0 means none yet."""
+    """How far a trial had come. Best values are over its rungs so far; ``best_rung`` 0 means none yet.
+
+    ``curve[k - 1]`` is (examples seen, validation perplexity) at rung k.
+    """
 
     examples_seen: int
     optimizer_steps: int
@@ -24,26 +29,59 @@ class Position:
     train_tokens: int
     best_rung: int
     best_perplexity: float
+    curve: tuple[tuple[int, float], ...] = ()
 
 
-def save_checkpoint(folder: Path, position: Position, state: Mapping[str, torch.Tensor]) -> None:
-    """Write state and position so that a reader finds either the old file or the new one, never a part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = save(dict(state), metadata={"position": json.dumps(asdict(position))})
-    temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / FILE_NAME)
+Checkpoint = tuple[Position, dict[str, torch.Tensor]]
 
 
-def load_checkpoint(folder: Path) -> tuple[Position, dict[str, torch.Tensor]] | None:
-    """Return the last whole checkpoint, or None where there is none that can be read."""
-    path = folder / FILE_NAME
+def save_checkpoint(
+    folder: Path, position: Position, state: Mapping[str, torch.Tensor], origin: str = ""
+) -> None:
+    """Write the state of a rung whole, then drop what is older than the one before. Raises WriteError.
+
+    ``origin`` says whose state it is; only the same origin loads it.
+    """
+    note = {"origin": origin, "position": asdict(position)}
+    write_sealed(folder / f"rung-{position.rung:05d}.safetensors", state, note)
+    for path in _newest_first(folder)[KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, origin: str = "", check: Callable[[Checkpoint], None] = lambda _: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that is whole, and what was wrong with newer ones.
+
+    ``check`` raises DamagedFileError for one that does not fit. Files that a killed process left
+    half-written are removed.
+    """
+    remove_unfinished(folder)
+    troubles: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            found = _read(path, origin)
+            check(found)
+        except DamagedFileError as error:
+            troubles.append(f"{path.name} {error}")
+            with explained_writing(path):
+                path.replace(path.with_name(path.name + PUT_ASIDE))
+        else:
+            return found, troubles
+    return None, troubles
+
+
+def _read(path: Path, origin: str) -> Checkpoint:
+    state, note = read_sealed(path)
+    if note.get("origin") != origin:
+        raise DamagedFileError("belongs to a trial with other settings or data")
     try:
-        with safe_open(path, framework="pt") as file:
-            position = Position(**json.loads(file.metadata()["position"]))
-            return position, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
-        return None
+        fields = note["position"]
+        curve = tuple((int(seen), float(perplexity)) for seen, perplexity in fields["curve"])
+        return Position(**{**fields, "curve": curve}), state
+    except (KeyError, TypeError, ValueError):
+        raise DamagedFileError("holds no position that this version knows") from None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rung-*.safetensors"), reverse=True)

@@ -252,6 +252,7 @@ class StudyConfig:
     n_trials: int = 12  # a total over all starts and workers: COMPLETE + PRUNED
     storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
     heartbeat_seconds: int = 30
+    patience_seconds: int = 600  # so long training goes on while the database does not answer
     max_failures_in_a_row: int = 5
     max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
     first_trial_is_default: bool = True  # start from the settings outside `space`
@@ -272,6 +273,7 @@ class StudyConfig:
         )
         require(self.max_retries >= 0, "study.max_retries", self.max_retries, "must be at least 0")
         require(self.keep_gib >= 0, "study.keep_gib", self.keep_gib, "must be at least 0")
+        require(self.patience_seconds >= 0, "study.patience_seconds", self.patience_seconds, "must be >= 0")
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
 
@@ -337,7 +339,7 @@ class SweepConfig:
 def redact(url: str) -> str:
     """Return the URL without its password."""
     without = re.sub(r"(://[^/@]*?:).*@", r"\1***@", url)
-    return re.sub(r"(?i)([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", without)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd)=)[^&\s]*", r"\1***", without)
 
 
 def as_dict(config: Any) -> Any:

@@ -2,7 +2,7 @@
 
 `advance` runs one packed pass; a slot steps when its own effective batch is complete and is evaluated when it
 reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into
-passes.
+passes. Whatever goes wrong with one trial ends that trial only (`failures`).
 """
 
 import logging
@@ -10,19 +10,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from lora_search.axis import DataAxis
-from lora_search.checkpoint import Position, load_checkpoint, save_checkpoint
 from lora_search.config import ALL_LINEAR, SweepConfig
 from lora_search.data import Splits
-from lora_search.errors import LoraSearchError
+from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.evaluation import perplexities
+from lora_search.failures import failure_reason, first_line
 from lora_search.fitting import Fit, bytes_per_slot, fit
-from lora_search.lora import SlotBank, export_peft
+from lora_search.keeping import START, Keeper
+from lora_search.lora import SlotBank
 from lora_search.memory import available_bytes, give_back_memory, is_out_of_memory
 from lora_search.model import Base, matches, target_layers
 from lora_search.optim import SlotAdamW, learning_rate
@@ -31,14 +33,12 @@ from lora_search.passes import PackedModel, SlotRows
 from lora_search.recompute import recompute_layers
 from lora_search.slots import Slot
 from lora_search.space import Space, largest, possible_targets, smallest, trial_settings
-from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
+from lora_search.trial import Measurement, SlotView, TrialRun, TrialSettings
 
 logger = logging.getLogger(__name__)
 
 Packed = Sequence[tuple[int, Slot, SlotRows]]
-START = Position(
-    examples_seen=0, optimizer_steps=0, rung=0, train_tokens=0, best_rung=0, best_perplexity=math.inf
-)
+T = TypeVar("T")
 
 
 class Engine:
@@ -58,27 +58,39 @@ class Engine:
         self.model, self.bank, self.splits = model, bank, splits
         self.axis = DataAxis(splits.train, data_seed)
         self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP)
-        self.tokens_per_pass, self.base_path = tokens_per_pass, base_path
+        self.keeper = Keeper(bank, self.optimizer, base_path, splits.data_hash)
+        self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
         self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]
         self.tokens_per_second = 0.0
+        self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
+        self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until it steps
+        self._outcomes: list[Measurement] = []  # of trials that failed, or whose checkpoint knew more
 
     @property
     def free_slots(self) -> int:
         return self.slots.count(None)
 
     def admit(self, runs: Sequence[TrialRun]) -> None:
-        """Give each trial a slot; one that left a checkpoint goes on from there."""
+        """Give each trial a slot; one that left a checkpoint goes on from there.
+
+        What the checkpoint knows and the study does not, and who could not begin, `advance` tells.
+        """
         for run in runs:
             index = self.slots.index(None)
-            names = self.resolve_targets(run.settings.target_modules)
-            self.bank.admit(index, run.settings, names, run.seed)
-            self.optimizer.reset(index)
-            position = self._resume(index, run, names)
-            slot = Slot(run, names, position, self.axis.total_steps(run.settings))
-            slot.train_tokens = position.train_tokens
-            self._next_batch(slot)
+            slot = Slot(run, (), START, self.axis.total_steps(run.settings))
             self.slots[index] = slot
+            self._for_one(slot, partial(self._begin, index, slot))
+
+    def _begin(self, index: int, slot: Slot) -> None:
+        run = slot.run
+        slot.names = self.resolve_targets(run.settings.target_modules)
+        self.bank.admit(index, run.settings, slot.names, run.seed)
+        self.optimizer.reset(index)
+        slot.position, slot.best, slot.recovery = self.keeper.resume(index, run, slot.names)
+        slot.train_tokens = slot.position.train_tokens
+        self._outcomes += slot.missing_measurements()
+        self._next_batch(slot)
 
     def release(self, trial_numbers: Sequence[int]) -> None:
         """Empty the slots of these trials."""
@@ -88,22 +100,25 @@ class Engine:
                 self.slots[index] = None
 
     def advance(self) -> list[Measurement]:
-        """Run one packed pass; return the measurements of the trials that reached a rung in it.
+        """Run one packed pass; return the rungs reached in it, and the trials that ended."""
+        packed = self._take_pass()
+        if packed and self._forward_backward(packed):
+            self.after_pass()
+            whole = [(i, slot) for i, slot, _ in packed if self.slots[i] is slot and not slot.batch.rows]
+            due = [(i, slot) for i, slot in whole if self._for_one(slot, partial(self._step, i, slot))]
+            self._outcomes += self._measure(due)
+        outcomes, self._outcomes = self._outcomes, []
+        self.release([m.trial_number for m in outcomes if m.ended])
+        return outcomes
 
-        Report them before the next call, which writes the checkpoints: these never know more than the study.
-        """
-        self._save_measured()
-        active = [(index, slot) for index, slot in enumerate(self.slots) if slot is not None]
+    def _take_pass(self) -> Packed:
+        """Take the rows of the next pass: of all trials, or of one that is under suspicion."""
+        self._suspects = [slot for slot in self._suspects if slot in self.slots]
+        chosen = self._suspects[:1] or [slot for slot in self.slots if slot is not None]
+        active = [(self.slots.index(slot), slot) for slot in chosen]
         queues = [[len(row.input_ids) for row, _ in slot.batch.rows] for _, slot in active]
         taken = fill_pass(queues, self.tokens_per_pass)
-        chosen = [(i, slot, count) for (i, slot), count in zip(active, taken, strict=True) if count]
-        packed = [(i, slot, slot.take(i, count)) for i, slot, count in chosen]
-        if not self._forward_backward(packed):
-            return []
-        due = [(index, slot) for index, slot, _ in packed if not slot.batch.rows and self._step(index, slot)]
-        measurements = self._measure(due)
-        self.release([m.trial_number for m in measurements if m.ended])
-        return measurements
+        return [(i, slot, slot.take(i, n)) for (i, slot), n in zip(active, taken, strict=True) if n]
 
     def evaluate_base(self) -> float:
         """Return the validation perplexity of the bare base."""
@@ -122,12 +137,11 @@ class Engine:
             pairs = zip(nlls, packed, strict=True)
             losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
             torch.stack(losses).sum().backward()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
+            trouble = self._explain(error)
             losses = []
         if not losses:
-            self._repeat(packed)
+            self._repeat(packed, trouble)
             return False
         seconds, tokens = time.perf_counter() - start, sum(rows.num_tokens for _, _, rows in packed)
         self.tokens_per_second = tokens / seconds
@@ -137,18 +151,50 @@ class Engine:
             slot.batch.seconds += seconds * rows.num_tokens / tokens
         return True
 
-    def _repeat(self, packed: Packed) -> None:
-        """Take back what a pass that ran out of memory may have left, and queue its batches anew, for smaller
-        passes: the same rows, masks and sums."""
+    def _repeat(self, packed: Packed, trouble: str | None) -> None:
+        """Take back what a pass that failed may have left, and queue its batches anew: the same rows, masks
+        and sums, in smaller passes where memory ran out (None), else slot by slot."""
         for index, slot, _ in packed:
             self.bank.grad_SP[index].zero_()
             self._next_batch(slot)
-        self._halve_passes(sum(len(rows.rows) for _, _, rows in packed))
+        slots = [slot for _, slot, _ in packed]
+        if trouble is None:
+            self._for_one(slots[0], partial(self._halve_passes, sum(len(rows.rows) for _, _, rows in packed)))
+        elif len(slots) == 1:
+            self._fail(slots[0], trouble)
+        else:
+            self._suspects = slots
+            logger.warning("a pass failed: %s; its trials run again one by one", trouble)
+
+    def _explain(self, error: Exception) -> str | None:
+        """Return what a trial did wrong, None where memory ran out; raise what ends the whole sweep."""
+        if isinstance(error, torch.AcceleratorError):
+            remedy = "The trials go back; the same command goes on."
+            raise LoraSearchError(
+                f"engine.device: the device failed: {first_line(error)}. {remedy}"
+            ) from None
+        if isinstance(error, DoesNotFitError):
+            return str(error)
+        if isinstance(error, LoraSearchError):
+            raise error
+        return None if is_out_of_memory(error) else failure_reason(error)
+
+    def _for_one(self, slot: Slot, act: Callable[[], T]) -> T | None:
+        """Do what concerns one trial; whatever it raises is the end of that trial only."""
+        try:
+            return act()
+        except Exception as error:  # noqa: BLE001  (a bug in one trial is not the others')
+            self._fail(slot, self._explain(error) or failure_reason(error))
+            return None
+
+    def _fail(self, slot: Slot, reason: str) -> None:
+        self._outcomes.append(slot.measurement(math.nan, ended="failed", detail=reason))
+        self.release([slot.run.number])
 
     def _halve_passes(self, num_rows: int) -> None:
         if num_rows <= 1:
             longest = max(len(row.input_ids) for row in (*self.splits.train, *self.splits.validation))
-            raise LoraSearchError(
+            raise DoesNotFitError(
                 f"engine.tokens_per_pass: out of memory with a single row (longest: {longest} tokens). "
                 "Lower data.max_length, lora.r or engine.slots, or use a device with more memory."
             )
@@ -163,10 +209,20 @@ class Engine:
         lr = learning_rate(slot.settings, slot.position.optimizer_steps, slot.total_steps)
         slot.end_step(lr, self.optimizer.step(index, slot.settings, lr))
         self.bank.refresh(index)
+        self._suspects = [suspect for suspect in self._suspects if suspect is not slot]
+        if slot.watch.is_sick:
+            self._diverge(slot)
+            return False
         if self._has_reached(slot, slot.position.rung + 1):
             return True
         self._next_batch(slot)
         return False
+
+    def _diverge(self, slot: Slot) -> None:
+        rung, step = slot.position.rung + 1, slot.position.optimizer_steps
+        detail = f"loss or gradient not finite at optimizer step {step}, before rung {rung}"
+        slot.position = replace(slot.position, rung=rung)
+        self._outcomes.append(slot.measurement(math.nan, slot.step_records(), "diverged", detail))
 
     def _has_reached(self, slot: Slot, rung: int) -> bool:
         return slot.position.examples_seen >= self.axis.rung_examples(slot.settings, rung)
@@ -175,18 +231,31 @@ class Engine:
         slot.begin_batch(self.axis.batch(slot.position.examples_seen, slot.settings))
 
     def _measure(self, due: Sequence[tuple[int, Slot]]) -> list[Measurement]:
-        values = self._perplexities([index for index, _ in due])
+        values = self._evaluate(due)
         return [
             m
             for (index, slot), value in zip(due, values, strict=True)
-            for m in self._rungs(index, slot, value)
+            if value is not None and self.slots[index] is slot
+            for m in self._for_one(slot, partial(self._rungs, index, slot, value)) or ()
         ]
+
+    def _evaluate(self, due: Sequence[tuple[int, Slot]]) -> list[float | None]:
+        """Return validation perplexities, packed, or else one by one; None for who fails alone."""
+        if len(due) > 1:
+            try:
+                return list(self._perplexities([index for index, _ in due]))
+            except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
+                logger.warning(
+                    "an evaluation failed: %s; its trials run again one by one", self._explain(error)
+                )
+        values = [self._for_one(slot, partial(self._perplexities, [index])) for index, slot in due]
+        return [value[0] if value else None for value in values]
 
     def _perplexities(self, slots: Sequence[int | None]) -> list[float]:
         rows = self.splits.validation
         while True:
             try:
-                return perplexities(self.model, slots, rows, self.tokens_per_pass)
+                return perplexities(self.model, slots, rows, self.tokens_per_pass, self.after_pass)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -201,82 +270,20 @@ class Engine:
         slot.last_loss, slot.last_perplexity = sum(s.loss for s in steps) / len(steps), perplexity
         measurements: list[Measurement] = []
         while self._has_reached(slot, slot.position.rung + 1):
-            self._record_rung(index, slot, perplexity)
+            if slot.reach_rung(perplexity):
+                self.keeper.keep_best(index, slot)
             ended, detail = slot.ending(finite)
             new_steps = () if measurements else steps
-            measurements.append(self._measurement(slot, perplexity, new_steps, ended, detail))
+            measurements.append(
+                slot.measurement(perplexity, new_steps, ended, detail, self.tokens_per_second)
+            )
             if ended:
                 return measurements
-        slot.is_saved = False
+        self.keeper.save(index, slot)
         slot.steps.clear()
         slot.train_seconds = 0.0
         self._next_batch(slot)
         return measurements
-
-    def _record_rung(self, index: int, slot: Slot, perplexity: float) -> None:
-        rung = slot.position.rung + 1
-        slot.position = replace(slot.position, rung=rung, train_tokens=slot.train_tokens)
-        if perplexity < slot.position.best_perplexity:  # never true for NaN
-            slot.position = replace(slot.position, best_rung=rung, best_perplexity=perplexity)
-            state = self.bank.tensors(self.bank.theta_SP[index], slot.settings.r, slot.names)
-            export_peft(state, slot.settings, slot.names, self.base_path, Path(slot.run.folder) / "adapter")
-
-    def _measurement(
-        self,
-        slot: Slot,
-        perplexity: float,
-        steps: tuple[StepRecord, ...],
-        ended: EndReason | None,
-        detail: str,
-    ) -> Measurement:
-        return Measurement(
-            trial_number=slot.run.number,
-            rung=slot.position.rung,
-            examples_seen=slot.position.examples_seen,
-            train_tokens=slot.train_tokens,
-            train_seconds=slot.train_seconds if steps else 0.0,
-            tokens_per_second=self.tokens_per_second,
-            validation_loss=math.log(perplexity),
-            perplexity=perplexity,
-            best_rung=slot.position.best_rung,
-            best_perplexity=slot.position.best_perplexity,
-            steps=steps,
-            ended=ended,
-            detail=detail,
-        )
-
-    def _banks(self) -> dict[str, torch.Tensor]:
-        return {
-            "theta": self.bank.theta_SP,
-            "m": self.optimizer.exp_avg_SP,
-            "v": self.optimizer.exp_avg_sq_SP,
-        }
-
-    def _save_measured(self) -> None:
-        for index, slot in enumerate(self.slots):
-            if slot is not None and not slot.is_saved:
-                self._save(index, slot)
-                slot.is_saved = True
-
-    def _save(self, index: int, slot: Slot) -> None:
-        state = {
-            f"{kind}/{name}": tensor
-            for kind, bank_SP in self._banks().items()
-            for name, tensor in self.bank.tensors(bank_SP[index], slot.settings.r, slot.names).items()
-        }
-        save_checkpoint(Path(slot.run.folder) / "checkpoint", slot.position, state)
-
-    def _resume(self, index: int, run: TrialRun, names: tuple[str, ...]) -> Position:
-        found = load_checkpoint(Path(run.folder) / "checkpoint")
-        if found is None:
-            return START
-        position, state = found
-        for kind, bank_SP in self._banks().items():
-            part = {k.partition("/")[2]: tensor for k, tensor in state.items() if k.startswith(f"{kind}/")}
-            self.bank.load(bank_SP[index], run.settings.r, names, part)
-        self.bank.refresh(index)
-        self.optimizer.steps[index] = position.optimizer_steps
-        return position
 
 
 @dataclass(frozen=True)

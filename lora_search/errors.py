@@ -35,6 +35,24 @@ class StudyError(LoraSearchError):
     """The study refuses: other settings under the same name, or too many failed trials in a row."""
 
 
+class DatabaseError(StudyError):
+    """The database behind the study does not answer, or answers with an error."""
+
+
+class DoesNotFitError(LoraSearchError):
+    """Memory ran out with the smallest piece of work there is."""
+
+
+class WriteError(LoraSearchError):
+    """The disk takes no more: full, over quota, read-only."""
+
+    def __init__(self, path: object, cause: str) -> None:
+        super().__init__(
+            f"runs_dir: {path} cannot be written: {cause}. Nothing that was there is lost: make room, "
+            "then the same command goes on."
+        )
+
+
 class FingerprintError(StudyError):
     """The same study name was used with other settings; wrong input, hence exit code 2."""
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,7 +13,11 @@ from lora_search.passes import PackedModel, SlotRows, num_completion_tokens
 
 @torch.no_grad()
 def perplexities(
-    model: PackedModel, slots: Sequence[int | None], rows: Sequence[Example], tokens_per_pass: int
+    model: PackedModel,
+    slots: Sequence[int | None],
+    rows: Sequence[Example],
+    tokens_per_pass: int,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Return exp(mean NLL over all completion tokens), token-weighted, of each slot on the same rows."""
     queues = [deque(rows) for _ in slots]
@@ -24,6 +28,7 @@ def perplexities(
         packs = [SlotRows(slots[i], [queues[i].popleft() for _ in range(taken[i])]) for i in chosen]
         for i, nll in zip(chosen, model.nll(packs), strict=True):
             sums[i] += nll.sum(dtype=torch.float64)
+        after_pass()
     count = sum(num_completion_tokens(row) for row in rows)
     return [_exp(total.item() / count) for total in sums]
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,17 +152,13 @@ class Team:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ask those that still run to hand back their trials, and wait; a second interrupt kills them."""
+        """Ask those that still run to hand back their trials, and wait. A second interrupt ends this process,
+        and with its end of their standard input they leave too."""
         running = [worker for worker in self.workers if worker.is_running]
-        try:
-            for worker in running:
-                worker.process.send_signal(signal.SIGINT)
-            for worker in running:
-                worker.process.wait()
-        except KeyboardInterrupt:
-            for worker in running:
-                worker.process.kill()
-                worker.process.wait()
+        for worker in running:
+            worker.process.send_signal(signal.SIGINT)
+        for worker in running:
+            worker.process.wait()
         for worker in self.workers:
             assert worker.process.stdin is not None
             worker.process.stdin.close()
@@ -244,8 +240,9 @@ class Overview:
         self.progress.update(view.slots(), view.summary(), tokens / seconds)
 
 
-def run_workers(config: SweepConfig, command: Command, progress: Progress) -> None:
-    """Start the workers and look after them until the study is through. Raises what ended them all."""
+def run_workers(config: SweepConfig, command: Command, progress: Progress, check: Callable[[], None]) -> None:
+    """Start the workers and look after them until the study is through. Raises what ended them all, and
+    what ``check``, called now and then, does."""
     num_gpus = 0 if config.engine.device == "cpu" else visible_gpus()
     environments = plan_workers(config, num_gpus, os.environ)
     team, overview = make_team(config, command, environments), Overview(config.study, progress)
@@ -256,6 +253,7 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress) -> No
             for news in team.look():
                 progress.event(news)
             overview.show()
+            check()
             time.sleep(LOOK_SECONDS)
     for news in team.look():
         progress.event(news)

@@ -7,18 +7,21 @@ views into them, in the dtype of the base.
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from safetensors.torch import save_file
 from torch import nn
 
 from lora_search.adapters import AddAdapters, AddGrouped, LayerBank, Plan, SlotAdapter
+from lora_search.files import TEMPORARY, explained_writing, write_file
+from lora_search.sealed import read_sealed, write_sealed
 from lora_search.trial import TrialSettings
 
+PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
 
 
@@ -172,9 +175,10 @@ def export_peft(
     names: Sequence[str],
     base_path: str,
     folder: Path,
+    note: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a folder that plain ``PeftModel.from_pretrained`` loads."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a folder that plain ``PeftModel.from_pretrained`` loads; the weights change in one go, sealed
+    with the note."""
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
@@ -185,8 +189,22 @@ def export_peft(
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    config.save_pretrained(str(folder))
-    save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in state.items()},
-        folder / "adapter_model.safetensors",
-    )
+    _write_config(config, folder)
+    weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+    write_sealed(folder / WEIGHTS_NAME, weights, note or {})
+
+
+def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return weights and note as `export_peft` was given them. Raises DamagedFileError."""
+    weights, note = read_sealed(folder / WEIGHTS_NAME)
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()}, note
+
+
+def _write_config(config: PeftLoraConfig, folder: Path) -> None:
+    """Let PEFT write beside the folder, so that a full disk leaves the old file as it was."""
+    fresh = folder.with_name(f"{folder.name}{TEMPORARY}")
+    with explained_writing(folder):
+        config.save_pretrained(str(fresh))
+        for path in fresh.iterdir():
+            write_file(folder / path.name, path.read_bytes())
+        shutil.rmtree(fresh)

@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT_BYTES = 32 * 2**20  # the most that glibc takes
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether PyTorch ran out of memory: CUDA has a class for it, the CPU only words."""
     words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -1,5 +1,6 @@
 """One trial in training: its place on the data axis, the rest of its batch, what it has measured."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ import torch
 from lora_search.checkpoint import Position
 from lora_search.data import Example
 from lora_search.passes import SlotRows, num_completion_tokens
-from lora_search.trial import EndReason, SlotView, StepRecord, TrialRun, TrialSettings
+from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
 
 
 @dataclass
@@ -24,7 +25,28 @@ class Batch:
     seconds: float = 0.0
 
 
-@dataclass
+class Watch:
+    """Whether a slot's steps were finite, without waiting for the device: on CUDA known a pass later."""
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def note(self, value: torch.Tensor) -> None:
+        """Send a step's loss plus gradient norm on its way to the host."""
+        self._seen = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        self._seen.copy_(value, non_blocking=True)
+        if value.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @property
+    def is_sick(self) -> bool:
+        has_come = self._copied is None or self._copied.query()
+        return self._seen is not None and has_come and not math.isfinite(self._seen.item())
+
+
+@dataclass(eq=False)
 class Slot:
     """A trial that trains. ``steps`` holds (examples seen, loss, lr, gradient norm) since the last rung."""
 
@@ -36,9 +58,11 @@ class Slot:
     train_tokens: int = 0
     train_seconds: float = 0.0
     steps: list[tuple[int, torch.Tensor, float, torch.Tensor]] = field(default_factory=list)
-    is_saved: bool = True  # the checkpoint holds the last rung
     last_loss: float | None = None
     last_perplexity: float | None = None
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # the adapter of the best rung, on the host
+    recovery: str = ""  # what was wrong with its checkpoint, until a measurement takes it along
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def settings(self) -> TrialSettings:
@@ -60,7 +84,9 @@ class Slot:
         """Record the optimizer step that the batch led to."""
         batch, position = self.batch, self.position
         seen = position.examples_seen + batch.num_examples
-        self.steps.append((seen, torch.stack(batch.losses).sum(), lr, grad_norm))
+        loss = torch.stack(batch.losses).sum()
+        self.steps.append((seen, loss, lr, grad_norm))
+        self.watch.note(loss + grad_norm)
         self.position = replace(position, examples_seen=seen, optimizer_steps=position.optimizer_steps + 1)
         self.train_tokens += batch.num_tokens
         self.train_seconds += batch.seconds
@@ -74,11 +100,64 @@ class Slot:
             for (seen, _, lr, _), loss, norm in zip(self.steps, losses, norms, strict=True)
         )
 
+    def reach_rung(self, perplexity: float) -> bool:
+        """Stand at the next rung; return whether it is the best so far. What the study has of it stays."""
+        rung = self.position.rung + 1
+        perplexity = self.run.perplexities.get(rung, perplexity)
+        curve = (*self.position.curve, (self.position.examples_seen, perplexity))
+        self.position = replace(self.position, rung=rung, train_tokens=self.train_tokens, curve=curve)
+        if not perplexity < self.position.best_perplexity:  # nor is NaN
+            return False
+        self.position = replace(self.position, best_rung=rung, best_perplexity=perplexity)
+        return True
+
+    def measurement(
+        self,
+        perplexity: float,
+        steps: tuple[StepRecord, ...] = (),
+        ended: EndReason | None = None,
+        detail: str = "",
+        tokens_per_second: float = 0.0,
+    ) -> Measurement:
+        """Return what the trial measured where it stands."""
+        position, recovery = self.position, self.recovery
+        self.recovery = ""
+        return Measurement(
+            trial_number=self.run.number,
+            rung=position.rung,
+            examples_seen=position.examples_seen,
+            train_tokens=self.train_tokens,
+            train_seconds=self.train_seconds if steps else 0.0,
+            tokens_per_second=tokens_per_second,
+            validation_loss=math.log(perplexity),
+            perplexity=perplexity,
+            best_rung=position.best_rung,
+            best_perplexity=position.best_perplexity,
+            steps=steps,
+            ended=ended,
+            detail=detail,
+            recovery=recovery,
+        )
+
+    def missing_measurements(self) -> list[Measurement]:
+        """Return the rungs that the checkpoint has and the study has not: its worker died in between."""
+        position, missing = self.position, []
+        for rung, (seen, perplexity) in enumerate(position.curve, start=1):
+            if rung not in self.run.perplexities:
+                upto = position.curve[:rung]
+                best = min(range(rung), key=lambda i: (upto[i][1], i))
+                self.position = replace(
+                    position, rung=rung, examples_seen=seen, best_rung=best + 1, best_perplexity=upto[best][1]
+                )
+                missing.append(self.measurement(perplexity))
+        self.position = position
+        return missing
+
     def ending(self, finite: bool) -> tuple[EndReason | None, str]:
         """Return why the trial ends at the rung it is at, and that in words; None where it goes on."""
         position, patience = self.position, self.settings.early_stopping_patience
         if not finite:
-            return "diverged", f"loss or gradient not finite before rung {position.rung}"
+            return "diverged", f"loss, gradient or validation not finite at rung {position.rung}"
         if position.rung == self.settings.num_rungs:
             return "finished", ""
         if patience is not None and position.rung - position.best_rung >= patience:

@@ -21,12 +21,14 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from lora_search.config import StudyConfig, redact
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import ConfigError, DatabaseError, StudyError
 
 GRACE_HEARTBEATS = (
     4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
 )
-BUSY_SECONDS = 60  # how long SQLite waits for another process's write
+BUSY_SECONDS = 60  # how long SQLite waits for another process's write while it is opened
+BUSY_AT_WORK_SECONDS = 5  # and afterwards: the outbox keeps what could not be written, and training goes on
+CONNECT_SECONDS = 10  # a server that does not answer is taken for gone
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
 KEY = "study.storage"
 _locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
@@ -69,12 +71,12 @@ def check_storage(config: StudyConfig) -> None:
 
 @contextmanager
 def explained_errors(config: StudyConfig) -> Iterator[None]:
-    """Turn what the database raises into a StudyError without the password."""
+    """Turn what the database raises into a DatabaseError without the password."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
         cause = _cause(error, make_url(config.storage))
-        raise StudyError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
+        raise DatabaseError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
 
 
 @contextmanager
@@ -159,7 +161,8 @@ def _make_folder(url: URL) -> None:
 
 def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
     is_sqlite = url.get_backend_name() == "sqlite"
-    options = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {"pool_pre_ping": True}
+    connect = {"timeout": BUSY_SECONDS} if is_sqlite else {"connect_timeout": CONNECT_SECONDS}
+    options: dict[str, object] = {"connect_args": connect, "pool_pre_ping": not is_sqlite}
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             return RDBStorage(
@@ -185,6 +188,7 @@ def _share_sqlite(storage: RDBStorage) -> None:
 
     def on_connect(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA busy_timeout={1000 * BUSY_AT_WORK_SECONDS}")
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def on_begin(connection: Connection) -> None:

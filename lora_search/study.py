@@ -34,6 +34,7 @@ from lora_search.sampling import make_sampler
 from lora_search.seeds import draw_seed
 from lora_search.space import Space, largest, trial_settings
 from lora_search.storage import (
+    GRACE_HEARTBEATS,
     explained_errors,
     open_storage,
     quieten_optuna,
@@ -62,6 +63,7 @@ class SweepStudy:
         self.pauses = pauses if config.pruner.resume_paused else None
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
         self._last_heartbeat = self._last_reclaim = -math.inf
+        self._last_beat = time.time()  # the wall's clock: a machine that slept was silent too
 
     @classmethod
     def open(
@@ -128,10 +130,11 @@ class SweepStudy:
     def prune(self, stop: Stop) -> str:
         """End a held trial as PRUNED, or pause it; return its state. One that was taken over is let go."""
         self._failures.clear()
-        trial = self.held.pop(stop.trial_number)
+        trial = self.held[stop.trial_number]
         if self.pauses is None or not self._is_mine(self._frozen(trial)):
             return self._end(trial, TrialState.PRUNED, stop.reason)
         self.pauses.pause(trial, stop.reason)
+        del self.held[stop.trial_number]
         return TrialState.PRUNED.name
 
     def finish(self, measurement: Measurement) -> str:
@@ -140,17 +143,42 @@ class SweepStudy:
         A diverged one is PRUNED: the sampler learns from it, and nothing non-finite becomes COMPLETE. It
         counts as a failure all the same, so that a sweep in which every trial diverges ends.
         """
-        trial = self.held.pop(measurement.trial_number)
+        trial = self.held[measurement.trial_number]
         if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
+            state = self._end(trial, TrialState.PRUNED, f"diverged: {measurement.detail}")
             self._failures.append(f"trial {measurement.trial_number}: diverged: {measurement.detail}")
-            return self._end(trial, TrialState.PRUNED, f"diverged: {measurement.detail}")
+            return state
         self._failures.clear()
         return self._end(trial, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
 
     def fail(self, number: int, reason: str) -> str:
         """End a held trial as FAIL and return its state."""
+        state = self._end(self.held[number], TrialState.FAIL, reason)
         self._failures.append(f"trial {number}: {reason}")
-        return self._end(self.held.pop(number), TrialState.FAIL, reason)
+        return state
+
+    def note_recovery(self, measurement: Measurement) -> None:
+        """Store what was wrong with the checkpoint that a held trial went on from."""
+        self.held[measurement.trial_number].set_user_attr("recovery", measurement.recovery)
+
+    @property
+    def was_silent(self) -> bool:
+        """Whether this worker's heartbeat stood still for so long that others may have taken its trials."""
+        silence = time.time() - self._last_beat
+        return silence > GRACE_HEARTBEATS * self.config.study.heartbeat_seconds
+
+    def let_go(self) -> list[int]:
+        """Forget the held trials that other workers took over; return their numbers."""
+        lost = [n for n, trial in self.held.items() if not self._is_mine(self._frozen(trial))]
+        for number in lost:
+            del self.held[number]
+        return lost
+
+    def put_back_unheld(self) -> None:
+        """Put back what a claim that the database cut short left RUNNING in this worker's name."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number not in self.held and self._is_mine(trial):
+                self.storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
 
     def hand_back(self, reason: str) -> None:
         """Put every held trial back, for the same command or another worker to continue."""
@@ -165,9 +193,9 @@ class SweepStudy:
         now = time.monotonic()
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
-        self._last_heartbeat = now
         for number in self.held:
             self.storage.record_heartbeat(self._id(number))
+        self._last_heartbeat, self._last_beat = now, time.time()
 
     def reclaim_stale(self) -> int:
         """Put back the trials of dead workers; return how many. Fails those that were put back too often."""
@@ -260,7 +288,8 @@ class SweepStudy:
         self.held[trial.number] = trial
         folder = str(self.trials_folder / str(trial.number))
         seed = draw_seed(self.config.seed, trial.number)
-        return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder)
+        known = dict(self._frozen(trial).intermediate_values)
+        return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder, perplexities=known)
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.ledger.standings is not None:
@@ -310,12 +339,17 @@ class SweepStudy:
         return self._ids[number]
 
     def _end(self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None) -> str:
-        """End the trial unless another worker took it over; return the name of its state."""
+        """End the trial unless another worker took it over; return the name of its state.
+
+        It is held until its end is written: what the database refused may be called again.
+        """
         frozen = self._frozen(trial)
-        if not self._is_mine(frozen):
+        if is_mine := self._is_mine(frozen):
+            trial.set_user_attr("reason", reason)
+            self.study.tell(trial, value, state=state)
+        self.held.pop(trial.number, None)
+        if not is_mine:
             return frozen.state.name
-        trial.set_user_attr("reason", reason)
-        self.study.tell(trial, value, state=state)
         if state in FINISHED:
             drop_checkpoint(self.trials_folder, trial.number)
         return state.name

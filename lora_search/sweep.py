@@ -3,14 +3,10 @@
 Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command goes on).
 """
 
-import os
-import platform
-import shlex
-import signal
-import subprocess
+import io
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,91 +14,105 @@ import hydra
 from hydra._internal.utils import get_args_parser
 
 from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
-from lora_search.config import SweepConfig, as_dict, redact
-from lora_search.errors import InputError, LoraSearchError
-from lora_search.launcher import Command, run_workers, told_to_launcher, typed_arguments
-from lora_search.progress import Progress, leaderboard, next_steps
-from lora_search.ranking import best_of
-from lora_search.trial import TrialRow
+from lora_search.config import SweepConfig, redact
+from lora_search.errors import ConfigError, InputError, LoraSearchError
+from lora_search.files import explained_writing
+from lora_search.interrupts import EXIT_CODE, Interrupts
+from lora_search.launcher import Command, run_workers, told_to_launcher
+from lora_search.progress import Progress
 
 if TYPE_CHECKING:
-    from lora_search.data import Splits
+    from lora_search.engine import Engine
+    from lora_search.space import Space
+    from lora_search.study import SweepStudy
 
-FINISHED = ("COMPLETE", "PRUNED")
-LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
+INFORMING = (
+    "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
+)  # fmt: skip
 
 
 def main() -> int:
     """Run the sweep that the command line names; return the exit code."""
-    progress = Progress()
+    with Interrupts() as interrupts:
+        return answer(Progress(), interrupts)
+
+
+def answer(progress: Progress, interrupts: Interrupts) -> int:
+    """Do what the command line says; every error of the user's is one message."""
     arguments = get_args_parser().parse_args()
     try:
-        if arguments.multirun:
-            raise InputError(
-                "-m: a sweep searches by its `space`, not by multirun. Leave -m out: "
-                "optim.lr=interval(1e-5,1e-3)"
-            )
-        if arguments.config_path:
-            raise InputError("-cp: sweeps lie in sweeps/. Add a folder of your own with -cd.")
-        more = Path(arguments.config_dir) if arguments.config_dir else None
-        name = arguments.config_name or DEFAULT_SWEEP
+        _refuse_unsupported(arguments)
         if arguments.help:
-            progress.console.print(help_page(name, arguments.overrides, more), markup=False, soft_wrap=True)
-            return 0
-        if _only_informs(arguments):
-            return _inform()
-        config = compose(name, arguments.overrides, more)
-        signal.signal(signal.SIGTERM, _interrupt)
-        if config.launcher.name == "local" and config.launcher.worker is None:
-            own_folder = more.resolve() if more else None
-            command = Command(sweep=name, config_dir=own_folder, overrides=tuple(arguments.overrides))
-            run_together(config, command, progress)
+            page = help_page(_name(arguments), arguments.overrides, _folder(arguments))
+            progress.console.print(page, markup=False, soft_wrap=True)
+        elif any(getattr(arguments, flag, None) for flag in INFORMING):
+            _inform()
         else:
-            with told_to_launcher(config):
-                run_sweep(config, name, progress)
+            _run(arguments, progress, interrupts)
     except LoraSearchError as error:
-        progress.console.print(str(error), markup=False, style="red")
+        progress.console.print(redact(str(error)), markup=False, style="red")
         return error.exit_code
     except KeyboardInterrupt:
         progress.event("interrupted: nothing is lost, the same command goes on")
-        return 130
+        return EXIT_CODE
     return 0
 
 
-def run_together(config: SweepConfig, command: Command, progress: Progress) -> None:
+def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Let workers search, and conclude once. Imports no torch."""
+    from lora_search.conclusion import conclude
     from lora_search.space import parse_space
     from lora_search.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
-    run_workers(config, command, progress)
-    _conclude(*SweepStudy.read(config.study), config, progress)
+    study_folder(config)
+    with interrupts.after_the_pass():
+        run_workers(config, command, progress, interrupts.check)
+    conclude(*SweepStudy.read(config.study), config, progress)
 
 
-def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
+def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
     """Prepare, search, conclude. One of many workers leaves the conclusion to its launcher."""
+    from lora_search.conclusion import conclude
+    from lora_search.outbox import Outbox
+    from lora_search.preflight import describe_search
+    from lora_search.space import parse_space
+    from lora_search.study import check_study
+    from lora_search.tracking import make_tracker
+    from lora_search.worker import work
+
+    space = parse_space(config)
+    check_study(config, space)
+    tracker = make_tracker(
+        config, {"model": config.model.path, "data": config.data.path, "seed": config.seed}
+    )
+    for line in describe_search(config, space):
+        progress.event(line)
+    engine, study = prepare_sweep(config, sweep_name, space, progress)
+    if not study.is_finished:
+        with progress, interrupts.after_the_pass():
+            work(study, engine, tracker, progress, interrupts.check)
+    if config.launcher.worker is None:
+        found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
+        conclude(*found, config, progress)
+
+
+def prepare_sweep(
+    config: SweepConfig, sweep_name: str, space: "Space", progress: Progress
+) -> "tuple[Engine, SweepStudy]":
+    """Return engine and study, ready to search: data read and split, base loaded and measured."""
     from lora_search.data import prepare, write_pairs
     from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
     from lora_search.note import write_note
-    from lora_search.preflight import check_amount, check_places, describe_rows, describe_search
+    from lora_search.preflight import check_amount, check_places, describe_rows
+    from lora_search.provenance import attributes, fingerprint
     from lora_search.reading import load_rows
-    from lora_search.space import parse_space
-    from lora_search.study import SweepStudy, check_study
-    from lora_search.tracking import make_tracker
-    from lora_search.worker import work
+    from lora_search.study import SweepStudy
 
-    folder = Path(config.runs_dir) / config.study.name
-    space = parse_space(config)
-    check_study(config, space)
     pick_device(config.engine.device)
-    tracker = make_tracker(
-        config, {"model": config.model.path, "data": config.data.path, "seed": config.seed}
-    )
     rows = load_rows(config.data)
     check_places(config)
-    for line in describe_search(config, space):
-        progress.event(line)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
     splits = prepare(config, rows, load_tokenizer(source, config.model))
@@ -113,121 +123,77 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
     engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
     if sizes:
         progress.event(f"engine: {sizes}")
-    attributes = _attributes(config, sweep_name, source, splits)
-    fingerprint = _fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
-    study = SweepStudy.open(config, space, fingerprint, attributes, folder)
-    write_pairs(splits, folder / "data")  # now that no other sweep's lie there
+    folder, known = study_folder(config), attributes(config, sweep_name, source, splits)
+    print_of_it = fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
+    study = SweepStudy.open(config, space, print_of_it, known, folder)
+    with explained_writing(folder):
+        write_pairs(splits, folder / "data")  # now that no other sweep's lie there
     for change in study.widened:
         progress.event(f"study {config.study.name}: widened {change}")
     progress.event(f"study {config.study.name}: {study.standing}")
     is_new = "base_perplexity" not in study.attributes()
-    base_perplexity = study.remember("base_perplexity", lambda: repr(engine.evaluate_base()))
-    progress.event(
-        f"base model on {base.device}, {base.dtype}: validation perplexity {float(base_perplexity):.3f}"
-    )
+    perplexity = float(study.remember("base_perplexity", lambda: repr(engine.evaluate_base())))
+    progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
-        write_note(study.study, config, space, attributes["command"], float(base_perplexity))
-    if not study.is_finished:
-        with progress:
-            work(study, engine, tracker, progress)
-    if config.launcher.worker is None:
-        _conclude(study.rows(), study.attributes(), config, progress)
+        write_note(study.study, config, space, known["command"], perplexity)
+    return engine, study
 
 
-def _conclude(
-    rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
-) -> None:
-    """Show the leaderboard, write report and best adapter, and say what to type next."""
-    from lora_search.export import export_best
-    from lora_search.report import write_report
+def study_folder(config: SweepConfig) -> Path:
+    """Return where the sweep writes, made where it is missing. Raises ConfigError where that is not inside
+    runs_dir."""
+    runs = Path(config.runs_dir)
+    folder = runs / config.study.name
+    rule, remedy = f"must be a folder inside {runs}", "Choose another study.name."
+    if folder.resolve().parent != runs.resolve() or (folder.exists() and not folder.is_dir()):
+        leads = f"{rule}, and {folder} leads to {folder.resolve()}"
+        raise ConfigError("study.name", config.study.name, leads, remedy)
+    with explained_writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-    folder = Path(config.runs_dir) / config.study.name
-    base_perplexity = float(attributes["base_perplexity"])
-    best = export_best(rows, attributes, folder)
-    write_report(rows, attributes, base_perplexity, folder / "report.html")
-    progress.console.print(leaderboard(rows, base_perplexity))
-    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
-        progress.event(
-            "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
+
+def _refuse_unsupported(arguments: Namespace) -> None:
+    if arguments.multirun:
+        raise InputError(
+            "-m: a sweep searches by its `space`, not by multirun. Leave -m out: optim.lr=interval(1e-5,1e-3)"
         )
-    progress.console.print("Next:")
-    found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
-    progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)
+    if arguments.config_path:
+        raise InputError("-cp: sweeps lie in sweeps/. Add a folder of your own with -cd.")
 
 
-def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
-    """Return what must stay the same under one study name; the dtype that `auto` came to."""
-    settings = as_dict(config)
-    free = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the study checks the space
-    flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
-    for section, value in settings.items():
-        if section not in free:
-            flat |= _flat(section, value)
-    return flat
+def _name(arguments: Namespace) -> str:
+    return arguments.config_name or DEFAULT_SWEEP
 
 
-def _flat(prefix: str, value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {prefix: str(value)}
-    return {
-        key: text for name, child in value.items() for key, text in _flat(f"{prefix}.{name}", child).items()
-    }
+def _folder(arguments: Namespace) -> Path | None:
+    return Path(arguments.config_dir).resolve() if arguments.config_dir else None
 
 
-def _attributes(config: SweepConfig, sweep_name: str, source: str, splits: "Splits") -> dict[str, str]:
-    """Return what the study should remember of how it was run; no secrets. All workers say the same."""
-    from importlib.metadata import version
-
-    shared = replace(config, launcher=replace(config.launcher, worker=None))
-    return {
-        "study": config.study.name,
-        "sweep": sweep_name,
-        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *typed_arguments(sys.argv[1:])])),
-        "base_model": source,
-        "base_model_name": config.model.path,
-        "max_length": str(splits.max_length),
-        "git_commit": _git_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        **_flat("data", splits.counts),
-        **{f"setting/{k}": v for k, v in _flat("sweep", as_dict(shared)).items()},
-        **{f"version/{name}": version(name) for name in LIBRARIES},
-    }
+def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
+    name, folder = _name(arguments), _folder(arguments)
+    config = compose(name, arguments.overrides, folder)
+    if config.launcher.name == "local" and config.launcher.worker is None:
+        command = Command(sweep=name, config_dir=folder, overrides=tuple(arguments.overrides))
+        run_together(config, command, progress, interrupts)
+        return
+    with told_to_launcher(config):
+        run_sweep(config, name, progress, interrupts)
 
 
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a checkout"
-
-
-def _only_informs(arguments: object) -> bool:
-    flags = (
-        "hydra_help",
-        "version",
-        "show_config",
-        "cfg",
-        "info",
-        "shell_completion",
-        "show_overrides",
-    )
-    return any(getattr(arguments, flag, None) for flag in flags)
-
-
-def _inform() -> int:
-    """Let Hydra answer --cfg, --info and the like."""
+def _inform() -> None:
+    """Let Hydra answer --cfg, --info and the like, passwords left out."""
     sys.argv[1:] = [as_override(a) if "=" in a and not a.startswith("-") else a for a in sys.argv[1:]]
-    hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
-    return 0
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
+    finally:
+        sys.stdout.write("".join(redact(line) for line in said.getvalue().splitlines(keepends=True)))
 
 
 def _ignore(_: object) -> None:
     """Hydra never gets as far as running a job."""
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

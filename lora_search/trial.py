@@ -4,11 +4,12 @@ one.
 Words: a *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Schedule = Literal["cosine", "linear", "constant"]
-EndReason = Literal["finished", "early_stopped", "diverged"]
+EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,9 @@ class TrialRun:
     seed: int
     settings: TrialSettings
     folder: str  # absolute; holds adapter/ and checkpoint/
+    perplexities: Mapping[int, float] = field(
+        default_factory=dict
+    )  # rung -> what the study has of it already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class Measurement:
 
     ``validation_loss`` is the mean NLL over all completion tokens of the validation split, ``perplexity``
     its exp. A diverged trial has no finite value at its last rung: ``validation_loss`` and ``perplexity``
-    are NaN there.
+    are NaN there. A failed one has measured nothing: NaN too, and ``detail`` is its reason.
     """
 
     trial_number: int
@@ -87,6 +91,7 @@ class Measurement:
     steps: tuple[StepRecord, ...]  # the optimizer steps since the last rung
     ended: EndReason | None = None
     detail: str = ""  # why it ended, for people
+    recovery: str = ""  # what was wrong with the checkpoint that the trial went on from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lora_search"
 LAYERS = [
-    {"__init__", "errors", "seeds"},
-    {"config", "trial"},
+    {"__init__", "errors", "seeds", "interrupts"},
+    {"config", "trial", "files"},
+    {"failures", "sealed"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
     {"adapters", "fused", "row_attention", "head", "memory", "recompute"},
     {"attention"},
@@ -24,13 +25,14 @@ LAYERS = [
         "progress",
         "export",
     },
-    {"data", "model", "ledger"},
+    {"data", "model", "ledger", "outbox"},
     {"passes", "axis", "sampling", "study_view"},
     {"slots", "evaluation", "fitting", "claiming", "pausing", "launcher"},
-    {"charts", "engine", "study", "preflight"},
+    {"keeping"},
+    {"charts", "engine", "study", "preflight", "provenance"},
     {"note"},
     {"report"},
-    {"worker", "training"},
+    {"worker", "training", "conclusion"},
     {"sweep"},
 ]
 HOMES = {

@@ -1,5 +1,6 @@
 """Running out of memory, for real and injected: the numbers stay the same."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lora_search.errors import LoraSearchError
 from lora_search.memory import available_bytes, is_out_of_memory
 from lora_search.passes import PackedModel, SlotRows
+from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all
 from tests.test_engine import losses, mixed_runs, perplexities
 
@@ -56,12 +58,46 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_the_same_numbers(
         torch.testing.assert_close(perplexities(curves[number]), perplexities(curve), rtol=1e-5, atol=0)
 
 
-def test_a_row_that_does_not_fit_alone_is_one_clear_message(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_row_that_does_not_fit_alone_fails_its_trial_with_the_remedy(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    engine = build_engine(tiny_llama, SPLITS)
+    engine.model.__class__ = type("Tiny", (SmallDevice,), {"max_tokens": 5})
+
+    (last,) = train_all(engine, mixed_runs(tmp_path)[:1])[0]
+
+    assert last.ended == "failed"
+    assert re.search(r"out of memory with a single row .* Lower data.max_length", last.detail)
+
+
+def test_a_base_that_does_not_fit_is_one_clear_message(tiny_llama: Path) -> None:
     engine = build_engine(tiny_llama, SPLITS)
     engine.model.__class__ = type("Tiny", (SmallDevice,), {"max_tokens": 5})
 
     with pytest.raises(LoraSearchError, match=r"out of memory with a single row .* Lower data.max_length"):
-        train_all(engine, mixed_runs(tmp_path)[:1])
+        engine.evaluate_base()
+
+
+class BigRankTooBig(PackedModel):
+    """A device on which a trial of large rank never fits, and the others always do."""
+
+    def nll(self, packs: list[SlotRows]) -> list[torch.Tensor]:
+        if any(pack.slot == 1 for pack in packs):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().nll(packs)
+
+
+def test_a_trial_that_never_fits_fails_alone_and_the_others_keep_their_numbers(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    expected = train_all(build_engine(tiny_llama, SPLITS), [make_run(tmp_path / "a", 0)])
+    engine = build_engine(tiny_llama, SPLITS, slots=2)
+    engine.model.__class__ = BigRankTooBig
+
+    curves = train_all(engine, [make_run(tmp_path / "b", 0), make_run(tmp_path / "b", 1, r=8)])
+
+    assert [m.ended for m in curves[1]] == ["failed"]
+    torch.testing.assert_close(losses(curves[0]), losses(expected[0]), rtol=1e-5, atol=0)
 
 
 def test_what_the_cpu_says_when_memory_ends_is_understood() -> None:

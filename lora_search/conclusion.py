@@ -1,0 +1,33 @@
+"""The end of a sweep: leaderboard, best adapter, report, and what to type next. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_search.config import SweepConfig
+from lora_search.export import export_best
+from lora_search.files import explained_writing
+from lora_search.progress import Progress, leaderboard, next_steps
+from lora_search.ranking import best_of
+from lora_search.report import write_report
+from lora_search.trial import TrialRow
+
+FINISHED = ("COMPLETE", "PRUNED")
+
+
+def conclude(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
+) -> None:
+    """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
+    folder = Path(config.runs_dir) / config.study.name
+    base_perplexity = float(attributes["base_perplexity"])
+    with explained_writing(folder):
+        best = export_best(rows, attributes, folder)
+        write_report(rows, attributes, base_perplexity, folder / "report.html")
+    progress.console.print(leaderboard(rows, base_perplexity))
+    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
+        progress.event(
+            "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
+        )
+    progress.console.print("Next:")
+    found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
+    progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)

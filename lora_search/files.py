@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all: written beside their place, synced to the disk, then renamed.
+
+Whatever the disk refuses (full, over quota, read-only) is one message; the older file stays as it was.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_search.errors import WriteError
+
+TEMPORARY = ".tmp"  # ends the name of a file that is not finished
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put the content into the place of an older file, in one go. Raises WriteError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    with explained_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system raises while ``path`` is written into a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(error.filename or path, error.strerror or str(error)) from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
