@@ -44,6 +44,7 @@ from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRu
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_DUPLICATES_IN_A_ROW = 50
+SIGNING_SECONDS = 0.02  # between two looks at a trial that another worker is drawing
 
 
 class SweepStudy:
@@ -258,16 +259,29 @@ class SweepStudy:
 
     def _refusal(self, trial: optuna.Trial) -> str | None:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
-        trials = self._trials()
+        trials = self._when_signed(before=trial.number)
         if "settings" in trials[trial.number].user_attrs:
             return None  # it began before, and goes on
-        earlier = [t for t in trials[: trial.number] if t.state != TrialState.FAIL]
-        same = next((t.number for t in earlier if params_of(t) == trial.params), None)
+        alive = [t for t in trials if t.state != TrialState.FAIL and t.number != trial.number]
+        rivals = [t for t in alive if t.number < trial.number or "settings" in t.user_attrs]
+        same = next((t.number for t in rivals if params_of(t) == trial.params), None)
         if same is not None:
             return f"{DUPLICATE} trial {same}"
-        if len(earlier) >= self.config.study.n_trials:
+        if sum(t.number < trial.number for t in alive) >= self.config.study.n_trials:
             return f"{SURPLUS} another worker took the last place"
         return None
+
+    def _when_signed(self, before: int) -> list[FrozenTrial]:
+        """Return all trials, once those before this number have their parameters: a worker signs a trial when
+        it has drawn them, and may be slower than the one that drew the next."""
+        while True:
+            trials = self._trials()
+            if all(t.state != TrialState.RUNNING or self._is_drawn(t) for t in trials[:before]):
+                return trials
+            time.sleep(SIGNING_SECONDS)
+
+    def _is_drawn(self, trial: FrozenTrial) -> bool:
+        return "worker" in trial.user_attrs or self._is_abandoned(trial, silent=set())
 
     def _take(self, trial: optuna.Trial) -> TrialRun:
         settings = trial_settings(self.config, trial.params)
