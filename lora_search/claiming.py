@@ -1,6 +1,8 @@
 """Which trial is next: one that was interrupted, or a new point of the space; none twice, none beyond the
 total."""
 
+import math
+import time
 from collections.abc import Sequence
 
 import optuna
@@ -15,6 +17,13 @@ from lora_search.storage import locked_from_the_start
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_DUPLICATES_IN_A_ROW = 50
+SIGNING_SECONDS = 0.02  # between two looks at a trial that another worker is drawing
+
+
+def was_never_signed(trial: FrozenTrial, heartbeat_seconds: int) -> bool:
+    """Return whether the worker of a trial without a signature must have died between asking and signing."""
+    age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
+    return age > heartbeat_seconds
 
 
 class Draws:
@@ -64,7 +73,7 @@ class Draws:
 
     def _refusal(self, trial: optuna.Trial) -> str | None:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
-        self.ledger.read()
+        self._wait_for_signatures(before=trial.number)
         if "settings" in self.ledger.trials[trial.number].user_attrs:
             return None  # it began before, and goes on
         same = self.ledger.first_with(trial.params, before=trial.number)
@@ -73,6 +82,17 @@ class Draws:
         if self.ledger.num_not_failed(before=trial.number) >= self.config.study.n_trials:
             return f"{SURPLUS} another worker took the last place"
         return None
+
+    def _wait_for_signatures(self, before: int) -> None:
+        """Read the study once the trials of lower numbers have their parameters: a worker signs a trial when
+        it has drawn them, and may be slower than the one that drew the next."""
+        seconds = self.config.study.heartbeat_seconds
+        while True:
+            self.ledger.read()
+            running = [t for t in self.ledger.open if t.state == TrialState.RUNNING and t.number < before]
+            if all("worker" in t.user_attrs or was_never_signed(t, seconds) for t in running):
+                return
+            time.sleep(SIGNING_SECONDS)
 
     def _exhaust(self, why: str) -> None:
         self.exhausted = True

@@ -186,8 +186,9 @@ class Team:
         return news
 
     @property
-    def is_running(self) -> bool:
-        return any(worker.is_running for worker in self.workers)
+    def is_at_work(self) -> bool:
+        """Whether some worker runs, or has not been looked at since it ended."""
+        return len(self._ended) < len(self.workers)
 
     def check_someone_finished(self) -> None:
         """Raise LoraSearchError where no worker came to the end of the study."""
@@ -249,14 +250,12 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress, check
     places = f"{len(environments)} on GPUs of their own" if num_gpus else f"{len(environments)} on the CPU"
     progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
     with team, progress:
-        while team.is_running:
+        while team.is_at_work:
             for news in team.look():
                 progress.event(news)
             overview.show()
             check()
             time.sleep(LOOK_SECONDS)
-    for news in team.look():
-        progress.event(news)
     team.check_someone_finished()
 
 

@@ -70,12 +70,14 @@ class Ledger:
         )
 
     def first_with(self, params: Mapping[str, object], before: int) -> int | None:
-        """Return the first trial of a lower number with these parameters that has not failed."""
+        """Return the first trial with these parameters that has not failed and has a lower number, or has
+        begun: one that waited in line may be claimed after a later one."""
         identity = frozenset(params.items())
-        same = [t.number for t in self.open if frozenset(params_of(t).items()) == identity]
+        rivals = [t for t in self.open if t.number < before or "settings" in t.user_attrs]
+        same = [t.number for t in rivals if frozenset(params_of(t).items()) == identity]
         if identity in self._tried:
             same.append(self._tried[identity])
-        return min((number for number in same if number < before), default=None)
+        return min((number for number in same if number != before), default=None)
 
     def num_not_failed(self, before: int) -> int:
         """Return how many trials of lower numbers have not failed."""

@@ -10,7 +10,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -45,6 +45,8 @@ def open_storage(config: StudyConfig) -> RDBStorage:
     if url.get_backend_name() == "sqlite":
         _make_folder(url)
     with explained_errors(config):
+        if url.get_backend_name() == "sqlite":
+            _make_file(config, url)
         storage = _create_tables(config, url)
         if url.get_backend_name() == "sqlite":
             _share_sqlite(storage)
@@ -157,6 +159,22 @@ def _make_folder(url: URL) -> None:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"{KEY}: the folder of {url.database} cannot be made: {error.strerror}") from None
+
+
+def _make_file(config: StudyConfig, url: URL) -> None:
+    """Let a new SQLite file appear with all its tables or not at all.
+
+    SQLite commits each CREATE by itself. A kill between a table and its unique index left a database in which
+    each start made another study of the same name.
+    """
+    path = Path(url.database or ":memory:")
+    if url.database in (None, "", ":memory:") or "uri" in url.query or path.exists():
+        return
+    fresh = path.with_name(f"{path.name}.{worker_name(os.getpid()).replace('/', '-')}.new")
+    _create_tables(config, url.set(database=str(fresh))).engine.dispose()
+    with suppress(FileExistsError):  # another worker's came first, and is whole as well
+        os.link(fresh, path)
+    fresh.unlink()
 
 
 def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:

@@ -16,7 +16,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.claiming import FINISHED, Draws
+from lora_search.claiming import FINISHED, Draws, was_never_signed
 from lora_search.config import StudyConfig, SweepConfig
 from lora_search.errors import StudyError
 from lora_search.fingerprint import check_fingerprint
@@ -315,9 +315,8 @@ class SweepStudy:
 
     def _is_abandoned(self, trial: FrozenTrial, silent: set[int]) -> bool:
         worker = trial.user_attrs.get("worker")
-        if worker is None:  # its worker died, or is, between asking and signing
-            age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
-            return age > self.config.study.heartbeat_seconds
+        if worker is None:
+            return was_never_signed(trial, self.config.study.heartbeat_seconds)
         return self._id(trial.number) in silent or worker_is_dead(worker)
 
     def _is_mine(self, trial: FrozenTrial) -> bool:

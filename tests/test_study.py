@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -189,6 +190,47 @@ def test_the_total_holds_over_restarts_and_can_be_raised(tmp_path: Path) -> None
         simulate(study)
         assert study.summary().finished == expected
         assert study.is_finished
+
+
+ONE_POINT = {"lora": {"r": "choice(8)"}}
+
+
+def draw_by_hand(study: SweepStudy) -> None:
+    """Be another worker that ends drawing and signs."""
+    trial = optuna.Trial(study.study, study._id(0))
+    trial.suggest_categorical("lora.r", (8,))
+    trial.set_user_attr("worker", "elsewhere:1:1")
+
+
+def test_a_trial_waits_for_the_parameters_of_those_before_it_and_never_doubles_them(tmp_path: Path) -> None:
+    config = make_config(tmp_path, space=ONE_POINT, sampler=SamplerConfig(name="random"))
+    config.study.first_trial_is_default = False
+    first, second = open_study(config, tmp_path), open_study(config, tmp_path)
+    first.storage.create_new_trial(first.study._study_id)
+
+    with ThreadPoolExecutor(1) as pool:
+        claim = pool.submit(second.claim, 1)
+        while not any("worker" in t.user_attrs for t in first.study.get_trials()):
+            assert not claim.done()
+        draw_by_hand(first)
+
+    assert claim.result() == []
+    assert [t.user_attrs.get("reason") for t in first.study.get_trials()] == [None, "duplicate of trial 0"]
+
+
+def test_a_trial_that_never_began_is_not_taken_up_beside_a_later_one_like_it(tmp_path: Path) -> None:
+    config = make_config(tmp_path, space=ONE_POINT, sampler=SamplerConfig(name="random"))
+    config.study.first_trial_is_default, config.study.heartbeat_seconds = False, 1
+    study = open_study(config, tmp_path)
+    study.storage.create_new_trial(study.study._study_id)  # its worker is killed before it signs
+
+    later = study.claim(1)
+    study.reclaim_stale()
+    again = study.claim(1)
+
+    assert [run.number for run in later] == [1]
+    assert again == []
+    assert study.study.get_trials()[0].user_attrs["reason"] == "duplicate of trial 1"
 
 
 def test_a_waiting_trial_is_taken_by_one_worker_only(tmp_path: Path) -> None:
