@@ -50,7 +50,7 @@ def main() -> int:
         config = compose(name, arguments.overrides, more)
         run_sweep(config, name, progress)
     except LoraSearchError as error:
-        progress.console.print(str(error), markup=False, style="red")
+        progress.console.print(str(error), markup=False, style="red", soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         progress.event("interrupted: nothing is lost, the same command goes on")
