@@ -5,6 +5,7 @@ A sweep on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) is t
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,8 +119,8 @@ def as_override(text: str) -> str:
 
 def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> DictConfig:
     """Return the settings as Hydra composes them, with no key that is not in the schema."""
-    if more is not None and not more.is_dir():
-        raise InputError(f"-cd {more}: no such folder.")
+    if more is not None and not (os.path.isdir(more) and os.access(more, os.R_OK | os.X_OK)):
+        raise InputError(f"-cd {more}: no such folder, or it may not be read.")
     first, others = SWEEPS, [] if more is None else [more.resolve()]
     if others and (others[0] / f"{config_name.removesuffix('.yaml')}.yaml").is_file():
         first, others = others[0], [SWEEPS]  # Hydra looks for a primary config in its first folder only

@@ -7,33 +7,27 @@ passes. Whatever goes wrong with one trial ends that trial only (`failures`).
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from lora_search.axis import DataAxis
-from lora_search.config import ALL_LINEAR, SweepConfig
 from lora_search.data import Splits
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.evaluation import perplexities
 from lora_search.failures import failure_reason, first_line
-from lora_search.fitting import Fit, bytes_per_slot, fit
 from lora_search.keeping import START, Keeper
 from lora_search.lora import SlotBank
-from lora_search.memory import available_bytes, give_back_memory, is_out_of_memory
-from lora_search.model import Base, matches, target_layers
+from lora_search.memory import give_back_memory, is_out_of_memory
 from lora_search.optim import SlotAdamW, learning_rate
 from lora_search.packing import fill_pass
 from lora_search.passes import PackedModel, SlotRows
-from lora_search.recompute import recompute_layers
 from lora_search.slots import Slot
-from lora_search.space import Space, largest, possible_targets, smallest, trial_settings
-from lora_search.trial import Measurement, SlotView, TrialRun, TrialSettings
+from lora_search.stopwatch import Lap, Throughput
+from lora_search.trial import Measurement, SlotView, TrialRun
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +56,7 @@ class Engine:
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
         self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]
-        self.tokens_per_second = 0.0
+        self.throughput = Throughput()
         self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
         self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until it steps
         self._outcomes: list[Measurement] = []  # of trials that failed, or whose checkpoint knew more
@@ -70,6 +64,11 @@ class Engine:
     @property
     def free_slots(self) -> int:
         return self.slots.count(None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the training throughput of the last passes, over all slots."""
+        return self.throughput.tokens_per_second
 
     def admit(self, runs: Sequence[TrialRun]) -> None:
         """Give each trial a slot; one that left a checkpoint goes on from there.
@@ -131,7 +130,7 @@ class Engine:
 
     def _forward_backward(self, packed: Packed) -> bool:
         """Add the pass's gradients to the bank; return False where memory ran out: to be repeated."""
-        start = time.perf_counter()
+        lap = Lap(self.model.device)
         try:
             nlls = self.model.nll([rows for _, _, rows in packed])
             pairs = zip(nlls, packed, strict=True)
@@ -143,12 +142,13 @@ class Engine:
         if not losses:
             self._repeat(packed, trouble)
             return False
-        seconds, tokens = time.perf_counter() - start, sum(rows.num_tokens for _, _, rows in packed)
-        self.tokens_per_second = tokens / seconds
+        lap.stop()
+        tokens = sum(rows.num_tokens for _, _, rows in packed)
+        self.throughput.note(lap, tokens)
         for loss, (_, slot, rows) in zip(losses, packed, strict=True):
             slot.batch.losses.append(loss.detach())
             slot.batch.num_tokens += rows.num_tokens
-            slot.batch.seconds += seconds * rows.num_tokens / tokens
+            slot.batch.laps.append((lap, rows.num_tokens / tokens))
         return True
 
     def _repeat(self, packed: Packed, trouble: str | None) -> None:
@@ -281,71 +281,6 @@ class Engine:
                 return measurements
         self.keeper.save(index, slot)
         slot.steps.clear()
-        slot.train_seconds = 0.0
+        slot.laps.clear()
         self._next_batch(slot)
         return measurements
-
-
-@dataclass(frozen=True)
-class Room:
-    """What an engine must hold: all targets that a trial may have, largest rank, smallest batch, trials."""
-
-    targets: tuple[tuple[str, ...], ...]
-    max_rank: int
-    min_batch_size: int
-    num_trials: int
-
-    @classmethod
-    def of(cls, trials: Sequence[TrialSettings]) -> "Room":
-        """Return room for just these trials."""
-        targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
-        max_rank, min_batch = max(t.r for t in trials), min(t.batch_size for t in trials)
-        return cls(targets, max_rank, min_batch, len(trials))
-
-    @classmethod
-    def of_space(cls, config: SweepConfig, space: Space) -> "Room":
-        """Return room for every trial of a space."""
-        targets = tuple(possible_targets(config, space))
-        max_rank = largest(config, space, "lora.r")
-        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
-
-
-def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) -> tuple[Engine, str]:
-    """Return an engine of that room, and how its size was chosen ("": it was set).
-
-    Raises ModelError where a target does not exist.
-    """
-    layers: dict[str, nn.Linear] = {}
-    for targets in room.targets:
-        layers |= target_layers(base.model, targets)
-    everything = target_layers(base.model, (ALL_LINEAR,))
-    layers = {name: layer for name, layer in everything.items() if name in layers}
-    if config.engine.gradient_checkpointing is True:
-        recompute_layers(base.model)
-    chosen = _fit(config, room, base, splits, layers)
-    bank = SlotBank(base.model, layers, chosen.slots, room.max_rank, base.dtype)
-    engine = Engine(
-        PackedModel(base.model, bank),
-        bank,
-        splits,
-        data_seed=config.seed,
-        tokens_per_pass=chosen.tokens_per_pass,
-        base_path=base.source,
-        resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
-    )
-    return engine, chosen.note
-
-
-def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
-    """Choose what is auto by a probe with one slot, which leaves the model as it was."""
-    slots, tokens = config.engine.slots, config.engine.tokens_per_pass
-    if isinstance(slots, int) and isinstance(tokens, int):
-        return Fit(slots, tokens)
-    bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
-    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
-    model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
-    sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
-    free, batch = available_bytes(base.device) // sharing, room.min_batch_size
-    chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
-    bank.remove(base.model)
-    return chosen

@@ -7,6 +7,7 @@ ModelError that says what is there.
 import importlib.util
 import json
 import logging
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -262,6 +263,6 @@ def _remedy(config: ModelConfig, error: Exception) -> str:
         return DAMAGED
     if isinstance(error, ImportError):
         return "Install what it names, or choose another base."
-    if Path(config.path).expanduser().exists():
+    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False where it may not look
         return "Check the files in it, or give another base."
     return "Check name and network, log in with `hf auth login` for gated models, or give a folder."

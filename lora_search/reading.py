@@ -79,7 +79,11 @@ def _find(path_text: str) -> Path:
             raise DataError(message) from None
         return Path(str(folder / "data" / "faq-en-alpaca.jsonl"))
     path = Path(path_text).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder above it may not be entered, or the name is too long
+        raise DataError(f"data.path: {path} cannot be read: {error.strerror}.") from None
+    if not exists:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=3)
         hint = f"Did you mean {', '.join(near)}?" if near else "Give the path of a local file or folder."

@@ -118,7 +118,7 @@ def main() -> int:
         path = Path(runs_dir) / study.name / "report.html"
         write_report(rows, attributes, float(attributes["base_perplexity"]), path)
     except LoraSearchError as error:
-        progress.console.print(str(error), markup=False)
+        progress.console.print(str(error), markup=False, soft_wrap=True)
         return error.exit_code
     progress.event(f"wrote {path}")
     return 0

@@ -10,6 +10,7 @@ import torch
 from lora_search.checkpoint import Position
 from lora_search.data import Example
 from lora_search.passes import SlotRows, num_completion_tokens
+from lora_search.stopwatch import Lap
 from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
 
 
@@ -22,7 +23,7 @@ class Batch:
     num_completion_tokens: int
     losses: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
-    seconds: float = 0.0
+    laps: list[tuple[Lap, float]] = field(default_factory=list)  # a pass and this batch's share of it
 
 
 class Watch:
@@ -56,7 +57,7 @@ class Slot:
     total_steps: int
     batch: Batch = field(init=False)
     train_tokens: int = 0
-    train_seconds: float = 0.0
+    laps: list[tuple[Lap, float]] = field(default_factory=list)  # since the last rung
     steps: list[tuple[int, torch.Tensor, float, torch.Tensor]] = field(default_factory=list)
     last_loss: float | None = None
     last_perplexity: float | None = None
@@ -89,7 +90,7 @@ class Slot:
         self.watch.note(loss + grad_norm)
         self.position = replace(position, examples_seen=seen, optimizer_steps=position.optimizer_steps + 1)
         self.train_tokens += batch.num_tokens
-        self.train_seconds += batch.seconds
+        self.laps += batch.laps
 
     def step_records(self) -> tuple[StepRecord, ...]:
         """Bring the steps since the last rung to the host, in one synchronisation."""
@@ -127,7 +128,7 @@ class Slot:
             rung=position.rung,
             examples_seen=position.examples_seen,
             train_tokens=self.train_tokens,
-            train_seconds=self.train_seconds if steps else 0.0,
+            train_seconds=sum(lap.seconds * share for lap, share in self.laps) if steps else 0.0,
             tokens_per_second=tokens_per_second,
             validation_loss=math.log(perplexity),
             perplexity=perplexity,

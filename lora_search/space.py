@@ -192,7 +192,8 @@ def _distribution(config: SweepConfig, key: str, text: str) -> BaseDistribution:
         return _range(config, key, sweep)
     if isinstance(sweep, str) and "(" in sweep:
         raise ConfigError(full_key, text, "must be a sweep", "Take one pair of quotes off.")
-    raise ConfigError(full_key, text, "must be a sweep", _as_choice(key, sweep))
+    is_value = isinstance(sweep, str | int | float | list)
+    raise ConfigError(full_key, text, "must be a sweep", _as_choice(key, sweep) if is_value else HINT)
 
 
 def _choices(config: SweepConfig, key: str, sweep: ChoiceSweep) -> CategoricalDistribution:

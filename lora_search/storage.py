@@ -60,7 +60,11 @@ def check_storage(config: StudyConfig) -> None:
         if url.database in (None, "", ":memory:"):
             rule = "must name a file, or nothing of the study is kept"
             raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
-        if not Path(url.database).exists():
+        folder = Path(url.database).parent
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            rule = "must lie in a folder that can be written to"
+            raise ConfigError(KEY, config.storage, rule, "Give another folder.")
+        if not os.path.exists(url.database):  # unlike Path.exists, False where it may not look
             return
     try:
         with explained_errors(config):

@@ -50,7 +50,7 @@ def answer(progress: Progress, interrupts: Interrupts) -> int:
         else:
             _run(arguments, progress, interrupts)
     except LoraSearchError as error:
-        progress.console.print(redact(str(error)), markup=False, style="red")
+        progress.console.print(redact(str(error)), markup=False, style="red", soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         progress.event("interrupted: nothing is lost, the same command goes on")
@@ -101,8 +101,8 @@ def prepare_sweep(
     config: SweepConfig, sweep_name: str, space: "Space", progress: Progress
 ) -> "tuple[Engine, SweepStudy]":
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
+    from lora_search.assembly import Room, build_engine
     from lora_search.data import prepare, write_pairs
-    from lora_search.engine import Room, build_engine
     from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
     from lora_search.note import write_note
     from lora_search.preflight import check_amount, check_places, describe_rows

@@ -19,9 +19,9 @@ for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lora_search.assembly import Room, build_engine
 from lora_search.config import SweepConfig
 from lora_search.data import prepare
-from lora_search.engine import Room, build_engine
 from lora_search.errors import ConfigError
 from lora_search.model import load_base, load_tokenizer, resolve_model
 from lora_search.reading import load_rows

@@ -150,7 +150,7 @@ def test_a_wrong_override_is_one_message(override: str, message: str) -> None:
 
 
 def test_a_missing_folder_of_sweeps_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="-cd .*nothing: no such folder"):
+    with pytest.raises(InputError, match="-cd .*nothing: no such folder, or it may not be read"):
         compose("smoke", [], tmp_path / "nothing")
 
 

@@ -9,7 +9,7 @@ LAYERS = [
     {"config", "trial", "files"},
     {"failures", "sealed"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
-    {"adapters", "fused", "row_attention", "head", "memory", "recompute"},
+    {"adapters", "fused", "row_attention", "head", "memory", "recompute", "stopwatch"},
     {"attention"},
     {
         "fingerprint",
@@ -30,6 +30,7 @@ LAYERS = [
     {"slots", "evaluation", "fitting", "claiming", "pausing", "launcher"},
     {"keeping"},
     {"charts", "engine", "study", "preflight", "provenance"},
+    {"assembly"},
     {"note"},
     {"report"},
     {"worker", "training", "conclusion"},

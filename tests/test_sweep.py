@@ -146,6 +146,12 @@ BAD_INPUT = [
     (["data.max_length=4"], "data.max_length: must be a number of tokens >= 8, or auto, got 4"),
     (["data.validation_fraction=0"], "data.validation_fraction: must lie between 0 and 1, got 0.0"),
     (["tracker.name=mlflow"], "tracker.name: must be one of wandb_offline, wandb, none, got 'mlflow'"),
+    ([f"data.path={'n' * 300}.jsonl"], "data.path: n+.jsonl cannot be read: File name too long."),
+    (
+        [f"model.path={'n' * 300}"],
+        "model.path: n+ cannot be loaded: .*File name too long.* Check name and network",
+    ),
+    (["-cd", "n" * 300], "-cd n+: no such folder, or it may not be read."),
     (["runs_dir=/proc/nowhere"], "runs_dir: must be a folder that can be written to"),
     (["study.storage=redis://x"], "study.storage: must be a SQL URL of a known kind, got 'redis://x'"),
     (
@@ -160,7 +166,7 @@ BAD_INPUT = [
     (["+x=1"], "x: there is no such setting. See --help."),
     (["space/lora=null"], "space/lora=null: names no choice of the group space/lora"),
     (["space/lora=null", "--cfg", "job"], "space/lora=null: names no choice of the group space/lora"),
-    (["-cd", "/no/folder"], "-cd /no/folder: no such folder."),
+    (["-cd", "/no/folder"], "-cd /no/folder: no such folder, or it may not"),
     (["-cp", "/no/folder"], "-cp: sweeps lie in sweeps/. Add a folder of your own with -cd."),
     (["-m"], "-m: a sweep searches by its `space`"),
     (["-cn", "nosuch"], "-cn nosuch: no such sweep. There are: construction_faq, llama31_8b_instruct, smoke"),
@@ -168,7 +174,7 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a) for a, _ in BAD_INPUT])
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])
 def test_wrong_input_is_one_clear_message_and_exit_code_2(
     arguments: list[str],
     message: str,

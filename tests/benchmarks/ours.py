@@ -11,9 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from lora_search.assembly import Room, build_engine
 from lora_search.composition import compose
 from lora_search.data import Splits, prepare
-from lora_search.engine import Engine, Room, build_engine
+from lora_search.engine import Engine
 from lora_search.model import load_base, load_tokenizer, resolve_model
 from lora_search.reading import load_rows
 from lora_search.space import trial_settings

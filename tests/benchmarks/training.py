@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from lora_search.assembly import Room, build_engine
 from lora_search.composition import compose
 from lora_search.config import StudyConfig, SweepConfig
 from lora_search.data import prepare
-from lora_search.engine import Engine, Room, build_engine
+from lora_search.engine import Engine
 from lora_search.model import load_base, load_tokenizer, pick_dtype, resolve_model
 from lora_search.progress import Progress
 from lora_search.reading import load_rows
