@@ -86,6 +86,7 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         examples_seen=attrs.get("examples_seen", 0),
         train_tokens=attrs.get("train_tokens", 0),
         train_seconds=attrs.get("train_seconds", 0.0),
+        recovery=attrs.get("recovery", ""),
     )
 
 

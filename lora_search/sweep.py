@@ -14,6 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.interrupts import EXIT_CODE, Interrupts
+
+if __name__ == "__main__":  # the imports below take half a second, and torch some more
+    interrupts = Interrupts().listen()
+
+# isort: split
+
 import hydra
 from hydra._internal.utils import get_args_parser
 
@@ -21,7 +28,6 @@ from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_space_override, co
 from lora_search.config import SweepConfig, as_dict, redact
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.files import explained_writing
-from lora_search.interrupts import EXIT_CODE, Interrupts
 from lora_search.progress import Progress, leaderboard, next_steps
 
 if TYPE_CHECKING:
@@ -31,14 +37,9 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 
 
-def main() -> int:
+def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
-    with Interrupts() as interrupts:
-        return answer(Progress(), interrupts)
-
-
-def answer(progress: Progress, interrupts: Interrupts) -> int:
-    """Do what the command line says; every error of the user's is one message."""
+    progress, interrupts = Progress(), interrupts or Interrupts()
     arguments = get_args_parser().parse_args()
     try:
         if arguments.multirun:
@@ -223,4 +224,4 @@ def _ignore(_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(interrupts))
