@@ -49,6 +49,7 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         examples_seen=progress["examples_seen"],
         train_tokens=progress["train_tokens"],
         train_seconds=progress["train_seconds"],
+        recovery=trial.user_attrs.get("recovery", ""),
     )
 
 

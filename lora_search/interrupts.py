@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 130
@@ -14,21 +14,18 @@ PASS_ENDS = b"\ninterrupted: the pass that runs is finished first; once more lea
 
 
 class Interrupts:
-    """As a context it answers the signals; afterwards whoever answered them before does again."""
+    """Answers the signals from `listen` on, also while the interpreter shuts down."""
 
     def __init__(self) -> None:
         self.has_come = False
         self._is_patient = False
 
-    def __enter__(self) -> "Interrupts":
-        self._before = {number: signal.signal(number, self._answer) for number in SIGNALS}
+    def listen(self) -> "Interrupts":
+        """Answer the signals from now on, save those that nohup or a shell's & told it to ignore."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._answer)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     @contextmanager
     def after_the_pass(self) -> Iterator[None]:

@@ -156,7 +156,7 @@ class Team:
         and with its end of their standard input they leave too."""
         running = [worker for worker in self.workers if worker.is_running]
         for worker in running:
-            worker.process.send_signal(signal.SIGINT)
+            worker.process.terminate()  # a SIGINT may be ignored: nohup, a shell's &
         for worker in running:
             worker.process.wait()
         for worker in self.workers:

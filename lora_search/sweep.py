@@ -10,6 +10,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.interrupts import EXIT_CODE, Interrupts
+
+if __name__ == "__main__":  # the imports below take half a second, and torch some more
+    interrupts = Interrupts().listen()
+
+# isort: split
+
 import hydra
 from hydra._internal.utils import get_args_parser
 
@@ -17,7 +24,6 @@ from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose,
 from lora_search.config import SweepConfig, redact
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.files import explained_writing
-from lora_search.interrupts import EXIT_CODE, Interrupts
 from lora_search.launcher import Command, run_workers, told_to_launcher
 from lora_search.progress import Progress
 
@@ -31,14 +37,9 @@ INFORMING = (
 )  # fmt: skip
 
 
-def main() -> int:
+def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
-    with Interrupts() as interrupts:
-        return answer(Progress(), interrupts)
-
-
-def answer(progress: Progress, interrupts: Interrupts) -> int:
-    """Do what the command line says; every error of the user's is one message."""
+    progress, interrupts = Progress(), interrupts or Interrupts()
     arguments = get_args_parser().parse_args()
     try:
         _refuse_unsupported(arguments)
@@ -197,4 +198,4 @@ def _ignore(_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(interrupts))

@@ -143,3 +143,4 @@ class TrialRow:
     examples_seen: int
     train_tokens: int
     train_seconds: float
+    recovery: str = ""  # what was wrong with the checkpoint that it went on from

@@ -1,14 +1,19 @@
 """The worker's loop over a real study, with a simulated engine: known curves, one rung a tick."""
 
 import io
+import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from lora_search import worker
+from lora_search.config import PrunerConfig
+from lora_search.errors import StudyError
+from lora_search.interrupts import Interrupts
 from lora_search.progress import Progress
 from lora_search.trial import Measurement, SlotView, TrialRun
 from lora_search.worker import work
@@ -122,3 +127,74 @@ def test_a_worker_stays_while_others_train_and_takes_over_what_they_leave(
     assert "waiting for 1 trials of other workers" in lines.getvalue()
     assert study.summary().finished == 3
     assert study.rows()[left.number].state in ("COMPLETE", "PRUNED")
+
+
+class TroubledEngine(CurveEngine):
+    """Trial 1 fails at its first tick; trial 2 went on from an older checkpoint."""
+
+    def advance(self) -> list[Measurement]:
+        ticks = super().advance()
+        self.release([1])
+        return [TROUBLES.get((m.trial_number, m.rung), lambda m: m)(m) for m in ticks]
+
+
+TROUBLES = {
+    (1, 1): lambda m: replace(m, perplexity=math.nan, ended="failed", detail="TypeError: a bug (in x.py)"),
+    (2, 1): lambda m: replace(m, recovery="rung-00003.safetensors is damaged: went on from rung 2"),
+}
+
+
+def test_a_failed_trial_is_stored_with_its_reason_and_a_recovery_with_its_trial(tmp_path: Path) -> None:
+    study, tracker, (progress, lines) = (
+        open_study(make_config(tmp_path, n_trials=5, pruner=PrunerConfig(name="none")), tmp_path),
+        RecordingTracker(),
+        quiet(),
+    )
+
+    work(study, TroubledEngine(3), tracker, progress)
+
+    rows = study.rows()
+    assert (rows[1].state, rows[1].reason) == ("FAIL", "TypeError: a bug (in x.py)")
+    assert rows[1].perplexities == {}
+    assert tracker.ends[1] == "FAIL"
+    assert "trial 1 failed" in lines.getvalue()
+    assert rows[2].recovery == "rung-00003.safetensors is damaged: went on from rung 2"
+    assert study.summary().finished == 5
+
+
+class BrokenEngine(CurveEngine):
+    """Nothing that it is given can be trained."""
+
+    def advance(self) -> list[Measurement]:
+        ticks = [replace(m, ended="failed", detail="ValueError: always") for m in super().advance()]
+        self.release([m.trial_number for m in ticks])
+        return ticks
+
+
+def test_too_many_failures_in_a_row_end_the_sweep_with_the_last_reason(tmp_path: Path) -> None:
+    study, (progress, _) = open_study(make_config(tmp_path), tmp_path), quiet()
+
+    with pytest.raises(
+        StudyError, match=r"study.max_failures_in_a_row: 6 trials failed .*ValueError: always"
+    ):
+        work(study, BrokenEngine(2), RecordingTracker(), progress)
+
+    assert states(study) == {"FAIL": 6}
+
+
+def test_an_interrupt_hands_the_trials_back_and_closes_the_tracker(tmp_path: Path) -> None:
+    study, (progress, _), closed = open_study(make_config(tmp_path), tmp_path), quiet(), threading.Event()
+    interrupts = Interrupts()
+
+    class Interrupted(CurveEngine):
+        def advance(self) -> list[Measurement]:
+            interrupts.has_come = True
+            return super().advance()
+
+    tracker = RecordingTracker()
+    tracker.close = closed.set
+    with pytest.raises(KeyboardInterrupt):
+        work(study, Interrupted(2), tracker, progress, interrupts.check)
+
+    assert closed.is_set()
+    assert states(study) == {"WAITING": 2}
