@@ -36,7 +36,7 @@ class Draws:
     def draw(self, worker: str) -> optuna.Trial | None:
         """Return a RUNNING trial signed by the worker; None when there is none to be had."""
         for _ in range(MAX_DUPLICATES_IN_A_ROW):
-            self.ledger.read()
+            self.ledger.read(everything=True)
             if not self._has_room(self.ledger.trials):
                 return None
             with locked_from_the_start():
@@ -74,7 +74,7 @@ class Draws:
     def _refusal(self, trial: optuna.Trial) -> str | None:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
         self._wait_for_signatures(before=trial.number)
-        if "settings" in self.ledger.trials[trial.number].user_attrs:
+        if "settings" in self.ledger.find(trial.number).user_attrs:
             return None  # it began before, and goes on
         same = self.ledger.first_with(trial.params, before=trial.number)
         if same is not None:

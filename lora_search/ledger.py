@@ -4,7 +4,7 @@ so each is looked at once, however many there are. Paused trials count as the pr
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -13,42 +13,65 @@ from lora_search.history import never_began, params_of
 from lora_search.pruning import RungPruner, Standings, settled
 from lora_search.trial import StudySummary
 
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+
 
 class Cursor:
-    """Tells finished trials from open ones; remembers which it has told."""
+    """Tells what has finished since the last look, and what is open. Most looks read the open trials only."""
 
-    def __init__(self) -> None:
+    def __init__(self, study: Study) -> None:
+        self._study = study
         self._num_seen = 0
         self._open: list[int] = []
+        self.trials: list[FrozenTrial] = []  # all by number, as of the last look at all
 
-    def read(self, trials: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-        """Return what has finished since the last call, and what is open; ``trials`` are all, by number."""
-        candidates = [*self._open, *range(self._num_seen, len(trials))]
-        self._num_seen = len(trials)
-        self._open = [number for number in candidates if not trials[number].state.is_finished()]
-        finished = [trials[number] for number in candidates if trials[number].state.is_finished()]
-        return finished, [settled(trials[number]) for number in self._open]
+    def read(self, *, everything: bool) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Return what has finished since the last call, and what is open. Unless it must look at everything,
+        it misses what others have begun and ended between two trials that it knows."""
+        if not everything:
+            unfinished = self._study.get_trials(deepcopy=False, states=UNFINISHED)
+            numbers = [t.number for t in unfinished]
+            num_new = len(numbers) - len(self._open)
+            if numbers == [*self._open, *range(self._num_seen, self._num_seen + num_new)]:
+                self._open, self._num_seen = numbers, self._num_seen + num_new
+                return [], unfinished
+        self.trials = self._study.get_trials(deepcopy=False)
+        candidates = [*self._open, *range(self._num_seen, len(self.trials))]
+        finished = [n for n in candidates if self.trials[n].state.is_finished()]
+        self._open = [n for n in candidates if not self.trials[n].state.is_finished()]
+        self._num_seen = len(self.trials)
+        return [self.trials[n] for n in finished], [self.trials[n] for n in self._open]
 
 
 class Ledger:
     """Counts, best trial and tried points. ``read`` brings it up to date; until then it is as it was."""
 
     def __init__(self, study: Study) -> None:
-        self._study, self._cursor = study, Cursor()
-        self.trials: list[FrozenTrial] = []  # all, by number, from 0 without gaps
-        self.open: list[FrozenTrial] = []  # not finished, or paused
+        self._cursor = Cursor(study)
+        self._unfinished: dict[int, FrozenTrial] = {}
+        self.open: list[FrozenTrial] = []  # not finished by number, paused ones as PRUNED
         self.standings = Standings(study.pruner) if isinstance(study.pruner, RungPruner) else None
         self._counts: Counter[TrialState] = Counter()  # of finished trials that began
         self._failed: list[int] = []  # sorted numbers
         self._tried: dict[frozenset[object], int] = {}  # params -> lowest number
         self._best = (math.inf, -1)
 
-    def read(self) -> None:
-        """Bring it up to date."""
-        self.trials = self._study.get_trials(deepcopy=False)
-        finished, self.open = self._cursor.read(self.trials)
+    def read(self, *, everything: bool = False) -> None:
+        """Bring it up to date; see ``Cursor.read`` for ``everything``."""
+        finished, unfinished = self._cursor.read(everything=everything)
         for trial in finished:
             self._take(trial)
+        self._unfinished = {t.number: t for t in unfinished}
+        self.open = [settled(t) for t in unfinished]
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials by number, from 0 without gaps, as of the last look at everything."""
+        return self._cursor.trials
+
+    def find(self, number: int) -> FrozenTrial:
+        """Return one trial."""
+        return self._unfinished[number] if number in self._unfinished else self.trials[number]
 
     def count(self, *states: TrialState) -> int:
         """Return how many trials that began are in one of these states."""

@@ -3,9 +3,9 @@
 A sweep that was interrupted draws what it would have drawn at that point; workers that share one differ.
 """
 
-import heapq
 import importlib.util
 import math
+from bisect import insort
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +17,15 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_search.config import SamplerConfig
 from lora_search.errors import ConfigError
 from lora_search.ledger import Cursor
+from lora_search.pruning import settled
 from lora_search.seeds import draw_seed
 
 # Optional dependencies of Optuna's.
 NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
 
 
-MAX_TRIALS = 500  # that TPE looks at; its time grows with them, and one trial's share of what it knows falls
-NUM_BEST = 25  # of them the best: more never count as good to TPE
+NUM_SPREAD = 500  # trials that TPE looks at; its time grows with them, what one more tells it falls
+NUM_BEST = 25  # and the best beside them: TPE never counts more as good
 
 
 class PerTrialSampler(samplers.BaseSampler):
@@ -57,21 +58,23 @@ class PerTrialSampler(samplers.BaseSampler):
 
 
 class Outlook(samplers.BaseSampler):
-    """Lets a sampler see what matters of the study: all trials up to MAX_TRIALS, then the best and an even
+    """Lets a sampler see what matters of the study: all trials up to NUM_SPREAD, then the best and an even
     share of the others, so that a draw costs the same at any size. A paused trial is seen as pruned, and the
-    space is the sweep's own: a range that was widened stays part of it."""
+    space is the sweep's own: a range that was widened stays part of it. For one study."""
 
     def __init__(self, sampler: samplers.BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
         self._sampler, self._view = sampler, create_study()
         self._space = {key: d for key, d in space.items() if not d.single()}
-        self._cursor = Cursor()
-        self._finished: list[FrozenTrial] = []
+        self._cursor: Cursor | None = None
+        self._remembered = Remembered()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        finished, unfinished = self._cursor.read(study.get_trials(deepcopy=False))
-        self._finished += [t for t in finished if t.state != TrialState.FAIL]
-        shown = thinned(self._finished) + [t for t in unfinished if t.number != trial.number]
-        self._view = create_study(storage=_Shown(shown))
+        self._cursor = self._cursor or Cursor(study)
+        finished, unfinished = self._cursor.read(everything=False)
+        for one in finished:
+            self._remembered.add(one)
+        others = [settled(t) for t in unfinished if t.number != trial.number]
+        self._view = create_study(storage=_Shown([*self._remembered.trials(), *others]))
         self._sampler.before_trial(self._view, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -104,14 +107,31 @@ class _Shown(InMemoryStorage):
         """TPE shares what it drew, for others to avoid; the drawn trial itself tells them a moment later."""
 
 
-def thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return at most MAX_TRIALS of the trials: the best, and every so many-th other, by number."""
-    if len(trials) <= MAX_TRIALS:
-        return list(trials)
-    best = heapq.nsmallest(NUM_BEST, trials, key=_rank)
-    stride = 2 ** math.ceil(math.log2(len(trials) / (MAX_TRIALS - NUM_BEST)))
-    chosen = {t.number for t in best}
-    return best + [t for t in trials if t.number % stride == 0 and t.number not in chosen]
+class Remembered:
+    """The finished trials that a sampler sees: the best, and every so many-th by number. Which they are
+    depends on what has finished, not on the order in which it did."""
+
+    def __init__(self) -> None:
+        self._best: list[tuple[tuple[bool, int, float, int], FrozenTrial]] = []
+        self._spread: list[FrozenTrial] = []
+        self._stride = 1
+
+    def add(self, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.FAIL:
+            return
+        insort(self._best, (_rank(trial), trial))
+        del self._best[NUM_BEST:]
+        if trial.number % self._stride == 0:
+            self._spread.append(trial)
+        if len(self._spread) > NUM_SPREAD:
+            self._stride *= 2
+            self._spread = [t for t in self._spread if t.number % self._stride == 0]
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return them in no particular order."""
+        best = [trial for _, trial in self._best]
+        seen = {trial.number for trial in best}
+        return best + [t for t in self._spread if t.number not in seen]
 
 
 def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:

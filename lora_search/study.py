@@ -108,20 +108,20 @@ class SweepStudy:
     def report(self, measurements: Sequence[Measurement]) -> None:
         """Write all measurements; none is judged before all are written. A rung is written once."""
         self.ledger.read()
-        mine = [m for m in measurements if self._is_mine(self.ledger.trials[m.trial_number])]
+        mine = [m for m in measurements if self._is_mine(self.ledger.find(m.trial_number))]
         for m in mine:
-            reported = self.ledger.trials[m.trial_number].intermediate_values
+            reported = self.ledger.find(m.trial_number).intermediate_values
             if math.isfinite(m.perplexity) and m.rung not in reported:
                 self.held[m.trial_number].report(m.perplexity, m.rung)
         for number in dict.fromkeys(m.trial_number for m in mine):  # one write, however many rungs
             news = [m for m in mine if m.trial_number == number]
-            progress = progress_after(self.ledger.trials[number], news)
+            progress = progress_after(self.ledger.find(number), news)
             self.held[number].set_user_attr(PROGRESS, progress)
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
         self.ledger.read()
-        held = [self.ledger.trials[number] for number in self.held]
+        held = [self.ledger.find(number) for number in self.held]
         taken = {t.number: "taken over by another worker" for t in held if not self._is_mine(t)}
         judged = [t for t in held if t.number not in taken]
         reasons = taken | self._losers(judged)
@@ -215,6 +215,7 @@ class SweepStudy:
         """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
         if self.exhausted:
             return True
+        self.ledger.read(everything=True)
         is_full = self.summary().finished >= self.config.study.n_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
@@ -234,7 +235,7 @@ class SweepStudy:
 
     def num_running_elsewhere(self) -> int:
         """Return how many trials other workers hold while the total is not reached."""
-        self.ledger.read()
+        self.ledger.read(everything=True)
         if self.ledger.count(*FINISHED) >= self.config.study.n_trials:
             return 0
         return sum(t.state == TrialState.RUNNING and t.number not in self.held for t in self.ledger.open)
@@ -275,7 +276,7 @@ class SweepStudy:
 
     def _claim_one(self) -> TrialRun | None:
         if self.pauses is not None:
-            self.ledger.read()
+            self.ledger.read(everything=True)
             self.pauses.promote()
         trial = self.draws.draw(self.worker)
         return None if trial is None else self._take(trial)
@@ -324,7 +325,7 @@ class SweepStudy:
 
     def _enqueue_default(self) -> None:
         params = self.space.default_params(self.config)
-        self.ledger.read()
+        self.ledger.read(everything=True)
         if self.config.study.first_trial_is_default and params is not None and not self.ledger.trials:
             self.study.enqueue_trial(params)
 

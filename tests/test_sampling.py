@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_search.config import SamplerConfig
 from lora_search.pruning import PAUSED
-from lora_search.sampling import MAX_TRIALS, NUM_BEST, make_sampler, thinned
+from lora_search.sampling import NUM_BEST, NUM_SPREAD, Remembered, make_sampler
 from lora_search.seeds import draw_seed
 from lora_search.storage import quieten_optuna
 
@@ -60,8 +60,11 @@ def finished(number: int, value: float) -> FrozenTrial:
     return trial
 
 
-def numbers(trials: Sequence[FrozenTrial]) -> list[int]:
-    return sorted(t.number for t in trials)
+def remembered(trials: Sequence[FrozenTrial]) -> list[int]:
+    memory = Remembered()
+    for trial in trials:
+        memory.add(trial)
+    return sorted(t.number for t in memory.trials())
 
 
 def test_a_study_of_ordinary_size_is_searched_as_optunas_tpe_does() -> None:
@@ -69,23 +72,20 @@ def test_a_study_of_ordinary_size_is_searched_as_optunas_tpe_does() -> None:
 
 
 def test_a_large_study_is_seen_by_its_best_and_an_even_share_of_the_others() -> None:
-    small = [finished(number, float(number)) for number in range(MAX_TRIALS)]
+    small = [finished(number, float(number)) for number in range(NUM_SPREAD)]
     large = [finished(number, float(number % 1000)) for number in range(10_000)]
 
-    seen = thinned(large)
+    seen = remembered(large)
 
-    assert thinned(small) == small
-    assert len(seen) <= MAX_TRIALS
-    assert {0, 1, 1000, 1001, 9001} <= set(numbers(seen))  # the best 25 have values 0, 1 and 2
-    others = [t.number for t in seen if t.value > 2]
-    assert len(others) > MAX_TRIALS // 2 - NUM_BEST
-    assert {number % 32 for number in others} == {0}
+    assert remembered(small) == list(range(NUM_SPREAD))
+    best = sorted(range(10_000), key=lambda number: (number % 1000, number))[:NUM_BEST]
+    assert seen == sorted({*best, *range(0, 10_000, 32)})
 
 
 def test_which_trials_are_seen_does_not_depend_on_the_order_in_which_they_ended() -> None:
     large = [finished(number, float(number % 7)) for number in range(2_000)]
 
-    assert numbers(thinned(large)) == numbers(thinned(large[::-1]))
+    assert remembered(large) == remembered(large[::-1])
 
 
 def test_a_paused_trial_teaches_tpe_what_a_pruned_one_does() -> None:

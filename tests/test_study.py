@@ -233,6 +233,35 @@ def test_a_trial_that_never_began_is_not_taken_up_beside_a_later_one_like_it(tmp
     assert study.study.get_trials()[0].user_attrs["reason"] == "duplicate of trial 1"
 
 
+def test_a_study_says_what_n_trials_means_for_it(tmp_path: Path) -> None:
+    said = []
+    for n_trials in (4, 4, 2):
+        study = open_study(make_config(tmp_path, n_trials=n_trials), tmp_path)
+        said.append(study.standing)
+        simulate(study)
+
+    assert said[0] == "0 of 4 trials done"
+    assert said[1] == "4 of 4 trials done; a higher study.n_trials goes on"
+    assert said[2].startswith("4 of 2 trials done: study.n_trials is lower than what has finished")
+    assert study.is_finished
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "cmaes"])
+def test_a_sweep_goes_on_after_a_range_was_widened(tmp_path: Path, sampler: str) -> None:
+    wide = {"lora": {"r": "choice(8,16,32)"}, "optim": {"lr": "tag(log, interval(1e-6, 1e-1))"}}
+    for space, n_trials in ((SPACE, 5), (wide, 9)):
+        config = make_config(
+            tmp_path, n_trials=n_trials, space=space, sampler=SamplerConfig(name=sampler, n_startup_trials=2)
+        )
+        study = open_study(config, tmp_path)
+        simulate(study)
+
+    assert study.widened == ["space.optim.lr: 1e-05 to 0.01, log -> 1e-06 to 0.1, log"]
+    assert study.summary().finished == 9
+    with pytest.raises(FingerprintError, match="choices may not change"):
+        open_study(replace(config, space={**wide, "lora": {"r": "choice(8,16,32,64)"}}), tmp_path)
+
+
 def test_a_waiting_trial_is_taken_by_one_worker_only(tmp_path: Path) -> None:
     config = make_config(tmp_path, n_trials=16, sampler=SamplerConfig(name="random"))
     first = open_study(config, tmp_path)
