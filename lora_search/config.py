@@ -12,6 +12,7 @@ from typing import Any
 from lora_search.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+WRITE_OUT = "Write the folder out: neither the shell nor a database expands it here"
 MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
 
 
@@ -263,6 +264,8 @@ class StudyConfig:
         rule = "must be 1 to 100 letters, digits, '.', '_' or '-' and start with a letter or digit"
         require(bool(known), "study.name", self.name, rule, "It becomes a folder name under runs/.")
         require(self.n_trials >= 1, "study.n_trials", self.n_trials, "must be at least 1")
+        has_home = self.storage.startswith("sqlite:///~")
+        require(not has_home, "study.storage", self.storage, "must not name a folder by ~", WRITE_OUT)
         require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
                 "Try sqlite:///runs/lora_search.db")  # fmt: skip
         require(
@@ -334,6 +337,9 @@ class SweepConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
         require(bool(self.runs_dir.strip()), "runs_dir", self.runs_dir, "must name a folder", "Try runs")
+        require(
+            not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "must not begin with ~", WRITE_OUT
+        )
 
 
 def redact(url: str) -> str:

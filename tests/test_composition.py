@@ -118,6 +118,11 @@ BAD = [
     ),
     ("tracker.entity=''", "tracker.entity: must be 1 to 128 characters"),
     ("runs_dir=''", "runs_dir: must name a folder, got ''"),
+    ("runs_dir='~/runs'", "runs_dir: must not begin with ~, got '~/runs'. Write the folder out"),
+    (
+        "study.storage='sqlite:///~/x.db'",
+        "study.storage: must not name a folder by ~, got 'sqlite:///~/x.db'",
+    ),
     ("seed=-1", "seed: must lie in [0, 2**31), got -1"),
     ("data.columns.response=instruction", "data.columns.instruction: must be another column than the other"),
     ("data.columns.instruction=''", "data.columns.instruction: must name a column of the file, got ''"),
