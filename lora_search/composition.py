@@ -20,7 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_search.config import SweepConfig
+from lora_search.config import SweepConfig, redact
 from lora_search.errors import InputError
 
 PACKAGE = Path(__file__).parent
@@ -47,7 +47,7 @@ def compose(config_name: str, overrides: Sequence[str], config_dir: Path = SWEEP
             composed = hydra_compose(config_name, overrides=[as_space_override(text) for text in overrides])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error, config_name)) from None
+        raise InputError(redact(_explain(error, config_name))) from None
     assert isinstance(config, SweepConfig)
     return config
 

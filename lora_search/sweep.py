@@ -3,13 +3,14 @@
 Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command goes on).
 """
 
+import argparse
 import io
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets"
 def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
     progress, interrupts = Progress(), interrupts or Interrupts()
-    arguments = get_args_parser().parse_args()
+    arguments = _read_arguments()
     try:
         if arguments.multirun:
             raise InputError(
@@ -191,6 +192,17 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
+
+
+def _read_arguments() -> argparse.Namespace:
+    """Return what the command line says; what argparse says of it comes without a password."""
+    said, parser = io.StringIO(), get_args_parser()
+    try:
+        with redirect_stderr(said):
+            arguments: argparse.Namespace = parser.parse_args()
+    finally:
+        sys.stderr.write(redact(said.getvalue()))
+    return arguments
 
 
 def _only_informs(arguments: object) -> bool:
