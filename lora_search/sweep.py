@@ -236,4 +236,4 @@ def _ignore(_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(interrupts))
+    interrupts.leave(main(interrupts))
