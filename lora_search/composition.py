@@ -21,7 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_search.config import StudyConfig, SweepConfig
+from lora_search.config import StudyConfig, SweepConfig, redact
 from lora_search.errors import InputError
 
 PACKAGE = Path(__file__).parent
@@ -130,7 +130,7 @@ def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> D
         with initialize_config_dir(str(first), version_base="1.3", job_name="lora_search"):
             composed: DictConfig = hydra_compose(config_name, overrides=texts)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error, config_name, more)) from None
+        raise InputError(redact(_explain(error, config_name, more))) from None
     unknown = sorted({*_leaves(composed)} - {*known_keys()})
     if unknown:
         raise InputError(_unknown(unknown[0]))
@@ -142,7 +142,7 @@ def _checked(composed: DictConfig, config_name: str, more: Path | None) -> objec
     try:
         return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error, config_name, more)) from None
+        raise InputError(redact(_explain(error, config_name, more))) from None
 
 
 def _quoted(text: str) -> str:

@@ -3,6 +3,7 @@ any other moment, ends the process at once. No library in between sees an except
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -40,6 +41,15 @@ class Interrupts:
         """Raise KeyboardInterrupt if a signal has come."""
         if self.has_come:
             raise KeyboardInterrupt
+
+    def leave(self, code: int) -> None:
+        """End the process. After an interrupt at once: what was open is closed, and an interpreter that shuts
+        down answers the next signal in its own way."""
+        if code == EXIT_CODE:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
     def _answer(self, _number: int, _frame: FrameType | None) -> None:
         if self._is_patient and not self.has_come:

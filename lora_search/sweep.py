@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same
 import io
 import sys
 from argparse import Namespace
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ INFORMING = (
 def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
     progress, interrupts = Progress(), interrupts or Interrupts()
-    arguments = get_args_parser().parse_args()
+    arguments = _read_arguments()
     try:
         _refuse_unsupported(arguments)
         if arguments.help:
@@ -182,6 +182,17 @@ def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> No
         run_sweep(config, name, progress, interrupts)
 
 
+def _read_arguments() -> Namespace:
+    """Return what the command line says; what argparse says of it comes without a password."""
+    said, parser = io.StringIO(), get_args_parser()
+    try:
+        with redirect_stderr(said):
+            arguments: Namespace = parser.parse_args()
+    finally:
+        sys.stderr.write(redact(said.getvalue()))
+    return arguments
+
+
 def _inform() -> None:
     """Let Hydra answer --cfg, --info and the like, passwords left out."""
     sys.argv[1:] = [as_override(a) if "=" in a and not a.startswith("-") else a for a in sys.argv[1:]]
@@ -198,4 +209,4 @@ def _ignore(_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(interrupts))
+    interrupts.leave(main(interrupts))

@@ -38,7 +38,8 @@ def train(
 ) -> Iterator[Measurement]:
     """Yield every measurement of every trial as it comes; trial i has ``settings[i]`` laid over ``config``.
 
-    A trial ends where ``stop`` says so. One that left a checkpoint under ``folder`` goes on from there.
+    A trial ends where ``stop`` says so; one that fails with ``ended="failed"`` and its reason in ``detail``.
+    One that left a checkpoint under ``folder`` yields what that knows and goes on from there.
     Raises ConfigError, DataError or ModelError before anything is trained.
     """
     for key in (key for chosen in settings for key in chosen):
