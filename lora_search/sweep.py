@@ -3,13 +3,15 @@
 Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command goes on).
 """
 
+import fcntl
 import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +73,7 @@ def run_together(config: SweepConfig, command: Command, progress: Progress) -> N
 
     check_study(config, parse_space(config))
     run_workers(config, command, progress)
-    _conclude(*SweepStudy.read(config.study), config, progress)
+    conclude(*SweepStudy.read(config.study), config, progress)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
@@ -113,10 +115,10 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress) -> None:
         with progress:
             work(study, engine, tracker, progress)
     if config.launcher.worker is None:
-        _conclude(study.rows(), study.attributes(), config, progress)
+        conclude(study.rows(), study.attributes(), config, progress)
 
 
-def _conclude(
+def conclude(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
 ) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next."""
@@ -125,8 +127,9 @@ def _conclude(
 
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = float(attributes["base_perplexity"])
-    best = export_best(rows, attributes, folder)
-    write_report(rows, attributes, base_perplexity, folder / "report.html")
+    with one_at_a_time(folder):
+        best = export_best(rows, attributes, folder)
+        write_report(rows, attributes, base_perplexity, folder / "report.html")
     progress.console.print(leaderboard(rows, base_perplexity))
     if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
         progress.event(
@@ -144,6 +147,15 @@ def _conclude(
     if config.tracker.name != "wandb_offline":
         del places["W&B"]
     progress.console.print(next_steps(places), markup=False)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other invocations on the same study: they often come to its end at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _fingerprint(config: SweepConfig, splits: "Splits", dtype: str) -> dict[str, str]:
