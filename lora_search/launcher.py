@@ -125,8 +125,14 @@ class Worker:
         return self.process.poll() is None
 
     def restart(self) -> None:
+        self.close()
         self.restarts_left -= 1
         self.start("ab")
+
+    def close(self) -> None:
+        """Close the standard input of an ended process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def message(self) -> str:
         """Return what it said at its end, or where to read it."""
@@ -164,8 +170,7 @@ class Team:
                 worker.process.kill()
                 worker.process.wait()
         for worker in self.workers:
-            assert worker.process.stdin is not None
-            worker.process.stdin.close()
+            worker.close()
 
     def look(self) -> list[str]:
         """Start again what a signal killed; return what happened since the last look.
@@ -253,11 +258,15 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress) -> No
     places = f"{len(environments)} on GPUs of their own" if num_gpus else f"{len(environments)} on the CPU"
     progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
     with team, progress:
-        while team.is_at_work:
-            for news in team.look():
-                progress.event(news)
-            overview.show()
-            time.sleep(LOOK_SECONDS)
+        try:
+            while team.is_at_work:
+                for news in team.look():
+                    progress.event(news)
+                overview.show()
+                time.sleep(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            progress.event("interrupted: the workers hand back their trials; a second Ctrl-C leaves at once")
+            raise
     team.check_someone_finished()
 
 
