@@ -1,6 +1,8 @@
 """The end of a sweep: leaderboard, best adapter, report, and what to type next. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_search.config import SweepConfig
@@ -20,7 +22,7 @@ def conclude(
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = float(attributes["base_perplexity"])
-    with explained_writing(folder):
+    with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         write_report(rows, attributes, base_perplexity, folder / "report.html")
     progress.console.print(leaderboard(rows, base_perplexity))
@@ -31,3 +33,12 @@ def conclude(
     progress.console.print("Next:")
     found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
     progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other invocations on the same study: they often come to its end at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -7,6 +7,7 @@ a question never stand on both sides. Costs two tokenizations of the data, once 
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -263,4 +264,6 @@ def write_pairs(splits: Splits, folder: Path) -> None:
         lines = [
             json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in members
         ]
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fresh = folder / f"{name}.{os.getpid()}.new"  # each worker writes the same
+        fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fresh.replace(folder / f"{name}.jsonl")

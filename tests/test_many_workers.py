@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,13 +24,14 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, event
 
+from lora_search.conclusion import conclude
 from lora_search.config import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.storage import open_storage
 from lora_search.study import FINISHED
 from lora_search.study_view import StudyView
 from lora_search.worker import work
 from tests.processes import FORKS, postgres_server
-from tests.test_study import RUNGS, open_study
+from tests.test_study import RUNGS, measure, open_study
 from tests.test_worker import CurveEngine, RecordingTracker, quiet
 
 SPACE = {"lora": {"r": "choice(8, 16, 32)"}, "optim": {"lr": "range(0.0001, 0.0201, 0.0001)"}}  # 600 points
@@ -146,6 +148,29 @@ def test_four_workers_share_sqlite_while_the_dashboard_is_asked_for_pages(tmp_pa
     finished = [str(t.params) for t in trials if t.state in FINISHED]
     assert len(finished) == len(set(finished)) == n_trials
     assert len({t.user_attrs["worker"] for t in trials}) > 1
+
+
+def test_invocations_that_end_at_the_same_moment_conclude_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = open_study(make_config(f"sqlite:///{tmp_path}/study.db", 1), tmp_path / "runs/s")
+    run = study.claim(1)[0]
+    last = measure(run, RUNGS, "finished")
+    study.report([last])
+    study.finish(last)
+    adapter = Path(run.folder) / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    told = study.rows(), {**study.attributes(), "base_perplexity": "20.0"}, study.config
+
+    with ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(conclude, *told, quiet()[0]) for _ in range(8)]
+
+    assert [end.result() for end in ends] == [None] * 8
+    assert (tmp_path / "runs/s/best/adapter/adapter_config.json").read_text() == "{}"
+    assert "Leaderboard" in (tmp_path / "runs/s/report.html").read_text()
+    assert list(tmp_path.glob("runs/s/*.new")) == []
 
 
 def die_at_statement(number: int, storage: str) -> None:
