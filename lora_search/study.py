@@ -44,6 +44,8 @@ from lora_search.storage import (
 from lora_search.study_view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
+SUMMARY_SECONDS = 1.0
+
 
 class SweepStudy:
     """This worker's hold on the study."""
@@ -57,6 +59,7 @@ class SweepStudy:
         self.widened: list[str] = []  # ranges of the space that are wider than when the study was made
         self.draws = Draws(config, space, study, self.ledger)
         self.held: dict[int, optuna.Trial] = {}
+        self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
         self._ids: dict[int, int] = {}  # trial number -> its id in the database
         self.worker = worker_name(os.getpid())
         pauses = Pauses(config.study, study, storage, self.ledger, self.trials_folder, self._id)
@@ -216,7 +219,7 @@ class SweepStudy:
         if self.exhausted:
             return True
         self.ledger.read(everything=True)
-        is_full = self.summary().finished >= self.config.study.n_trials
+        is_full = self.ledger.count(*FINISHED) >= self.config.study.n_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
     @property
@@ -243,15 +246,20 @@ class SweepStudy:
     @property
     def standing(self) -> str:
         """How far the study is, and what that means for study.n_trials, in words."""
-        finished, n_trials = self.summary().finished, self.config.study.n_trials
+        is_finished, n_trials = self.is_finished, self.config.study.n_trials
+        finished = self.ledger.count(*FINISHED)
         text = f"{finished} of {n_trials} trials done"
         if finished > n_trials:
             return f"{text}: study.n_trials is lower than what has finished; all stay, none is added"
-        return f"{text}; a higher study.n_trials goes on" if self.is_finished else text
+        return f"{text}; a higher study.n_trials goes on" if is_finished else text
 
     def summary(self) -> StudySummary:
-        """Return where the study stands."""
-        self.ledger.read()
+        """Return where the study stands. What other workers did may be missing for SUMMARY_SECONDS, so that
+        asking at every pass costs nothing."""
+        seconds, held = time.monotonic() - self._last_summary[0], tuple(self.held)
+        if seconds > SUMMARY_SECONDS or held != self._last_summary[1]:
+            self.ledger.read()
+            self._last_summary = (time.monotonic(), held)
         return self.ledger.summary(self.config.study.n_trials)
 
     def rows(self) -> list[TrialRow]:

@@ -14,8 +14,10 @@ from lora_search.pruning import PAUSED
 from lora_search.study import SweepStudy
 from lora_search.trial import EndReason, Measurement, Stop, TrialRun
 from tests.test_study import RUNGS, SPAWN, make_config, measure, open_study, simulate, states
+from tests.test_sweep import run_sweep
 
 GIB = 2**30
+PRUNERS = ("asha_resume", "none")
 
 
 def pausing_config(folder: Path, *, n_trials: int = 6, keep_bytes: int = GIB) -> SweepConfig:
@@ -173,3 +175,21 @@ def test_only_the_rung_rule_takes_trials_up_again() -> None:
         PrunerConfig(name="median", resume_paused=True)
     with pytest.raises(ConfigError, match=r"study.keep_gib: must be at least 0, got -1"):
         StudyConfig(keep_gib=-1)
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_taken_up_again_measures_what_an_undisturbed_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ("-cn", "smoke", "engine.device=cpu", "sampler=random", "study.n_trials=12", "optim.lr=5e-3")
+    codes = [
+        run_sweep(monkeypatch, tmp_path, *sweep, f"pruner={name}", f"study.name={name}") for name in PRUNERS
+    ]
+    storage = f"sqlite:///{tmp_path}/runs/lora_search.db"
+    paused, whole = (SweepStudy.read(StudyConfig(name=name, storage=storage))[0] for name in PRUNERS)
+
+    assert codes == [0, 0]
+    assert capsys.readouterr().out.count("trial 4 pruned at rung") > 1  # so it was taken up in between
+    assert len(paused[4].perplexities) > 1
+    for one, other in zip(paused, whole, strict=True):
+        assert one.perplexities.items() <= other.perplexities.items()
