@@ -37,8 +37,9 @@ lint: $(READY)  ## check format, style and types
 format: $(READY)  ## mend format and style
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(READY)  ## measure training against TRL + PEFT on this machine
-	@$(BIN)/python -m tests.benchmarks.training $(ARGS)
+bench: $(READY)  ## measure against TRL + PEFT, what pruning saves, what the study costs (about 25 minutes)
+	@$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --editable '.[bench]'
+	@for part in training pruning study; do $(BIN)/python -m tests.benchmarks.$$part || exit 1; done
 
 dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:$(PORT)
 	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) $(STORAGE)

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_search.composition import compose
-from lora_search.data import prepare
+from lora_search.data import prepare, write_pairs
 from lora_search.model import load_tokenizer, resolve_model
 from lora_search.reading import load_rows
-from tests.benchmarks.ours import BATCH, ROWS, tokens_of
+from tests.benchmarks.ours import BATCH, tokens_of
+
+ROWS = 40
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]
@@ -37,7 +39,8 @@ def main() -> None:
     overrides = [f"data.max_train_examples={ROWS}", "data.max_validation_examples=32"]
     config = compose("construction_faq", overrides)
     source, folder = resolve_model(config.model), Path(tempfile.mkdtemp())
-    splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model), folder)
+    splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
+    write_pairs(splits, folder)
     train, validation = (
         Dataset.from_list([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()])
         for name in ("train", "validation")
