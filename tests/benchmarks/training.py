@@ -1,8 +1,8 @@
-"""`python -m tests.benchmarks.training`: our engine against TRL + PEFT, SmolLM2-135M on FAQ rows.
+"""`python -m tests.benchmarks.training [ROUNDS]`: our engine against TRL + PEFT, SmolLM2-135M on FAQ rows.
 
 Useful tokens only. Every figure comes from a process of its own, both sides in turn in one run, medians of
-three. TRL is taken in its best setting of six (float32 or bfloat16; 2, 4 or 8 rows per forward, grouped by
-length) and as people type it (8 rows per forward, float32). The sweep runs for real on our side; on TRL's it
+three rounds. TRL is taken in its best setting of six (float32 or bfloat16; 2, 4 or 8 rows per forward, grouped by
+length) and as typed (8 rows per forward, float32). The sweep runs for real on our side; on TRL's it
 is its measured speed times the same tokens, without loading and setting up. About 20 minutes on 2 cores.
 """
 
@@ -90,7 +90,7 @@ def main() -> None:
     best = max(rivals, key=lambda setting: rivals[setting]["train"])
     trl: list[Figures] = []
     ours: dict[str, list[Figures]] = {"1": [], "4": [], "8": []}
-    for _ in range(ROUNDS):
+    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS):
         trl.append(run("rival", *best))
         for slots, runs in ours.items():
             runs.append(run("ours", name, slots, TOKENS_PER_PASS))
