@@ -1,9 +1,9 @@
 """`python -m tests.benchmarks.training [ROUNDS]`: our engine against TRL + PEFT, SmolLM2-135M on FAQ rows.
 
 Useful tokens only. Every figure comes from a process of its own, both sides in turn in one run, medians of
-three rounds. TRL is taken in its best setting of six (float32 or bfloat16; 2, 4 or 8 rows per forward, grouped by
-length) and as typed (8 rows per forward, float32). The sweep runs for real on our side; on TRL's it
-is its measured speed times the same tokens, without loading and setting up. About 20 minutes on 2 cores.
+three rounds. TRL is taken in its best setting of six (float32 or bfloat16; 2, 4 or 8 rows per forward,
+grouped by length) and as typed (8 rows per forward, float32). The sweep runs for real on our side; on TRL's
+it is its measured speed times the same tokens, without loading and setting up. About 20 minutes on 2 cores.
 """
 
 import json
