@@ -253,8 +253,8 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress, check
     environments = plan_workers(config, num_gpus, os.environ)
     team, overview = make_team(config, command, environments), Overview(config.study, progress)
     places = f"{len(environments)} on GPUs of their own" if num_gpus else f"{len(environments)} on the CPU"
-    progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
     with team, progress:
+        progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
         while team.is_at_work:
             for news in team.look():
                 progress.event(news)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from lora_search.sources import check_missing, find_source, location
 
 T = TypeVar("T")
 DAMAGED = "A file of it is damaged or cut short: fetch it again."
-UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError)
+UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError, pickle.UnpicklingError)
 NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
 REMEDIES = {  # what transformers' message contains -> what to do about it
     "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
@@ -247,7 +248,7 @@ def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: 
 def _explained(config: ModelConfig, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *UNREADABLE) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = first.rstrip(".: ")
         raise ModelError(

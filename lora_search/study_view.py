@@ -37,7 +37,7 @@ class StudyView:
     def summary(self) -> StudySummary:
         """Return where the study stands."""
         with explained_errors(self.config):
-            self._ledger.read()
+            self._ledger.read(everything=True)  # what others finish, this process never held
         return self._ledger.summary(self.config.n_trials)
 
     def slots(self) -> list[SlotView]:

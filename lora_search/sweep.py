@@ -168,14 +168,16 @@ def _name(arguments: Namespace) -> str:
 
 
 def _folder(arguments: Namespace) -> Path | None:
-    return Path(arguments.config_dir).resolve() if arguments.config_dir else None
+    return Path(arguments.config_dir) if arguments.config_dir else None
 
 
 def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
     name, folder = _name(arguments), _folder(arguments)
     config = compose(name, arguments.overrides, folder)
     if config.launcher.name == "local" and config.launcher.worker is None:
-        command = Command(sweep=name, config_dir=folder, overrides=tuple(arguments.overrides))
+        command = Command(
+            sweep=name, config_dir=folder and folder.resolve(), overrides=tuple(arguments.overrides)
+        )
         run_together(config, command, progress, interrupts)
         return
     with told_to_launcher(config):

@@ -138,7 +138,7 @@ def test_wrong_input_of_one_worker_ends_all_with_its_message(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"^lora\.r: wrong$"), Team(workers) as team:
         news_of(team)
 
-    assert workers[0].process.returncode in (-signal.SIGINT, 1)  # KeyboardInterrupt in the program
+    assert workers[0].process.returncode == -signal.SIGTERM
 
 
 def test_a_worker_that_fails_leaves_the_others_at_work_and_all_failing_is_an_error(tmp_path: Path) -> None:
@@ -258,7 +258,9 @@ def test_a_killed_worker_is_replaced_and_an_interrupt_reaches_all(tmp_path: Path
     assert survivor in replaced
     assert process.returncode == 130
     assert "nothing is lost" in rest
-    assert states(view) & {"RUNNING", "FAIL"} == set()
+    now = [row.state for row in view.rows()]
+    assert "FAIL" not in now
+    assert now.count("WAITING") >= 4  # the survivor's; the next start finds those of the killed one
     assert not any(Path(f"/proc/{pid}").exists() for pid in replaced)
 
 
