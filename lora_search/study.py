@@ -237,11 +237,12 @@ class SweepStudy:
             )
 
     def num_running_elsewhere(self) -> int:
-        """Return how many trials other workers hold while the total is not reached."""
+        """Return how many trials other workers hold or have left while the total is not reached."""
         self.ledger.read(everything=True)
         if self.ledger.count(*FINISHED) >= self.config.study.n_trials:
             return 0
-        return sum(t.state == TrialState.RUNNING and t.number not in self.held for t in self.ledger.open)
+        unfinished = (TrialState.RUNNING, TrialState.WAITING)  # handed back since this worker asked for more
+        return sum(t.state in unfinished and t.number not in self.held for t in self.ledger.open)
 
     @property
     def standing(self) -> str:
