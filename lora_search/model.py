@@ -50,6 +50,7 @@ REMEDIES = {  # what transformers' message contains -> what to do about it
     "cannot reshape array": DAMAGED,
     "cannot mmap an empty file": DAMAGED,
     "out of memory": "Choose a smaller base, another engine.device, or model.quantization=nf4.",
+    "Weights only load failed": "Its weights hold code, which is never executed: use .safetensors files.",
     "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
 }
 
