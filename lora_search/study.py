@@ -16,7 +16,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.claiming import FINISHED, Draws, was_never_signed
+from lora_search.claiming import FINISHED, Draws
 from lora_search.config import StudyConfig, SweepConfig
 from lora_search.errors import StudyError
 from lora_search.fingerprint import check_fingerprint
@@ -29,7 +29,8 @@ from lora_search.history import (
 )
 from lora_search.ledger import Ledger
 from lora_search.pausing import Pauses, drop_checkpoint
-from lora_search.pruning import PAUSED, make_pruner, settled, stopped_by_optuna
+from lora_search.pruning import make_pruner, settled, stopped_by_optuna
+from lora_search.reclaiming import reclaim
 from lora_search.sampling import make_sampler
 from lora_search.seeds import draw_seed
 from lora_search.space import Space, largest, trial_settings
@@ -38,7 +39,6 @@ from lora_search.storage import (
     explained_errors,
     open_storage,
     quieten_optuna,
-    worker_is_dead,
     worker_name,
 )
 from lora_search.study_view import StudyView
@@ -203,15 +203,7 @@ class SweepStudy:
     def reclaim_stale(self) -> int:
         """Put back the trials of dead workers; return how many. Fails those that were put back too often."""
         self._last_reclaim = time.monotonic()
-        study_id = self.storage.get_study_id_from_name(self.study.study_name)
-        # Optuna's public fail_stale_trials would end them for good; only the query behind it is needed.
-        silent = set(self.storage._get_stale_trial_ids(study_id))
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        nobodys = [t for t in running if t.number not in self.held and not t.user_attrs.get(PAUSED)]
-        stale = [t for t in nobodys if self._is_abandoned(t, silent)]
-        for trial in stale:
-            self._put_back(trial)
-        return len(stale)
+        return reclaim(self.config.study, self.study, self.storage, self.held, self._id)
 
     @property
     def is_finished(self) -> bool:
@@ -306,28 +298,6 @@ class SweepStudy:
             return self.ledger.standings.losers(self.ledger.open, judged)
         stopped = stopped_by_optuna(self.study, judged, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
-
-    def _put_back(self, trial: FrozenTrial) -> None:
-        """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place."""
-        trial_id = self._id(trial.number)
-        now = self.storage.get_trial(trial_id)
-        if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
-            return  # another worker was quicker
-        rung, before = now.last_step or 0, now.user_attrs.get("died_at_rung")
-        retries = int(now.user_attrs.get("retries", 0)) + 1 if rung == before else 1
-        is_last = retries > self.config.study.max_retries
-        self.storage.record_heartbeat(trial_id)  # so that no other worker finds it stale as well
-        self.storage.set_trial_user_attr(trial_id, "retries", retries)
-        self.storage.set_trial_user_attr(trial_id, "died_at_rung", rung)
-        reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
-        self.storage.set_trial_user_attr(trial_id, "reason", reason)
-        self.storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
-
-    def _is_abandoned(self, trial: FrozenTrial, silent: set[int]) -> bool:
-        worker = trial.user_attrs.get("worker")
-        if worker is None:
-            return was_never_signed(trial, self.config.study.heartbeat_seconds)
-        return self._id(trial.number) in silent or worker_is_dead(worker)
 
     def _is_mine(self, trial: FrozenTrial) -> bool:
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == self.worker

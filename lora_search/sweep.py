@@ -62,13 +62,18 @@ def main(interrupts: Interrupts | None = None) -> int:
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Let workers search, and conclude once. Imports no torch."""
     from lora_search.conclusion import conclude
+    from lora_search.reclaiming import reclaim_all
     from lora_search.space import parse_space
     from lora_search.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
     study_folder(config)
-    with interrupts.after_the_pass():
-        run_workers(config, command, progress, interrupts.check)
+    try:
+        with interrupts.after_the_pass():
+            run_workers(config, command, progress, interrupts.check)
+    except KeyboardInterrupt:
+        reclaim_all(config.study)  # what a worker held that was killed before the interrupt
+        raise
     conclude(*SweepStudy.read(config.study), config, progress)
 
 

@@ -569,3 +569,17 @@ def test_workers_share_a_study_on_a_real_postgresql_and_store_no_password(tmp_pa
         study.storage.engine.dispose()
     finally:
         server.cleanup()
+
+
+def test_a_worker_does_not_leave_while_a_trial_waits_that_another_has_just_handed_back(
+    tmp_path: Path,
+) -> None:
+    other, study = (open_study(make_config(tmp_path, n_trials=1), tmp_path) for _ in range(2))
+    other.claim(1)
+    claimed = study.claim(1)  # nothing: the only trial runs elsewhere
+
+    other.hand_back("interrupted")
+
+    assert (claimed, study.num_running_elsewhere()) == ([], 1)
+    assert [run.number for run in study.claim(1)] == [0]
+    assert study.num_running_elsewhere() == 0
