@@ -3,7 +3,7 @@ total."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -20,10 +20,10 @@ MAX_DUPLICATES_IN_A_ROW = 50
 SIGNING_SECONDS = 0.02  # between two looks at a trial that another worker is drawing
 
 
-def was_never_signed(trial: FrozenTrial, heartbeat_seconds: int) -> bool:
-    """Return whether the worker of a trial without a signature must have died between asking and signing."""
+def has_run_for(trial: FrozenTrial, seconds: int) -> bool:
+    """Return whether the trial was drawn longer ago; if nobody has signed it since, its worker has died."""
     age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
-    return age > heartbeat_seconds
+    return age > seconds
 
 
 class Draws:
@@ -33,20 +33,19 @@ class Draws:
         self.config, self.space, self.study, self.ledger = config, space, study, ledger
         self.exhausted = False
 
-    def draw(self, worker: str) -> optuna.Trial | None:
-        """Return a RUNNING trial signed by the worker; None when there is none to be had."""
+    def draw(self, sign: Callable[[optuna.Trial], None]) -> optuna.Trial | None:
+        """Return a RUNNING trial, signed by its worker; None when there is none to be had."""
         for _ in range(MAX_DUPLICATES_IN_A_ROW):
             self.ledger.read(everything=True)
             if not self._has_room(self.ledger.trials):
                 return None
             with locked_from_the_start():
                 trial = self.study.ask(self.space.distributions)
-            trial.set_user_attr("worker", worker)
+            sign(trial)
             refusal = self._refusal(trial)
             if refusal is None:
                 return trial
-            trial.set_user_attr("reason", refusal)
-            self.study.tell(trial, state=TrialState.FAIL)
+            self._refuse(trial, refusal)
             if refusal.startswith(SURPLUS):
                 return None
         self._exhaust(f"{MAX_DUPLICATES_IN_A_ROW} draws in a row had been tried before")
@@ -83,6 +82,13 @@ class Draws:
             return f"{SURPLUS} another worker took the last place"
         return None
 
+    def _refuse(self, trial: optuna.Trial, why: str) -> None:
+        """End the trial, unless this worker was so slow that another took the trial from it."""
+        self.ledger.read(everything=True)
+        if self.ledger.find(trial.number).state == TrialState.RUNNING:
+            trial.set_user_attr("reason", why)
+            self.study.tell(trial, state=TrialState.FAIL)
+
     def _wait_for_signatures(self, before: int) -> None:
         """Read the study once the trials of lower numbers have their parameters: a worker signs a trial when
         it has drawn them, and may be slower than the one that drew the next."""
@@ -90,7 +96,7 @@ class Draws:
         while True:
             self.ledger.read()
             running = [t for t in self.ledger.open if t.state == TrialState.RUNNING and t.number < before]
-            if all("worker" in t.user_attrs or was_never_signed(t, seconds) for t in running):
+            if all(t.user_attrs.get("worker") or has_run_for(t, seconds) for t in running):
                 return
             time.sleep(SIGNING_SECONDS)
 

@@ -9,7 +9,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.claiming import was_never_signed
+from lora_search.claiming import has_run_for
 from lora_search.config import StudyConfig
 from lora_search.errors import ConfigError
 from lora_search.pruning import PAUSED
@@ -69,11 +69,12 @@ def _put_back(config: StudyConfig, storage: RDBStorage, trial: FrozenTrial, tria
     storage.set_trial_user_attr(trial_id, "died_at_rung", rung)
     reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
     storage.set_trial_user_attr(trial_id, "reason", reason)
+    storage.set_trial_user_attr(trial_id, "worker", "")  # or who draws it next would look dead until it signs
     storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
 
 
 def _is_abandoned(config: StudyConfig, trial: FrozenTrial, is_silent: bool) -> bool:
     worker = trial.user_attrs.get("worker")
-    if worker is None:
-        return was_never_signed(trial, config.heartbeat_seconds)
+    if not worker:  # a heartbeat, if there is one, is an earlier worker's
+        return has_run_for(trial, config.heartbeat_seconds)
     return is_silent or worker_is_dead(worker)

@@ -188,6 +188,7 @@ class SweepStudy:
         for trial in self.held.values():
             if self._is_mine(self._frozen(trial)):
                 trial.set_user_attr("reason", reason)
+                trial.set_user_attr("worker", "")
                 self.storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
         self.held.clear()
 
@@ -279,14 +280,18 @@ class SweepStudy:
         if self.pauses is not None:
             self.ledger.read(everything=True)
             self.pauses.promote()
-        trial = self.draws.draw(self.worker)
+        trial = self.draws.draw(self._sign)
         return None if trial is None else self._take(trial)
+
+    def _sign(self, trial: optuna.Trial) -> None:
+        """Make the trial this worker's; first its heartbeat, so that a signature is never a silent one's."""
+        self.storage.record_heartbeat(self._id(trial.number))
+        trial.set_user_attr("worker", self.worker)
 
     def _take(self, trial: optuna.Trial) -> TrialRun:
         settings = trial_settings(self.config, trial.params)
         trial.set_user_attr("settings", json.dumps(asdict(settings)))
         trial.set_user_attr("reason", "")
-        self.storage.record_heartbeat(self._id(trial.number))
         self.held[trial.number] = trial
         folder = str(self.trials_folder / str(trial.number))
         seed = draw_seed(self.config.seed, trial.number)

@@ -134,8 +134,10 @@ def test_eight_workers_on_postgresql_lose_and_double_nothing_through_sixty_kills
 def test_four_workers_share_sqlite_while_the_dashboard_is_asked_for_pages(tmp_path: Path) -> None:
     n_trials, storage = 80, f"sqlite:///{tmp_path}/study.db"
 
-    with started(4, tmp_path, storage, n_trials) as workers, dashboard(storage) as url:
-        view_of(storage, n_trials)
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(started(4, tmp_path, storage, n_trials))
+        view_of(storage, n_trials)  # two programs that make the same tables at once get in each other's way
+        url = stack.enter_context(dashboard(storage))
         pages = []
         while any(worker.is_alive() for worker in workers):
             pages += [get(f"{url}/api/studies"), get(f"{url}/api/studies/1?after=0"), get(f"{url}/dashboard")]

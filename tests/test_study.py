@@ -583,3 +583,16 @@ def test_a_worker_does_not_leave_while_a_trial_waits_that_another_has_just_hande
     assert (claimed, study.num_running_elsewhere()) == ([], 1)
     assert [run.number for run in study.claim(1)] == [0]
     assert study.num_running_elsewhere() == 0
+
+
+def test_a_trial_that_is_claimed_anew_does_not_bear_its_dead_workers_signature(tmp_path: Path) -> None:
+    first, second, third = (open_study(make_config(tmp_path, n_trials=1), tmp_path) for _ in range(3))
+    first.claim(1)
+    sign_as(first, 0, worker_name(os.getpid()).rpartition(":")[0] + ":1")  # a process that started at 1
+    assert second.reclaim_stale() == 1
+
+    drawn = second.study.ask(second.space.distributions)  # and is slow to sign it
+
+    assert drawn.number == 0
+    assert third.reclaim_stale() == 0
+    assert third.study.get_trials()[0].state == TrialState.RUNNING
