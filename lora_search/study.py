@@ -60,6 +60,7 @@ class SweepStudy:
         self.draws = Draws(config, space, study, self.ledger)
         self.held: dict[int, optuna.Trial] = {}
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
+        self._last_rung: dict[int, int] = {}  # of each held trial; who has measured it is not judged any more
         self._ids: dict[int, int] = {}  # trial number -> its id in the database
         self.worker = worker_name(os.getpid())
         pauses = Pauses(config.study, study, storage, self.ledger, self.trials_folder, self._id)
@@ -126,7 +127,7 @@ class SweepStudy:
         self.ledger.read()
         held = [self.ledger.find(number) for number in self.held]
         taken = {t.number: "taken over by another worker" for t in held if not self._is_mine(t)}
-        judged = [t for t in held if t.number not in taken]
+        judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self._last_rung[t.number]]
         reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
@@ -292,7 +293,7 @@ class SweepStudy:
         settings = trial_settings(self.config, trial.params)
         trial.set_user_attr("settings", json.dumps(asdict(settings)))
         trial.set_user_attr("reason", "")
-        self.held[trial.number] = trial
+        self.held[trial.number], self._last_rung[trial.number] = trial, settings.num_rungs
         folder = str(self.trials_folder / str(trial.number))
         seed = draw_seed(self.config.seed, trial.number)
         known = dict(self._frozen(trial).intermediate_values)

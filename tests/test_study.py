@@ -596,3 +596,20 @@ def test_a_trial_that_is_claimed_anew_does_not_bear_its_dead_workers_signature(t
     assert drawn.number == 0
     assert third.reclaim_stale() == 0
     assert third.study.get_trials()[0].state == TrialState.RUNNING
+
+
+def test_a_trial_whose_worker_died_after_its_last_rung_is_not_pruned_when_it_is_taken_up(
+    tmp_path: Path,
+) -> None:
+    first = open_study(make_config(tmp_path), tmp_path)
+    runs = first.claim(5)
+    worst = max(runs, key=lambda run: abs(math.log10(run.settings.lr) + 3))
+    for rung in range(1, RUNGS + 1):
+        first.report([measure(run, rung) for run in runs])
+    first.hand_back("its worker is killed before it says that they are finished")
+
+    again = open_study(make_config(tmp_path), tmp_path)
+    again.claim(5)
+
+    assert worst.number in again.held
+    assert again.judge() == []
