@@ -30,31 +30,39 @@ def rows_attention(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int = 0,
+    key_source: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Return [1, T, heads, width] for query [1, heads, T, width]; key and value may have fewer heads.
 
-    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. transformers passes more keywords; that none
-    of them matters to a base is what `soundness` checks when it is loaded.
+    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. Where rows share their first tokens,
+    ``key_source`` [K] says which token each key is of, ``cu_seq_lens_k`` their boundaries; the last query of
+    a row sees all its keys. transformers passes more keywords; that none of them matters to a base is what
+    `soundness` checks when it is loaded.
     """
     if cu_seq_lens_q is None:
         raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
+    if key_source is None or cu_seq_lens_k is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    else:
+        key, value = key.index_select(2, key_source), value.index_select(2, key_source)
     if softcap is None and _fits_kernel(query, value):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         gqa = query.shape[1] != key.shape[1]
-        bounds, longest = cu_seq_lens_q, max_length_q
-        packed = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa
-        )
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, enable_gqa=gqa)
         assert isinstance(packed, torch.Tensor)
         return packed.unsqueeze(0), None
-    lengths = tuple(cu_seq_lens_q.diff().tolist())
-    is_plain = softcap is None and (sliding_window is None or max_length_q <= sliding_window)
-    if is_plain and not query.is_cuda and max_length_q <= LONGEST_ROW:
+    lengths, key_lengths = (tuple(bounds.diff().tolist()) for bounds in (cu_seq_lens_q, cu_seq_lens_k))
+    is_plain = softcap is None and (sliding_window is None or max_length_k <= sliding_window)
+    if is_plain and not query.is_cuda and max_length_k <= LONGEST_ROW:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return RowAttention.apply(query, key, value, lengths, scale), None  # type: ignore[no-untyped-call]
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        return RowAttention.apply(query, key, value, lengths, key_lengths, scale), None  # type: ignore[no-untyped-call]
+    keys = (key.split(key_lengths, 2), value.split(key_lengths, 2))
+    rows = zip(query.split(lengths, 2), *keys, strict=True)
     if softcap is None:
         outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
     else:
@@ -71,10 +79,10 @@ def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
 def _one_row(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, sliding_window: int | None
 ) -> torch.Tensor:
-    length, enable_gqa = q.shape[2], q.shape[1] != k.shape[1]
-    if sliding_window is None or length <= sliding_window:
+    length, enable_gqa = k.shape[2], q.shape[1] != k.shape[1]
+    if q.shape[2] == length and (sliding_window is None or length <= sliding_window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa)
-    visible = _visible(length, sliding_window, q.device)
+    visible = _visible(q.shape[2], length, sliding_window or length, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling, enable_gqa=enable_gqa)
 
 
@@ -87,18 +95,19 @@ def _capped_row(
     softcap: float,
 ) -> torch.Tensor:
     """Attention with scores softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
-    length, queries_per_key = q.shape[2], q.shape[1] // k.shape[1]
+    length, queries_per_key = k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
     scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap
-    hidden = ~_visible(length, sliding_window or length, q.device)
+    hidden = ~_visible(q.shape[2], length, sliding_window or length, q.device)
     return scores.float().masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return [length, length]: which keys a query sees, itself and at most ``window`` - 1 before it."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
+def _visible(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return [queries, keys]: which keys a query sees, itself and at most ``window`` - 1 before it. The
+    queries are the last tokens of the row."""
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
     return (distance >= 0) & (distance < window)
 
 

@@ -17,7 +17,7 @@ import torch
 from lora_search.axis import DataAxis
 from lora_search.data import Splits
 from lora_search.errors import DoesNotFitError, LoraSearchError
-from lora_search.evaluation import perplexities
+from lora_search.evaluation import perplexities, shareable_tokens
 from lora_search.failures import failure_reason, first_line
 from lora_search.keeping import START, Keeper
 from lora_search.lora import SlotBank
@@ -50,6 +50,7 @@ class Engine:
         resolve_targets: Callable[[tuple[str, ...]], tuple[str, ...]],
     ) -> None:
         self.model, self.bank, self.splits = model, bank, splits
+        self.num_shared = shareable_tokens(model, splits.validation)
         self.axis = DataAxis(splits.train, data_seed)
         self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP)
         self.keeper = Keeper(bank, self.optimizer, base_path, splits.data_hash)
@@ -255,7 +256,8 @@ class Engine:
         rows = self.splits.validation
         while True:
             try:
-                return perplexities(self.model, slots, rows, self.tokens_per_pass, self.after_pass)
+                size, shared = self.tokens_per_pass, self.num_shared
+                return perplexities(self.model, slots, rows, size, shared, self.after_pass)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

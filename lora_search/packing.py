@@ -1,7 +1,7 @@
 """Which rows share a pass. Pure: no torch, no I/O. Never splits a row; never mixes two optimizer steps of
 one trial."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) -> list[int]:
@@ -26,3 +26,29 @@ def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) ->
         if taken_rows[queue] == len(pending_lengths[queue]):
             open_queues.remove(queue)
     return taken_rows
+
+
+def common_prefix(rows: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens all rows begin with."""
+    first, last = min(rows), max(rows)  # what the first and the last in order share, all share
+    different = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return next(different, min(len(first), len(last)))
+
+
+def passes_in_order(
+    num_slots: int, lengths: Sequence[int], num_shared: int, tokens_per_pass: int
+) -> Iterator[dict[int, list[int]]]:
+    """Yield passes over all rows of all slots, as slot to row numbers: slot after slot, so that what a slot's
+    rows share, the first ``num_shared`` tokens, is computed in few passes."""
+    taken: dict[int, list[int]] = {}
+    total_tokens = 0
+    for slot in range(num_slots):
+        for row, length in enumerate(lengths):
+            new_tokens = length - num_shared if slot in taken else length
+            if taken and total_tokens + new_tokens > tokens_per_pass:
+                yield taken
+                taken, total_tokens, new_tokens = {}, 0, length
+            taken.setdefault(slot, []).append(row)
+            total_tokens += new_tokens
+    if taken:
+        yield taken

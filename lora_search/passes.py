@@ -1,7 +1,7 @@
 """One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the
-LM head.
+LM head. In an evaluation the tokens that all rows of a slot begin with are computed once for all of them.
 
-Legend: T tokens of the pass, N completion tokens, D width.
+Legend: T tokens of the pass, N completion tokens, D width, K keys that attention sees.
 """
 
 from collections.abc import Sequence
@@ -22,21 +22,42 @@ from lora_search.lora import SlotBank
 
 @dataclass(frozen=True)
 class SlotRows:
-    """What one slot puts into a pass. ``ordinals`` number the rows as its trial sees them, for dropout."""
+    """What one slot puts into a pass. ``ordinals`` number the rows as its trial sees them, for dropout; the
+    first ``num_shared`` tokens, the same in all rows, stand in the pass once (not together with dropout)."""
 
     slot: int | None
     rows: Sequence[Example]
     seed: int = 0
     ordinals: Sequence[int] = ()
     dropout: float = 0.0
+    num_shared: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.input_ids) for row in self.rows)
+        return self.num_shared + sum(len(row.input_ids) - self.num_shared for row in self.rows)
 
     @property
     def num_completion_tokens(self) -> int:
         return sum(num_completion_tokens(row) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that stand end to end from ``start`` on; those before them in their row stand at ``prefix``."""
+
+    token_ids: Sequence[int]
+    start: int
+    num_completion_tokens: int = 0
+    num_before: int = 0
+    prefix: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_before + len(self.token_ids)
 
 
 def num_completion_tokens(row: Example) -> int:
@@ -47,7 +68,7 @@ class PackedModel:
     """The frozen base as a function from packed rows to NLL per completion token."""
 
     def __init__(self, model: PreTrainedModel, bank: SlotBank) -> None:
-        self.bank, self.device = bank, model.device
+        self.bank, self.device, self.dtype = bank, model.device, model.dtype
         self.decoder: nn.Module = model.base_model
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.head = Head(model.get_output_embeddings(), softcap)
@@ -60,19 +81,22 @@ class PackedModel:
         return list(nll_N.split([pack.num_completion_tokens for pack in packs]))
 
     def _hidden(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [row for pack in packs for row in pack.rows]
-        lengths = [len(row.input_ids) for row in rows]
-        ids_T = torch.tensor([token for row in rows for token in row.input_ids])
-        position_T = torch.cat([torch.arange(length) for length in lengths])
-        boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        target_positions = torch.tensor(_completion_positions(rows))
+        segments = lay_end_to_end(packs)
+        ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
+        position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
+        target_positions = torch.tensor(
+            [place for s in segments for place in range(s.end - s.num_completion_tokens, s.end)]
+        )
         self.bank.plan = self._plan(packs)  # it stays: layers may be computed again on the way back
+        attention = {
+            name: self._upload(value) if isinstance(value, torch.Tensor) else value
+            for name, value in attention_arguments(segments).items()
+        }
         output = self.decoder(
             input_ids=self._upload(ids_T[None]),
             position_ids=self._upload(position_T[None]),
             use_cache=False,
-            cu_seq_lens_q=self._upload(boundaries),
-            max_length_q=max(lengths),
+            **attention,
         )
         target_N = self._upload(ids_T[target_positions])
         return output.last_hidden_state[0, self._upload(target_positions - 1)], target_N
@@ -119,10 +143,37 @@ def _per_token(values: torch.Tensor, packs: Sequence[SlotRows]) -> torch.Tensor:
     return values.repeat_interleave(torch.tensor([pack.num_tokens for pack in packs]))
 
 
-def _completion_positions(rows: Sequence[Example]) -> list[int]:
-    positions: list[int] = []
+def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:
+    """Return what stands in the pass: of each pack what its rows share, then the rest of each row."""
+    segments: list[Segment] = []
     start = 0
-    for row in rows:
-        positions.extend(range(start + row.num_prompt_tokens, start + len(row.input_ids)))
-        start += len(row.input_ids)
-    return positions
+    for pack in packs:
+        shared, prefix = pack.num_shared, start
+        parts = [Segment(pack.rows[0].input_ids[:shared], start)] if shared else []
+        start += shared
+        for row in pack.rows:
+            rest = row.input_ids[shared:]
+            parts.append(Segment(rest, start, num_completion_tokens(row), shared, prefix))
+            start += len(rest)
+        segments += parts
+    return segments
+
+
+def attention_arguments(segments: Sequence[Segment]) -> dict[str, torch.Tensor | int]:
+    """Return the boundaries for `rows_attention`; of the keys as well, and where each comes from, where
+    some are shared."""
+    arguments: dict[str, torch.Tensor | int] = {
+        "cu_seq_lens_q": _boundaries([len(s.token_ids) for s in segments]),
+        "max_length_q": max(len(s.token_ids) for s in segments),
+    }
+    if any(s.num_before for s in segments):
+        pieces = [(s.prefix, s.prefix + s.num_before, s.start, s.end) for s in segments]
+        sources = [torch.arange(*ends) for a, b, c, d in pieces for ends in ((a, b), (c, d))]
+        arguments["cu_seq_lens_k"] = _boundaries([s.num_keys for s in segments])
+        arguments["max_length_k"] = max(s.num_keys for s in segments)
+        arguments["key_source"] = torch.cat(sources)
+    return arguments
+
+
+def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)

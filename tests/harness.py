@@ -17,12 +17,13 @@ from lora_search.trial import Measurement, TrialRun
 def random_splits(num_train: int = 12, num_validation: int = 5, seed: int = 0) -> Splits:
     rng = np.random.default_rng(seed)
 
-    def example() -> Example:
+    def example(*beginning: int) -> Example:
         length = int(rng.integers(6, 24))
-        return Example(tuple(rng.integers(3, 250, length).tolist()), int(rng.integers(2, length - 2)))
+        tokens, num_prompt = rng.integers(3, 250, length).tolist(), int(rng.integers(2, length - 2))
+        return Example((*beginning, *tokens), len(beginning) + num_prompt)
 
     train = tuple(example() for _ in range(num_train))
-    validation = tuple(example() for _ in range(num_validation))
+    validation = tuple(example(7, 5, 11) for _ in range(num_validation))  # as after a chat template
     return Splits(train, validation, (), 32, "hash", {})
 
 

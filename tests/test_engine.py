@@ -163,11 +163,13 @@ def test_exported_adapter_gives_the_same_perplexity_in_plain_peft(tmp_path: Path
     folder = make_tiny_model(tmp_path / "model", architecture)
     run = make_run(tmp_path, 0, target_modules=("all-linear",), alpha=6.0)
 
-    curve = train_all(build_engine(folder, SPLITS), [run])[0]
+    engine = build_engine(folder, SPLITS)
+    curve = train_all(engine, [run])[0]
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     plain = PeftModel.from_pretrained(base, str(tmp_path / "0" / "adapter"))
     assert plain_perplexity(plain, SPLITS.validation) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+    assert engine.num_shared == 3  # of every validation row the harness makes
 
 
 def test_base_perplexity_equals_the_plain_model(tiny_llama: Path) -> None:

@@ -85,10 +85,13 @@ def test_exported_adapter_gives_the_same_perplexity_in_plain_peft(tiny_llama: Pa
     curve = train_all(quantized_engine(tiny_llama), [run])[0]
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=nf4, dtype=torch.float32)
-    for layer in target_layers(base, ("all-linear",)).values():
+    layers = target_layers(base, ("all-linear",)).values()
+    for layer in layers:
         layer.train()  # or bitsandbytes rounds activations to bfloat16 on some CPUs
     plain = plain_perplexity(base, SPLITS.validation)
     tuned = PeftModel.from_pretrained(base, str(tmp_path / "0" / "adapter"))
+    for layer in layers:
+        layer.train()  # PEFT has put it into evaluation mode
     assert plain_perplexity(tuned, SPLITS.validation) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
     assert curve[-1].best_perplexity < 0.995 * plain
 

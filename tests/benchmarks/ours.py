@@ -60,7 +60,7 @@ def main() -> None:
         engine.admit(runs)
         train = training_rate(engine)
         start = time.perf_counter()
-        perplexities(engine.model, range(slots), splits.validation, tokens)
+        perplexities(engine.model, range(slots), splits.validation, tokens, engine.num_shared)
         seconds = time.perf_counter() - start
         result = {
             "train": train,
