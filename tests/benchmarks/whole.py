@@ -59,10 +59,11 @@ def sweep(pruner: str, folder: Path) -> dict[str, float]:
     engine, _ = build_engine(config, Room.of_space(config, space), base, splits)
     engine.__class__ = TimedEngine
     assert isinstance(engine, TimedEngine)
+    tracker = make_tracker(config, {})
     start = time.perf_counter()
     study = SweepStudy.open(config, space, {"bench": pruner}, {}, folder / name)
     with Progress() as progress:
-        work(study, engine, make_tracker(config, {}), progress)
+        work(study, engine, tracker, progress)
     seconds, rows = time.perf_counter() - start, study.rows()
     train, validation = (
         sum(len(row.input_ids) for row in part) for part in (splits.train, splits.validation)
