@@ -1,5 +1,6 @@
 """Running out of memory, for real and injected: the numbers stay the same."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -8,12 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_search import assembly
+from lora_search.assembly import Room
+from lora_search.composition import compose
+from lora_search.data import prepare
 from lora_search.errors import LoraSearchError
 from lora_search.memory import available_bytes, is_out_of_memory
+from lora_search.model import load_base, load_tokenizer, resolve_model
 from lora_search.passes import PackedModel, SlotRows
+from lora_search.reading import load_rows
+from lora_search.space import parse_space
+from lora_search.study import SweepStudy
+from lora_search.tracking import NoTracker
+from lora_search.trial import TrialRow
+from lora_search.worker import work
 from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all
 from tests.test_engine import losses, mixed_runs, perplexities
+from tests.test_worker import quiet
 
 SPLITS = random_splits()
 
@@ -56,6 +69,56 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_the_same_numbers(
     for number, curve in expected.items():
         torch.testing.assert_close(losses(curves[number]), losses(curve), rtol=1e-5, atol=0)
         torch.testing.assert_close(perplexities(curves[number]), perplexities(curve), rtol=1e-5, atol=0)
+
+
+def smoke_sweep(folder: Path, device: type[PackedModel]) -> tuple[list[TrialRow], int]:
+    """Run the smoke sweep on a device of that kind; return its trials and the tokens per pass at its end."""
+    own = [f"runs_dir={folder}", f"study.storage=sqlite:///{folder}/study.db", "study.n_trials=6"]
+    config = compose("smoke", [*own, "engine.device=cpu", "sampler=random", "pruner=none"])
+    space, source = parse_space(config), resolve_model(config.model)
+    splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
+    base = load_base(source, config.model, config.engine)
+    engine, _ = assembly.build_engine(config, Room.of_space(config, space), base, splits)
+    engine.model.__class__ = device
+    study = SweepStudy.open(config, space, {}, {}, folder)
+    work(study, engine, NoTracker(), quiet()[0])
+    return study.rows(), engine.tokens_per_pass
+
+
+def test_a_sweep_that_runs_out_of_memory_measures_as_if_it_had_not(tmp_path: Path) -> None:
+    expected, all_tokens = smoke_sweep(tmp_path / "large", PackedModel)
+
+    rows, few_tokens = smoke_sweep(
+        tmp_path / "small", type("Device", (SmallDevice,), {"max_tokens": all_tokens // 5})
+    )
+
+    assert few_tokens == all_tokens // 8
+    assert {row.state for row in rows} == {"COMPLETE"}
+    assert [(row.number, row.state, row.params, row.best_rung) for row in rows] == [
+        (row.number, row.state, row.params, row.best_rung) for row in expected
+    ]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.perplexities == pytest.approx(other.perplexities, rel=1e-5)
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of all tensors that are alive, each storage once."""
+    gc.collect()
+    alive = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
+def test_memory_returns_to_its_baseline_after_every_trial(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_llama, SPLITS, slots=2)
+    train_all(engine, [make_run(tmp_path, 0)])  # what is made once is made by now
+    baseline = tensor_bytes()
+
+    after = []
+    for number, rank in enumerate((8, 2, 4), start=1):
+        train_all(engine, [make_run(tmp_path, number, r=rank, dropout=0.1)])
+        after.append(tensor_bytes())
+
+    assert after == [baseline] * 3
 
 
 def test_a_row_that_does_not_fit_alone_fails_its_trial_with_the_remedy(
