@@ -19,22 +19,27 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / rms(x) * weight over the last axis, in float32 inside (arXiv 1910.07467). The weight is frozen."""
+    """x / rms(x) * weight over the last axis, in float32 inside (arXiv 1910.07467). The weight is frozen.
+
+    980 x 576 in bfloat16 on one core take 0.27 ms; F.rms_norm, which keeps no rms on a CPU, and the rms for
+    the way back 0.44. Mixed dtypes would take 5 times as long: hence the conversions."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide, width = _wide(x.dtype), x.shape[-1]
-        square_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        ctx.save_for_backward(x, weight, square_norm.div_(width).add_(eps).rsqrt_())
-        return F.rms_norm(x, (width,), weight, eps)
+        wide = _wide(x.dtype)
+        x_wide = x.to(wide)
+        square_norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_()
+        inverse_rms = square_norm.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x_wide * inverse_rms).mul_(weight.to(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
         wide = inverse_rms.dtype
-        grad, x_wide = (grad_outputs[0] * weight).to(wide), x.to(wide)  # mixed dtypes take 5 times as long
-        projection = (grad * x_wide).mean(-1, keepdim=True).mul_(inverse_rms.square())
-        grad.addcmul_(x_wide, projection, value=-1.0).mul_(inverse_rms)
+        grad, x_wide = grad_outputs[0].to(wide) * weight.to(wide), x.to(wide)
+        projection = torch.linalg.vecdot(grad, x_wide).unsqueeze_(-1).mul_(inverse_rms.square())
+        grad.addcmul_(x_wide, projection, value=-1.0 / x.shape[-1]).mul_(inverse_rms)
         return grad.to(x.dtype), None, None
 
 
@@ -113,6 +118,8 @@ def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
 
 
 def _apply_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)  # one kernel each way
     y: torch.Tensor = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
