@@ -31,7 +31,8 @@ class RmsNorm(torch.autograd.Function):
         square_norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_()
         inverse_rms = square_norm.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (x_wide * inverse_rms).mul_(weight.to(wide)).to(x.dtype)
+        y: torch.Tensor = (x_wide * inverse_rms).mul_(weight.to(wide)).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
