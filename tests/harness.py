@@ -35,11 +35,12 @@ def build_engine(
     tokens_per_pass: int = 64,
     max_rank: int = 8,
     is_grouped: bool = False,
+    dtype: str = "float32",
 ) -> Engine:
     config = ModelConfig(path=str(folder))
-    base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype="float32"))
+    base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype=dtype))
     layers = target_layers(base.model, ("all-linear",))
-    bank = SlotBank(base.model, layers, slots, max_rank, is_grouped=is_grouped)
+    bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped)
     return Engine(
         PackedModel(base.model, bank),
         bank,

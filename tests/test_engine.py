@@ -40,6 +40,15 @@ def perplexities(curve: list[Measurement]) -> torch.Tensor:
     return torch.tensor([m.perplexity for m in curve], dtype=torch.float64)
 
 
+Curves = dict[int, list[Measurement]]
+
+
+def differences(curves: Curves, others: Curves) -> torch.Tensor:
+    """Return (loss - other) / other of every optimizer step of every trial."""
+    pairs = [(losses(curves[number]), losses(other)) for number, other in others.items()]
+    return torch.cat([(curve - other) / other for curve, other in pairs])
+
+
 @pytest.fixture(scope="module")
 def solo_curves(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Measurement]]:
     engine = build_engine(tiny_llama, SPLITS, slots=1)
@@ -61,6 +70,21 @@ def test_packed_equals_solo_with_everything_mixed(
     for number, solo in solo_curves.items():
         torch.testing.assert_close(losses(packed[number]), losses(solo), rtol=1e-5, atol=0)
         torch.testing.assert_close(perplexities(packed[number]), perplexities(solo), rtol=1e-5, atol=0)
+    assert abs(differences(packed, solo_curves).mean()) < 1e-6, "no drift to one side"
+
+
+def test_in_bfloat16_packing_changes_as_little_as_rounding_does(
+    tiny_llama: Path, tmp_path: Path, solo_curves: dict[int, list[Measurement]]
+) -> None:
+    solo = train_all(build_engine(tiny_llama, SPLITS, dtype="bfloat16"), mixed_runs(tmp_path / "solo"))
+    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200, dtype="bfloat16")
+
+    packed = train_all(engine, mixed_runs(tmp_path / "packed"))
+
+    packing, rounding = differences(packed, solo), differences(solo, solo_curves)
+    assert 0 < packing.abs().mean() <= 2 * rounding.abs().mean()
+    assert packing.abs().max() <= 4 * rounding.abs().max()
+    assert abs(packing.mean()) <= rounding.abs().mean()
 
 
 def test_grouped_matmuls_of_a_gpu_give_the_same_curves(
