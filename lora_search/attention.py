@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from lora_search.row_attention import LONGEST_ROW, RowAttention
 
@@ -63,9 +62,9 @@ def rows_attention(
 
 
 def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width up to 256."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
+    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width, 8 to 256 in eights."""
+    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.is_cuda and half and width == value.shape[-1] <= 256 and width % 8 == 0
 
 
 def _one_row(
@@ -102,9 +101,6 @@ def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Row boundaries and causality are the attention function's own business."""
-
-
-AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(
+    NAME, rows_attention
+)  # and no mask function: looking for one waits for the device

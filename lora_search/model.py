@@ -100,6 +100,10 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     device = pick_device(engine.device)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(
+            device
+        )  # or pinned memory and kernels that ask for the current one go to cuda:0
     dtype = pick_dtype(engine.dtype, device)
     model, found = _from_pretrained(
         AutoModelForCausalLM,
