@@ -6,6 +6,9 @@ row, and in training on a CPU `row_attention`. Scores that are capped (Gemma 2) 
 the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +18,9 @@ from transformers import AttentionInterface
 from lora_search.row_attention import LONGEST_ROW, RowAttention
 
 NAME = "lora_search_rows"
+# From 2.12 on one must say that key and value may have fewer heads (pytorch pull request 179468).
+TAKES_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FEWER_KEY_HEADS: dict[str, Any] = {"enable_gqa": True} if TAKES_FLAG else {}
 
 
 def rows_attention(
@@ -39,15 +45,7 @@ def rows_attention(
     if cu_seq_lens_q is None:
         raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
     if softcap is None and _fits_kernel(query, value):
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        gqa = query.shape[1] != key.shape[1]
-        bounds, longest = cu_seq_lens_q, max_length_q
-        packed = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=gqa
-        )
-        assert isinstance(packed, torch.Tensor)
-        return packed.unsqueeze(0), None
+        return kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     lengths = tuple(cu_seq_lens_q.diff().tolist())
     is_plain = softcap is None and (sliding_window is None or max_length_q <= sliding_window)
     if is_plain and not query.is_cuda and max_length_q <= LONGEST_ROW:
@@ -59,6 +57,25 @@ def rows_attention(
     else:
         outputs = [_capped_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Return what PyTorch's variable-length kernel gives for all rows at once."""
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    packed = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **FEWER_KEY_HEADS
+    )
+    assert isinstance(packed, torch.Tensor)
+    return packed.unsqueeze(0)
 
 
 def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:

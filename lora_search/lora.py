@@ -50,6 +50,15 @@ class SlotLinear(nn.Module):
         self.base, self.layer = base, layer
         self._bank = [bank]  # in a list: the bank is no submodule
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, as `fused` looks for it: a gated MLP is fused with adapters on its layers too."""
+        return self.base.weight
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         bank = self._bank[0]

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from lora_search.adapters import AddGrouped
-from lora_search.attention import NAME
+from lora_search.attention import NAME, kernel
 from lora_search.head import Head
 from lora_search.lora import SlotBank
 from lora_search.model import target_layers
@@ -41,10 +40,7 @@ def varlen_rows(
     **named: object,
 ) -> tuple[torch.Tensor, None]:
     """What `attention` does on CUDA in bfloat16; on the meta device it would take its other way."""
-    bounds, longest = named["cu_seq_lens_q"], named["max_length_q"]
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    packed = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
-    return packed.unsqueeze(0), None
+    return kernel(query, key, value, named["cu_seq_lens_q"], named["max_length_q"]), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register("varlen_rows", varlen_rows)

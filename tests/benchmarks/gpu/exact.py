@@ -32,7 +32,7 @@ Curves = dict[int, list[Measurement]]
 def exactness(scale: Scale, dtype: torch.dtype) -> Figures:
     """Return largest relative differences: packed to alone, alone to alone again, ours to plain PEFT."""
     name = str(dtype).removeprefix("torch.")
-    vocabulary = int(str(scale.small["vocab_size"]))
+    vocabulary = scale.small["vocab_size"]
     splits = random_splits(BATCH * STEPS, scale.small_row, vocabulary)
     base, room = random_base(scale.small, scale, dtype), trials(NUM_TRIALS, Q_AND_V, BATCH, lr=LR)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,11 +28,11 @@ Figures = dict[str, tuple[float, str]]  # key -> value, remark
 
 
 def small_splits(scale: Scale) -> Splits:
-    return random_splits(scale.num_rows, scale.small_row, int(str(scale.small["vocab_size"])))
+    return random_splits(scale.num_rows, scale.small_row, scale.small["vocab_size"])
 
 
 def large_splits(scale: Scale) -> Splits:
-    return random_splits(scale.num_rows // 4, scale.large_row, int(str(scale.large["vocab_size"])))
+    return random_splits(scale.num_rows // 4, scale.large_row, scale.large["vocab_size"])
 
 
 def small_packed(base: Base, scale: Scale, batch_size: int) -> Figures:

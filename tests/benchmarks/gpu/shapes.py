@@ -42,8 +42,8 @@ class Scale:
 
     device: torch.device
     dtype: torch.dtype
-    small: dict[str, object]  # the model of many small trials
-    large: dict[str, object]  # the model that fills the device by itself
+    small: dict[str, int]  # the model of many small trials
+    large: dict[str, int]  # the model that fills the device by itself
     small_row: int  # mean tokens of a row
     large_row: int
     num_rows: int  # more than any measurement trains on
@@ -73,7 +73,7 @@ def tiny() -> Scale:
 
 
 def random_model(
-    shape: dict[str, object], scale: Scale, dtype: torch.dtype, attention: str = "sdpa"
+    shape: dict[str, int], scale: Scale, dtype: torch.dtype, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """Return a frozen model with random weights, made on the device: the same for the same shape."""
     torch.manual_seed(SEED)
@@ -83,7 +83,7 @@ def random_model(
     return model.requires_grad_(False).eval()
 
 
-def random_base(shape: dict[str, object], scale: Scale, dtype: torch.dtype | None = None) -> Base:
+def random_base(shape: dict[str, int], scale: Scale, dtype: torch.dtype | None = None) -> Base:
     dtype = dtype or scale.dtype
     return Base(random_model(shape, scale, dtype, NAME), "random", scale.device, dtype)
 
