@@ -22,7 +22,7 @@ from tests.benchmarks.gpu.shapes import (
     sweep_config,
     trials,
 )
-from tests.benchmarks.gpu.speed import engine_for, matmul_flops, rate, release_memory
+from tests.benchmarks.gpu.speed import engine_for, matmul_flops, rate, release_memory, strip_adapters
 
 Figures = dict[str, tuple[float, str]]  # key -> value, remark
 
@@ -91,6 +91,7 @@ def large_fitted(base: Base, scale: Scale, is_recomputed: bool) -> Figures:
 
 
 def choose(base: Base, splits: Splits, room: list[TrialSettings], config: SweepConfig) -> Fit:
+    strip_adapters(base.model)
     return _fit(config, Room.of(room), base, splits, target_layers(base.model, ALL_LAYERS))
 
 

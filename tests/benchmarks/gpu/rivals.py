@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from lora_search.data import Example
+from lora_search.tiny import make_tiny_tokenizer
 from tests.benchmarks.gpu.packed import Figures, large_splits, small_splits
 from tests.benchmarks.gpu.shapes import LORA_BATCH, LORA_R, Q_AND_V, Scale, random_model
 from tests.benchmarks.gpu.speed import release_memory, synchronize
@@ -59,37 +62,30 @@ def steady(times: Sequence[float], tokens: Sequence[int]) -> float:
     return sum(tokens[LEFT_OUT:]) / (times[-1] - times[LEFT_OUT - 1])
 
 
+class Ends(TrainerCallback):  # type: ignore[misc]
+    """Notes when each optimizer step is over, on the device too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+
 def with_trl(scale: Scale, case: Case, micro_batch: int) -> float:
-    from datasets import Dataset  # here, so that the plain loop does without
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer  # here, so that the plain loop does without
 
-    from lora_search.tiny import make_tiny_tokenizer
-
-    class Ends(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            synchronize(scale.device)
-            self.times.append(time.perf_counter())
-
-    is_gpu, accumulated = scale.device.type == "cuda", LORA_BATCH // micro_batch
+    ends, counts = Ends(scale.device), []
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder, use_cpu=not is_gpu, max_length=4096, per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=accumulated, num_train_epochs=1, learning_rate=2e-4,
-            completion_only_loss=True, gradient_checkpointing=False, bf16=is_gpu, fp16=False,
-            train_sampling_strategy="group_by_length", save_strategy="no", logging_strategy="no",
-            eval_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=is_gpu,
-        )  # fmt: skip
-        ends = Ends()
         trainer = SFTTrainer(
-            model=random_model(case.shape, scale, scale.dtype), args=arguments, callbacks=[ends],
+            model=random_model(case.shape, scale, scale.dtype), callbacks=[ends], peft_config=case.lora,
+            args=_trl_arguments(folder, scale.device.type == "cuda", micro_batch),
             train_dataset=Dataset.from_list([_record(row) for row in case.rows]),
-            processing_class=make_tiny_tokenizer(), peft_config=case.lora,
+            processing_class=make_tiny_tokenizer(),
         )  # fmt: skip
-        collate, counts = trainer.data_collator, []
+        collate = trainer.data_collator
 
         def counted(features: list[dict[str, Any]]) -> Any:
             counts.append(sum(len(feature["input_ids"]) for feature in features))
@@ -97,8 +93,24 @@ def with_trl(scale: Scale, case: Case, micro_batch: int) -> float:
 
         trainer.data_collator = counted
         trainer.train()
+    accumulated = LORA_BATCH // micro_batch
     steps = [sum(counts[i : i + accumulated]) for i in range(0, len(counts), accumulated)]
     return steady(ends.times, steps[: len(ends.times)])
+
+
+def _trl_arguments(folder: str, is_gpu: bool, micro_batch: int) -> Any:
+    from trl import SFTConfig
+
+    by_length: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in SFTConfig.__dataclass_fields__:  # its name in older transformers
+        by_length = {"group_by_length": True}
+    return SFTConfig(
+        output_dir=folder, use_cpu=not is_gpu, max_length=4096, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=LORA_BATCH // micro_batch, num_train_epochs=1, learning_rate=2e-4,
+        completion_only_loss=True, gradient_checkpointing=False, bf16=is_gpu, fp16=False,
+        save_strategy="no", logging_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=is_gpu, **by_length,
+    )  # fmt: skip
 
 
 def _record(row: Example) -> dict[str, list[int]]:

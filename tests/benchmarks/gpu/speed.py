@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_search.assembly import Room, build_engine
 from lora_search.config import SweepConfig
 from lora_search.data import Splits
 from lora_search.engine import Engine
+from lora_search.lora import SlotLinear
 from lora_search.model import Base
 from lora_search.stopwatch import Lap, Throughput
 from lora_search.trial import TrialRun, TrialSettings
@@ -42,6 +44,14 @@ class EveryLap(Throughput):
         self.noted.append((lap, num_tokens))
 
 
+def strip_adapters(model: nn.Module) -> None:
+    """Put back the bare layers that a step which failed may have left under adapters."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SlotLinear):
+                setattr(module, name, child.base)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -60,6 +70,7 @@ def engine_for(
     base: Base, config: SweepConfig, splits: Splits, room: Sequence[TrialSettings], admitted: int
 ) -> Iterator[Engine]:
     """Yield an engine with room for these trials, the first of which train; the base is bare again after."""
+    strip_adapters(base.model)
     release_memory(base.device)
     engine, _ = build_engine(config, Room.of(room), base, splits)
     try:
