@@ -24,7 +24,7 @@ class Plan:
 
     Slot None is the bare base. Keys and thresholds (see `dropout`) are None where nothing is dropped. For
     grouped matmuls ``ends_S`` int32 holds where each slot's tokens end, ``scaling_T`` what its adapters are
-    scaled by.
+    scaled by, ``idle_S`` bool which slots have no token (None where each has).
     """
 
     slots: tuple[int | None, ...]
@@ -33,6 +33,7 @@ class Plan:
     threshold_T: torch.Tensor | None
     ends_S: torch.Tensor | None = None
     scaling_T: torch.Tensor | None = None
+    idle_S: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class AddGrouped(torch.autograd.Function):
         input_TD = x_TD if keep is None else masked(x_TD, keep)
         ends_S = plan.ends_S
         grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
-        bank.grad_b_SRO.add_(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S))
-        bank.grad_a_SRD.add_(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S))
+        bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
+        bank.grad_a_SRD.add_(_without_idle(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S), plan))
         grad_x = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_x_TD = F.grouped_mm(grad_hidden_TR, bank.a_SRD, offs=ends_S)
@@ -154,6 +155,12 @@ class AddGrouped(torch.autograd.Function):
                 mask_(grad_x_TD, keep)
             grad_x = grad_x_TD.view_as(x)
         return grad_outputs[0], grad_x, None, None, None, None
+
+
+def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Zero the gradients of slots without tokens: on capability 10.x whatever lay in the accumulators comes
+    out for an empty group (pytorch issue 172439)."""
+    return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
 
 
 def _keep(plan: Plan, layer: int, width: int) -> torch.Tensor | None:

@@ -6,16 +6,21 @@ row, and in training on a CPU `row_attention`. Scores that are capped (Gemma 2) 
 the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from lora_search.row_attention import LONGEST_ROW, RowAttention
 
 NAME = "lora_search_rows"
+# From 2.12 on one must say that key and value may have fewer heads (pytorch pull request 179468).
+TAKES_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FEWER_KEY_HEADS: dict[str, Any] = {"enable_gqa": True} if TAKES_FLAG else {}
 
 
 def rows_attention(
@@ -49,13 +54,8 @@ def rows_attention(
     else:
         key, value = key.index_select(2, key_source), value.index_select(2, key_source)
     if softcap is None and _fits_kernel(query, value):
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        gqa = query.shape[1] != key.shape[1]
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, enable_gqa=gqa)
-        assert isinstance(packed, torch.Tensor)
-        return packed.unsqueeze(0), None
+        return kernel(query, key, value, bounds, longest, scaling, sliding_window), None
     lengths, key_lengths = (tuple(bounds.diff().tolist()) for bounds in (cu_seq_lens_q, cu_seq_lens_k))
     is_plain = softcap is None and (sliding_window is None or max_length_k <= sliding_window)
     if is_plain and not query.is_cuda and max_length_k <= LONGEST_ROW:
@@ -70,10 +70,28 @@ def rows_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Return what PyTorch's variable-length kernel gives for all rows at once; bounds and longest are those
+    of queries and of keys."""
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, **FEWER_KEY_HEADS)
+    assert isinstance(packed, torch.Tensor)
+    return packed.unsqueeze(0)
+
+
 def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width up to 256."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256
+    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width, 8 to 256 in eights."""
+    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.is_cuda and half and width == value.shape[-1] <= 256 and width % 8 == 0
 
 
 def _one_row(
@@ -111,9 +129,6 @@ def _visible(num_queries: int, num_keys: int, window: int, device: torch.device)
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Row boundaries and causality are the attention function's own business."""
-
-
-AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(
+    NAME, rows_attention
+)  # and no mask function: looking for one waits for the device

@@ -5,6 +5,7 @@ Pure arithmetic over (number of examples, seed): the same for every trial, whate
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lora_search.data import Example, epoch_order
 from lora_search.trial import TrialSettings
@@ -20,7 +21,7 @@ class DataAxis:
     def batch(self, examples_seen: int, settings: TrialSettings) -> list[Example]:
         """Return the next effective batch; an epoch's last one may be smaller, and none spans two epochs."""
         epoch, offset = divmod(examples_seen, len(self.examples))
-        order = epoch_order(len(self.examples), self.seed, epoch)
+        order = _order(len(self.examples), self.seed, epoch)
         return [self.examples[i] for i in order[offset : offset + settings.examples_per_step]]
 
     def rung_examples(self, settings: TrialSettings, rung: int) -> float:
@@ -31,3 +32,8 @@ class DataAxis:
 
     def total_steps(self, settings: TrialSettings) -> int:
         return settings.epochs * math.ceil(len(self.examples) / settings.examples_per_step)
+
+
+@lru_cache(maxsize=8)  # 50,000 rows take 12 ms, whenever one of 32 slots begins a batch
+def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(epoch_order(num_examples, seed, epoch))

@@ -131,15 +131,11 @@ class Engine:
 
     def _forward_backward(self, packed: Packed) -> bool:
         """Add the pass's gradients to the bank; return False where memory ran out: to be repeated."""
-        lap = Lap(self.model.device)
+        lap, losses = Lap(self.model.device), []
         try:
-            nlls = self.model.nll([rows for _, _, rows in packed])
-            pairs = zip(nlls, packed, strict=True)
-            losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
-            torch.stack(losses).sum().backward()
+            losses = self._losses(packed)
         except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
             trouble = self._explain(error)
-            losses = []
         if not losses:
             self._repeat(packed, trouble)
             return False
@@ -147,10 +143,19 @@ class Engine:
         tokens = sum(rows.num_tokens for _, _, rows in packed)
         self.throughput.note(lap, tokens)
         for loss, (_, slot, rows) in zip(losses, packed, strict=True):
-            slot.batch.losses.append(loss.detach())
+            slot.batch.losses.append(loss)
             slot.batch.num_tokens += rows.num_tokens
             slot.batch.laps.append((lap, rows.num_tokens / tokens))
         return True
+
+    def _losses(self, packed: Packed) -> list[torch.Tensor]:
+        """Return each slot's part of its batch's loss. A function of its own, so that nothing holds the graph
+        any more when memory ran out and the pass is repeated."""
+        nlls = self.model.nll([rows for _, _, rows in packed])
+        pairs = zip(nlls, packed, strict=True)
+        losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
+        torch.stack(losses).sum().backward()
+        return [loss.detach() for loss in losses]
 
     def _repeat(self, packed: Packed, trouble: str | None) -> None:
         """Take back what a pass that failed may have left, and queue its batches anew: the same rows, masks

@@ -26,11 +26,15 @@ ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
 
 
 def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> bool:
-    """Return whether PyTorch's grouped matmul runs on the device: bfloat16 from compute capability 8.0 on."""
+    """Return whether PyTorch has a grouped kernel for the device: bfloat16 on capability 9.x and 10.x.
+
+    Elsewhere it loops over the groups and waits for their bounds at every call (GroupedBlas.cpp of 2.11 to
+    2.13): `AddAdapters` loops without waiting.
+    """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
     is_aligned = all(width % ALIGNED == 0 for shape in shapes for width in shape)
-    return is_aligned and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_aligned and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def lora_scaling(settings: TrialSettings) -> float:
@@ -45,6 +49,15 @@ class SlotLinear(nn.Module):
         super().__init__()
         self.base, self.layer = base, layer
         self._bank = [bank]  # in a list: the bank is no submodule
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, as `fused` looks for it: a gated MLP is fused with adapters on its layers too."""
+        return self.base.weight
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)

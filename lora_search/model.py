@@ -100,6 +100,8 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     device = pick_device(engine.device)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # or pinned memory and some kernels go to cuda:0
     dtype = pick_dtype(engine.dtype, device)
     model, found = _from_pretrained(
         AutoModelForCausalLM,

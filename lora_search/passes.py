@@ -99,15 +99,16 @@ class PackedModel:
             **attention,
         )
         target_N = self._upload(ids_T[target_positions])
-        return output.last_hidden_state[0, self._upload(target_positions - 1)], target_N
+        hidden_TD = output.last_hidden_state[0]  # index_select: its way back needs no sort
+        return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:
         """Return who owns which tokens, and what dropout hashes: one key a token, one threshold a slot."""
         slots = tuple(pack.slot for pack in packs)
         bounds = (0, *accumulate(pack.num_tokens for pack in packs))
-        ends_S, scaling_T = self._grouping(packs, bounds) if self.bank.is_grouped else (None, None)
+        grouping = self._grouping(packs) if self.bank.is_grouped else ()
         if not any(pack.dropout for pack in packs):
-            return Plan(slots, bounds, None, None, ends_S, scaling_T)
+            return Plan(slots, bounds, None, None, *grouping)
         keys = [
             token_keys(pack.seed, list(pack.ordinals), [len(row.input_ids) for row in pack.rows])
             if pack.dropout
@@ -116,20 +117,21 @@ class PackedModel:
         ]
         thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int16)
         key_T, threshold_T = self._upload(torch.cat(keys)), self._upload(_per_token(thresholds, packs))
-        return Plan(slots, bounds, key_T, threshold_T, ends_S, scaling_T)
+        return Plan(slots, bounds, key_T, threshold_T, *grouping)
 
-    def _grouping(
-        self, packs: Sequence[SlotRows], bounds: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where each slot's tokens end, int32 [S], and what each token's adapter is scaled by, [T]."""
+    def _grouping(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return where each slot's tokens end, int32 [S], what each token's adapter is scaled by, [T], and
+        which slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
         slots = [-1 if pack.slot is None else pack.slot for pack in packs]
         assert slots == sorted(slots), "grouped matmuls take tokens in the order of the slots"
         counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
         for slot, pack in zip(slots, packs, strict=True):
-            counts_S[slot] = pack.num_tokens
+            counts_S[max(slot, 0)] += pack.num_tokens
         scaling = torch.tensor([self.bank.scaling(pack.slot) / (1.0 - pack.dropout) for pack in packs])
         ends_S = counts_S.cumsum(0, dtype=torch.int32)
-        return self._upload(ends_S), self._upload(_per_token(scaling, packs))
+        is_idle_S = counts_S == 0
+        idle_S = self._upload(is_idle_S) if is_idle_S.any() else None
+        return self._upload(ends_S), self._upload(_per_token(scaling, packs)), idle_S
 
     def _upload(self, x: torch.Tensor) -> torch.Tensor:
         """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""

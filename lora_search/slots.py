@@ -27,24 +27,30 @@ class Batch:
 
 
 class Watch:
-    """Whether a slot's steps were finite, without waiting for the device: on CUDA known a pass later."""
+    """Whether a slot's steps were finite, without waiting for the device: on CUDA known some steps later."""
 
     def __init__(self) -> None:
-        self._seen: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._on_their_way: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._is_sick = False
 
     def note(self, value: torch.Tensor) -> None:
         """Send a step's loss plus gradient norm on its way to the host."""
-        self._seen = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
-        self._seen.copy_(value, non_blocking=True)
-        if value.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        seen = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        seen.copy_(value, non_blocking=True)
+        copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+        self._on_their_way.append((seen, copied))
 
     @property
     def is_sick(self) -> bool:
-        has_come = self._copied is None or self._copied.query()
-        return self._seen is not None and has_come and not math.isfinite(self._seen.item())
+        while self._on_their_way and has_come(self._on_their_way[0][1]):
+            value, _ = self._on_their_way.popleft()
+            self._is_sick = self._is_sick or not math.isfinite(value.item())
+        return self._is_sick
+
+
+def has_come(copied: torch.cuda.Event | None) -> bool:
+    """Return whether a copy to the host is over; None: it was one within the host."""
+    return copied is None or bool(copied.query())
 
 
 @dataclass(eq=False)

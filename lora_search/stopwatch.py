@@ -12,7 +12,7 @@ class Lap:
     """The time from its making to `stop`. Reading ``seconds`` waits until the device has come that far."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+        self._device = device
         self._start = self._stop = self._now()
 
     def stop(self) -> None:
@@ -30,10 +30,10 @@ class Lap:
         return float(self._start.elapsed_time(self._stop)) / 1e3
 
     def _now(self) -> float | torch.cuda.Event:
-        if not self._is_cuda:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

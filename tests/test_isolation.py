@@ -79,8 +79,8 @@ def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Me
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (FailsForward, "TypeError: a bug on the way forward (in engine.py, _forward_backward, line "),
-        (FailsBackward, "ValueError: a bug on the way back (in engine.py, _forward_backward, line "),
+        (FailsForward, "TypeError: a bug on the way forward (in engine.py, _losses, line "),
+        (FailsBackward, "ValueError: a bug on the way back (in engine.py, _losses, line "),
     ],
 )
 def test_a_trial_that_breaks_a_shared_pass_fails_alone_and_its_neighbour_never_notices(

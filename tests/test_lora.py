@@ -1,5 +1,7 @@
 """The adapters of a pass against plain autograd, slot by slot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from torch.nn import functional as F
 
 from lora_search.adapters import Plan
 from lora_search.dropout import kept, threshold, token_keys
-from lora_search.lora import SlotBank
+from lora_search.lora import SlotBank, SlotLinear
 from tests.conftest import SETTINGS, make_run
+from tests.harness import build_engine, random_splits
 
 D_IN, D_OUT = 12, 10
 
@@ -79,3 +82,12 @@ def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[
     assert not bank.theta_SP[2].any()
     assert list(bank.adapters[0]) == [0]
     assert SETTINGS.r == 4
+
+
+def test_a_gated_mlp_is_fused_with_adapters_on_its_layers(tiny_llama: Path) -> None:
+    engine = build_engine(tiny_llama, random_splits())
+
+    layers = engine.model.decoder.layers
+
+    assert all(isinstance(layer.mlp.gate_proj, SlotLinear) for layer in layers)
+    assert all("forward" in vars(layer.mlp) for layer in layers)
