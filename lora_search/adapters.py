@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from lora_search.dropout import kept, mask_, masked
+from lora_search.dropout import Mask
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class AddAdapters(torch.autograd.Function):
         layer: int,
     ) -> torch.Tensor:
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        keep = _keep(plan, layer, x.shape[-1])
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
+        mask = _mask(plan, layer, x.shape[-1])
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
         hiddens = []
         for adapter, rows in _parts(adapters, plan):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
             hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
             y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
             hiddens.append(hidden_TR)
@@ -92,19 +92,19 @@ class AddAdapters(torch.autograd.Function):
         x, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        keep = _keep(ctx.plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
+        mask = _mask(ctx.plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
         grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
         for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if keep is not None else adapter.scaling
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
             grad_hidden_TR = (grad_TO[rows] @ adapter.b_RO.T).mul_(scaling)
             adapter.grad_b_RO.add_(hidden_TR.T @ grad_TO[rows])
             adapter.grad_a_RD.add_(grad_hidden_TR.T @ input_TD[rows])
             if grad_x_TD is not None:
                 torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
-        if grad_x_TD is not None and keep is not None:
-            mask_(grad_x_TD, keep)
+        if grad_x_TD is not None and mask is not None:
+            grad_x_TD = mask.apply_(grad_x_TD)
         return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
 
 
@@ -125,8 +125,8 @@ class AddGrouped(torch.autograd.Function):
         assert plan.ends_S is not None
         assert plan.scaling_T is not None
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        keep = _keep(plan, layer, x.shape[-1])
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
+        mask = _mask(plan, layer, x.shape[-1])
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
         hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(plan.scaling_T[:, None])
         y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
         ctx.mark_dirty(y)
@@ -142,8 +142,8 @@ class AddGrouped(torch.autograd.Function):
         bank, plan = ctx.bank, ctx.plan  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        keep = _keep(plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
-        input_TD = x_TD if keep is None else masked(x_TD, keep)
+        mask = _mask(plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
         ends_S = plan.ends_S
         grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
         bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
@@ -151,8 +151,8 @@ class AddGrouped(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_x_TD = F.grouped_mm(grad_hidden_TR, bank.a_SRD, offs=ends_S)
-            if keep is not None:
-                mask_(grad_x_TD, keep)
+            if mask is not None:
+                grad_x_TD = mask.apply_(grad_x_TD)
             grad_x = grad_x_TD.view_as(x)
         return grad_outputs[0], grad_x, None, None, None, None
 
@@ -163,10 +163,10 @@ def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
     return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
 
 
-def _keep(plan: Plan, layer: int, width: int) -> torch.Tensor | None:
+def _mask(plan: Plan, layer: int, width: int) -> Mask | None:
     if plan.key_T is None or plan.threshold_T is None:
         return None
-    return kept(plan.key_T, plan.threshold_T, layer, width)
+    return Mask(plan.key_T, plan.threshold_T, layer, width)
 
 
 def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:

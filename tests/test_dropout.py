@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from lora_search.dropout import kept, threshold, token_keys
+from lora_search.dropout import Mask, drop, kept, masked, pair_keys, threshold, token_keys
 
 
 def dropped(keys: torch.Tensor, layer: int, width: int, probability: float) -> torch.Tensor:
@@ -50,3 +51,21 @@ def test_pairs_of_tokens_and_of_features_are_uncorrelated() -> None:
 
 def test_without_dropout_everything_stays() -> None:
     assert not dropped(token_keys(1, [0], [50]), 0, 64, 0.0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [96, 97])
+def test_the_way_of_a_gpu_drops_the_same_to_the_bit(width: int, dtype: torch.dtype) -> None:
+    keys = token_keys(3, [4, 9], [200, 57])
+    thresholds = torch.tensor([threshold(p) for p in (0.05, 0.0)], dtype=torch.int16).repeat_interleave(
+        torch.tensor([200, 57])
+    )
+    x = torch.randn(257, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    found = drop(x, keys, thresholds, pair_keys(5, (width + 1) // 2, x.device))
+
+    assert found.dtype is dtype
+    assert torch.equal(found, masked(x, kept(keys, thresholds, 5, width)))
+    assert torch.equal(found, Mask(keys, thresholds, 5, width).apply_(x.clone()))
+    assert (found[:200] == 0).any()
+    assert not (found[200:] == 0).any()
