@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,32 @@ def real_postgres() -> Iterator[Any]:
             yield server
         finally:
             server.cleanup()
+
+
+def processes_of(server: Any) -> list[int]:
+    """Return PostgreSQL's processes, the one that starts all others first."""
+    first = int((server.pgdata / "postmaster.pid").read_text().split()[0])
+    return [first, *map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())]
+
+
+@contextmanager
+def frozen(server: Any) -> Iterator[None]:
+    """Let it accept connections, by the kernel, and never answer."""
+    stopped: set[int] = set()
+    try:
+        for _ in range(2):  # the second time those that the first one had just started
+            for pid in processes_of(server):
+                tell(pid, signal.SIGSTOP)
+                stopped.add(pid)
+        yield
+    finally:
+        for pid in stopped:
+            tell(pid, signal.SIGCONT)
+
+
+def tell(pid: int, what: int) -> None:
+    with suppress(ProcessLookupError):  # it has come to its end
+        os.kill(pid, what)
 
 
 def sqlalchemy_uri(server: Any) -> str:
@@ -76,6 +103,12 @@ class MariaDB:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait(60)
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def _client(self, statements: str) -> list[str]:
         place = ["--no-defaults", f"--socket={self.socket}", "--user=root"]
