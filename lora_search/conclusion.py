@@ -22,10 +22,10 @@ def conclude(
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = float(attributes["base_perplexity"])
+    progress.console.print(leaderboard(rows, base_perplexity))
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         write_report(rows, attributes, base_perplexity, folder / "report.html")
-    progress.console.print(leaderboard(rows, base_perplexity))
     if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_search.files import write_file
 from lora_search.ranking import best_of
 from lora_search.trial import TrialRow
 
@@ -45,6 +46,7 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
     """Copy the best COMPLETE trial's adapter to ``folder``/best and return that folder.
 
     None where no trial is complete, or where the adapter lies with a worker elsewhere (a warning says so).
+    Raises WriteError.
     """
     best = best_of(rows)
     if best is None:
@@ -54,13 +56,16 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
         logger.warning("%s: the best trial's adapter is not here; it lies where its worker ran.", adapter)
         return None
     fresh = folder / "best.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(adapter, fresh / "adapter")
-    (fresh / "settings.json").write_text(
-        json.dumps(settings_of(best, attributes), indent=2), encoding="utf-8"
-    )
-    (fresh / "reproduce.md").write_text(reproduce(best, attributes, target), encoding="utf-8")
-    replace_folder(fresh, target)
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        for file in sorted(adapter.iterdir()):
+            write_file(fresh / "adapter" / file.name, file.read_bytes())
+        settings = json.dumps(settings_of(best, attributes), indent=2)
+        write_file(fresh / "settings.json", settings.encode())
+        write_file(fresh / "reproduce.md", reproduce(best, attributes, target).encode())
+        replace_folder(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room
     return target
 
 

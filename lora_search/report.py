@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from lora_search.charts import learning_curves, parameter_chart
 from lora_search.composition import DEFAULT_SWEEP, compose_study
 from lora_search.errors import LoraSearchError, StudyError
+from lora_search.files import write_file
 from lora_search.progress import Progress
 from lora_search.ranking import (
     best_of,
@@ -36,7 +36,8 @@ HIDDEN = ("fingerprint", "command")  # the settings say the same; shown above
 def write_report(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, path: Path
 ) -> None:
-    """Write the report of a study, replacing an older one in one go. Hostile text in it stays text."""
+    """Write the report of a study, replacing an older one in one go. Hostile text in it stays text.
+    Raises WriteError."""
     best, keys = best_of(rows), searched_keys(rows)
     epoch_rungs = attributes.get("setting/sweep.train.evals_per_epoch", "")
     page = template().render(
@@ -57,10 +58,7 @@ def write_report(
         ),
         charts=[parameter_chart(rows, best, base_perplexity, key) for key in keys],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
+    write_file(path, page.encode())
 
 
 def template() -> Template:

@@ -16,25 +16,27 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from lora_search.config import StudyConfig, redact
+from lora_search.connections import engine_options
 from lora_search.errors import ConfigError, DatabaseError, StudyError
 
 GRACE_HEARTBEATS = (
     4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
 )
-BUSY_SECONDS = 60  # how long SQLite waits for another process's write while it is opened
-BUSY_AT_WORK_SECONDS = 5  # and afterwards: the outbox keeps what could not be written, and training goes on
-CONNECT_SECONDS = 10  # a server that does not answer is taken for gone
+BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
+MADE = ("exist", "duplicate key name")  # says a database of what another process has made
 KEY = "study.storage"
 _locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
 DRIVERS = (
     "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
-    "(after: pip install 'psycopg[binary]')"
+    "(after: pip install 'psycopg[binary]'), or mysql+pymysql://USER@HOST/DATABASE "
+    "(after: pip install pymysql)"
 )
 
 
@@ -50,6 +52,7 @@ def open_storage(config: StudyConfig) -> RDBStorage:
         storage = _create_tables(config, url)
         if url.get_backend_name() == "sqlite":
             _share_sqlite(storage)
+        _check_spelling(config, storage)
     return storage
 
 
@@ -68,7 +71,7 @@ def check_storage(config: StudyConfig) -> None:
             return
     try:
         with explained_errors(config):
-            engine = create_engine(url)
+            engine = create_engine(url, **engine_options(url))
             inspect(engine).has_table("studies")
             engine.dispose()
     except ImportError:
@@ -182,19 +185,18 @@ def _make_file(config: StudyConfig, url: URL) -> None:
 
 
 def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
-    is_sqlite = url.get_backend_name() == "sqlite"
-    connect = {"timeout": BUSY_SECONDS} if is_sqlite else {"connect_timeout": CONNECT_SECONDS}
-    options: dict[str, object] = {"connect_args": connect, "pool_pre_ping": not is_sqlite}
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return RDBStorage(
+            storage = RDBStorage(
                 url.render_as_string(hide_password=False),
-                engine_kwargs=dict(options),
+                engine_kwargs=engine_options(url),
                 heartbeat_interval=config.heartbeat_seconds,
                 grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
             )
+            _create_missing_indexes(storage)
+            return storage
         except SQLAlchemyError as error:
-            is_race = isinstance(error, IntegrityError) or "exist" in str(error).lower()
+            is_race = isinstance(error, IntegrityError) or any(word in str(error).lower() for word in MADE)
             if attempt == MAX_ATTEMPTS or not is_race:
                 raise
             time.sleep(0.1 * attempt)
@@ -203,6 +205,23 @@ def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
         except RuntimeError as error:  # the tables are of another Optuna's making
             raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
     raise AssertionError("the last attempt returns or raises")
+
+
+def _create_missing_indexes(storage: RDBStorage) -> None:
+    """Make what a kill between a table and its index left out: MySQL commits each CREATE by itself. Without
+    the unique one each start would make another study of the same name."""
+    for table in BaseModel.metadata.sorted_tables:
+        for index in table.indexes:
+            index.create(storage.engine, checkfirst=True)
+
+
+def _check_spelling(config: StudyConfig, storage: RDBStorage) -> None:
+    """Refuse a name that MySQL takes for another study's: it does not tell A from a."""
+    with suppress(KeyError):  # there is no such study yet
+        stored = storage.get_study_name_from_id(storage.get_study_id_from_name(config.name))
+        if stored != config.name:
+            rule = f"must be spelt like the study that is there, {stored!r}"
+            raise ConfigError("study.name", config.name, rule, "This database takes both for one name.")
 
 
 def _share_sqlite(storage: RDBStorage) -> None:

@@ -7,6 +7,7 @@ opening a run takes a third of a second, in a thread of its own while its trial 
 """
 
 import logging
+import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BLOCK_BYTES, HEADER_BYTES = 32768, 7  # of W&B's offline files
 STEP_METRIC = "examples_seen"
 FINISH_TIMEOUT_SECONDS = 30.0  # online: a dead network holds up the other trials no longer than this
 
@@ -73,9 +75,12 @@ class WandbTracker:
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="wandb-open")
         self._best: dict[int, Measurement] = {}  # the last measurement knows the best so far
         self._failures = 0
+        self._files: list[Path] = []  # of the offline runs
         self._has_started = False
         check_usable(self._config.name)
         self._errors = wandb_errors()
+        # wandb keeps logs beside its runs: on a full disk each of their lines would be a traceback.
+        logging.raiseExceptions = False
 
     def start(self, run: TrialRun) -> None:
         """Open the trial's run. A failure of the first one is wrong input; a later one is only counted."""
@@ -120,6 +125,8 @@ class WandbTracker:
             reinit="create_new",
             settings=quiet_settings(is_online),
         )
+        if not is_online:
+            self._files.append(Path(live.settings.sync_file))
         live.define_metric(STEP_METRIC)
         live.define_metric("*", step_metric=STEP_METRIC)
         return live
@@ -155,8 +162,13 @@ class WandbTracker:
         self._opener.shutdown()
         with self._survive("stopping its service"):
             wandb.teardown()  # run.finish() returns before the file on disk is complete
-        if self._failures:
-            logger.warning("W&B: %d calls failed; the study and the report are complete.", self._failures)
+        broken: list[Path] = []
+        with self._survive("reading its files"):
+            broken = [path for path in self._files if not is_whole(path)]
+        if self._failures or broken:
+            where = f" and {len(broken)} run files are not whole, the first is {broken[0]}" if broken else ""
+            text = "W&B: %d calls failed%s; the study and the report are complete."
+            logger.warning(text, self._failures, where)
 
     @contextmanager
     def _survive(self, what: str) -> Iterator[None]:
@@ -171,6 +183,26 @@ class WandbTracker:
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether an offline file ends with its run's exit: the process that writes it does not say what
+    the disk refuses. It is a LevelDB log: blocks of records behind checksum, length and kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw = path.read_bytes() if path.exists() else b""
+    position, kind, message = HEADER_BYTES, 0, b""
+    while position + HEADER_BYTES <= len(raw):
+        if (left := BLOCK_BYTES - position % BLOCK_BYTES) < HEADER_BYTES:
+            position += left
+            continue
+        _checksum, length, kind = struct.unpack_from("<IHB", raw, position)
+        begins = kind in (1, 2)  # a full record, or the first part of one
+        start = position + HEADER_BYTES
+        message = (b"" if begins else message) + raw[start : start + length]
+        position = start + length
+    has_ended = position == len(raw) and kind in (1, 4)  # a full record, or the last part of one
+    return has_ended and Record.FromString(message).HasField("exit")
 
 
 def wandb_errors() -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ import pytest
 
 from lora_search.tiny import make_tiny_model
 from lora_search.trial import TrialRun, TrialSettings
+from tests.servers import MARIADB
 
 SETTINGS = TrialSettings(
     r=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj"), use_rslora=False,
@@ -25,3 +26,8 @@ def make_run(folder: Path, number: int = 0, **changes: object) -> TrialRun:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("mysql") and MARIADB is None:
+        pytest.skip("no wheel carries a MariaDB server: apt install mariadb-server")

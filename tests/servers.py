@@ -1,11 +1,19 @@
-"""A real PostgreSQL for a test, from a wheel."""
+"""Real database servers for a test: PostgreSQL from a wheel, MariaDB where it is installed."""
 
+import os
+import shutil
+import signal
+import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# Debian keeps servers out of the PATH of who is not root.
+MARIADB = shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
 @contextmanager
@@ -24,5 +32,84 @@ def real_postgres() -> Iterator[Any]:
             server.cleanup()
 
 
+def processes_of(server: Any) -> list[int]:
+    """Return PostgreSQL's processes, the one that starts all others first."""
+    first = int((server.pgdata / "postmaster.pid").read_text().split()[0])
+    return [first, *map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())]
+
+
+@contextmanager
+def frozen(server: Any) -> Iterator[None]:
+    """Let it accept connections, by the kernel, and never answer."""
+    stopped: set[int] = set()
+    try:
+        for _ in range(2):  # the second time those that the first one had just started
+            for pid in processes_of(server):
+                tell(pid, signal.SIGSTOP)
+                stopped.add(pid)
+        yield
+    finally:
+        for pid in stopped:
+            tell(pid, signal.SIGCONT)
+
+
+def tell(pid: int, what: int) -> None:
+    with suppress(ProcessLookupError):  # it has come to its end
+        os.kill(pid, what)
+
+
 def sqlalchemy_uri(server: Any) -> str:
     return str(server.get_uri()).replace("postgresql://", "postgresql+psycopg://")
+
+
+@contextmanager
+def real_mysql() -> Iterator["MariaDB"]:
+    """Start a server as its makers ship it, without the system's settings."""
+    with tempfile.TemporaryDirectory(prefix="my", ignore_cleanup_errors=True) as folder:
+        server = MariaDB(Path(folder))
+        try:
+            server.start()
+            server.sql("CREATE DATABASE lora", "GRANT ALL ON lora.* TO me@localhost IDENTIFIED BY 'hunter2'")
+            yield server
+        finally:
+            server.stop()
+
+
+class MariaDB:
+    """Can be stopped at once and started again. Its URL has a password in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "s"
+        self.url = f"mysql+pymysql://me:hunter2@localhost/lora?unix_socket={self.socket}"
+        self.options = ["--no-defaults", f"--datadir={folder}/data"]
+        self.options += ["--user=root"] if os.geteuid() == 0 else []
+        install = ["mariadb-install-db", *self.options, "--auth-root-authentication-method=normal"]
+        subprocess.run(install, check=True, capture_output=True)
+
+    def start(self) -> None:
+        """Come back when it answers. What is the default from 11.6 on is switched on where it is known."""
+        own = [f"--socket={self.socket}", "--skip-networking", "--loose-innodb-snapshot-isolation=ON"]
+        self.process = subprocess.Popen([str(MARIADB), *self.options, *own], stderr=subprocess.DEVNULL)
+        while not self.answers():
+            assert self.process.poll() is None, "MariaDB did not start"
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        return subprocess.run(self._client("SELECT 1"), capture_output=True).returncode == 0
+
+    def sql(self, *statements: str) -> None:
+        subprocess.run(self._client("; ".join(statements)), check=True)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def _client(self, statements: str) -> list[str]:
+        place = ["--no-defaults", f"--socket={self.socket}", "--user=root"]
+        return ["mariadb", *place, f"--execute={statements}"]

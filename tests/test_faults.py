@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_sweep_whose_disk_is_full_ends_with_one_message_and_the_same_command_f
     tmp_path: Path,
 ) -> None:
     limit = 4_500_000  # bytes of one file: less than a checkpoint, more than the database and its log
-    full = start(tmp_path, *BIG, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    full = start(tmp_path, *BIG, preexec_fn=limited(limit))
     out, err = full.communicate(timeout=300)
     rows, _ = SweepStudy.read(StudyConfig(name="smoke", storage=f"sqlite:///{tmp_path}/runs/lora_search.db"))
     unfinished = [path for path in (tmp_path / "runs").rglob("*") if path.name.endswith(".tmp")]
@@ -142,3 +143,57 @@ def test_a_sweep_whose_disk_is_full_ends_with_one_message_and_the_same_command_f
     assert unfinished == []
     assert again.returncode == 0, again_out
     assert "2 of 2" not in out
+
+
+def limited(limit: int) -> Callable[[], None]:
+    """Return what lets a process write no file of more bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.mark.slow
+def test_a_report_that_the_disk_refuses_is_one_message_and_is_written_later(tmp_path: Path) -> None:
+    limit = limited(4_500_000)  # bytes of one file: less than the report, more than all others
+    report = tmp_path / "runs/smoke/report.html"
+    command = [sys.executable, "-m", "lora_search.report", "-cn", "smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    full = start(tmp_path, "study.n_trials=3", preexec_fn=limit)
+    out, err = full.communicate(timeout=300)
+    again, later = run(preexec_fn=limit), run()
+
+    rows, _ = SweepStudy.read(StudyConfig(name="smoke", storage=f"sqlite:///{tmp_path}/runs/lora_search.db"))
+    assert [row.state for row in rows] == ["COMPLETE"] * 3
+    assert (full.returncode, again.returncode, later.returncode) == (1, 1, 0)
+    assert "Leaderboard" in out
+    for told in (out, again.stdout):
+        text = " ".join(told.split())
+        assert (
+            text.count("report.html cannot be written: File too large. Nothing that was there is lost") == 1
+        )
+    assert "Traceback" not in out + err + again.stdout + again.stderr
+    assert report.stat().st_size > 4_500_000
+    assert sorted(path.name for path in report.parent.iterdir() if path.name.startswith("report")) == [
+        "report.html"
+    ]
+
+
+@pytest.mark.slow
+def test_a_best_adapter_that_cannot_be_written_is_one_message_and_the_same_command_writes_it(
+    tmp_path: Path,
+) -> None:
+    in_the_way = tmp_path / "runs/smoke/best.new"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    first = start(tmp_path, "study.n_trials=3")
+    out, err = first.communicate(timeout=300)
+    in_the_way.unlink()
+    again = start(tmp_path, "study.n_trials=3")
+    again.communicate(timeout=300)
+
+    assert (first.returncode, again.returncode) == (1, 0)
+    assert "Leaderboard" in out
+    assert "cannot be written: Not a directory" in " ".join(out.split())
+    assert "Traceback" not in out + err
+    assert (tmp_path / "runs/smoke/best/adapter/adapter_config.json").exists()
+    assert not in_the_way.exists()

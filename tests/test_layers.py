@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_search"
 LAYERS = [
     {"__init__", "errors", "seeds", "interrupts"},
     {"config", "trial", "files"},
-    {"failures", "sealed"},
+    {"failures", "sealed", "connections"},
     {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
     {"adapters", "fused", "row_attention", "head", "memory", "recompute", "stopwatch"},
     {"attention"},
@@ -54,7 +54,7 @@ HOMES = {
         "study",
         "study_view",
     },
-    "sqlalchemy": {"storage"},
+    "sqlalchemy": {"connections", "storage"},
     "hydra": {"composition", "space", "sweep"},
     "omegaconf": {"composition"},
     "datasets": {"reading"},

@@ -1,4 +1,4 @@
-"""Many workers on one study: a real PostgreSQL, SQLite with the dashboard open; a simulated engine."""
+"""Many workers on one study, with a simulated engine: real servers, SQLite with the dashboard open."""
 
 import contextlib
 import itertools
@@ -31,6 +31,7 @@ from lora_search.study import FINISHED
 from lora_search.study_view import StudyView
 from lora_search.worker import work
 from tests.processes import FORKS, postgres_server
+from tests.servers import real_mysql
 from tests.test_study import RUNGS, measure, open_study
 from tests.test_worker import CurveEngine, RecordingTracker, quiet
 
@@ -103,23 +104,31 @@ def kill_some(workers: list[BaseProcess], kills: int, folder: Path, view: StudyV
 
 
 @pytest.fixture
-def postgres(tmp_path: Path) -> Iterator[str]:
+def postgresql(tmp_path: Path) -> Iterator[str]:
     with postgres_server(tmp_path / "pg") as url:
         yield url
 
 
-def test_eight_workers_on_postgresql_lose_and_double_nothing_through_sixty_kills(
-    tmp_path: Path, postgres: str
+@pytest.fixture
+def mysql() -> Iterator[str]:
+    with real_mysql() as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("server", ["postgresql", pytest.param("mysql", marks=pytest.mark.mysql)])
+def test_eight_workers_on_one_server_lose_and_double_nothing_through_sixty_kills(
+    tmp_path: Path, request: pytest.FixtureRequest, server: str
 ) -> None:
+    storage = request.getfixturevalue(server)
     n_trials = 500
 
-    with started(8, tmp_path, postgres, n_trials) as workers:
-        kill_some(workers, 60, tmp_path, view_of(postgres, n_trials), postgres)
+    with started(8, tmp_path, storage, n_trials) as workers:
+        kill_some(workers, 60, tmp_path, view_of(storage, n_trials), storage)
         for worker in workers:
             worker.join(SECONDS)
 
     assert [worker.exitcode for worker in workers] == [0] * 8
-    trials = trials_of(postgres)
+    trials = trials_of(storage)
     finished = [t for t in trials if t.state in FINISHED]
     assert len(finished) == n_trials
     assert len({str(t.params) for t in finished}) == n_trials

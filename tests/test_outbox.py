@@ -40,8 +40,15 @@ SECONDS_AWAY = 7.0  # longer than SQLite waits for a lock
 class DisturbedEngine(CurveEngine):
     """At its second tick the database goes away, and comes back seconds later; counts the ticks between."""
 
-    def __init__(self, num_slots: int, take_away: Callable[[], None], bring_back: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        take_away: Callable[[], object],
+        bring_back: Callable[[], object],
+        seconds_away: float = SECONDS_AWAY,
+    ) -> None:
         super().__init__(num_slots)
+        self.seconds_away = seconds_away
         self.take_away, self.bring_back, self.is_away = take_away, bring_back, False
         self.ticks = self.ticks_while_away = 0
 
@@ -50,7 +57,7 @@ class DisturbedEngine(CurveEngine):
         if self.ticks == 2:
             self.take_away()
             self.is_away = True
-            threading.Timer(SECONDS_AWAY, self._return).start()
+            threading.Timer(self.seconds_away, self._return).start()
         self.ticks_while_away += self.is_away
         return super().advance()
 
