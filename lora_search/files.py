@@ -15,23 +15,29 @@ TEMPORARY = ".tmp"  # ends the name of a file that is not finished
 
 def write_file(path: Path, content: bytes) -> None:
     """Put the content into the place of an older file, in one go. Raises WriteError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a place to write to; once that is on the disk it takes the place of an older file, in one go.
+    Raises WriteError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     with explained_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            sync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

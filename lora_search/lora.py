@@ -219,5 +219,7 @@ def _write_config(config: PeftLoraConfig, folder: Path) -> None:
     with explained_writing(folder):
         config.save_pretrained(str(fresh))
         for path in fresh.iterdir():
-            write_file(folder / path.name, path.read_bytes())
+            old, content = folder / path.name, path.read_bytes()
+            if not old.exists() or old.read_bytes() != content:  # of a trial's rungs only the first differs
+                write_file(old, content)
         shutil.rmtree(fresh)

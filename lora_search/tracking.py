@@ -10,7 +10,7 @@ import logging
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,6 +78,7 @@ class WandbTracker:
         self._files: list[Path] = []  # of the offline runs
         self._has_started = False
         check_usable(self._config.name)
+        self._opener.submit(start_service, self._config.name == "wandb")
         self._errors = wandb_errors()
         # wandb keeps logs beside its runs: on a full disk each of their lines would be a traceback.
         logging.raiseExceptions = False
@@ -224,6 +225,15 @@ def check_usable(tracker_name: str) -> None:
     if tracker_name == "wandb" and not wandb.login(prompt=False, verify=False):
         remedy = f"Run `wandb login` or set WANDB_API_KEY. {offline}"
         raise ConfigError(key, tracker_name, "needs a W&B login", remedy)
+
+
+def start_service(is_online: bool) -> None:
+    """Start wandb's service process while data and model are read. Where that fails, so does the first run,
+    which tells."""
+    import wandb
+
+    with suppress(*wandb_errors()):
+        wandb.setup(quiet_settings(is_online))
 
 
 def quiet_settings(is_online: bool) -> "Settings":

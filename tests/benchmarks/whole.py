@@ -1,4 +1,5 @@
-"""The default sweep in a process of its own: prints JSON. Argument: the pruner.
+"""The default sweep in a process of its own, from when engine and study are set up: prints JSON. Argument:
+the pruner.
 
 Knows how much of its time went into passes, optimizer steps and evaluation; all else (study, tracking,
 packing, checkpoints, adapters, console) is what it costs to be a sweep.
@@ -53,15 +54,15 @@ def sweep(pruner: str, folder: Path) -> dict[str, float]:
     config.study = StudyConfig(
         name=name, n_trials=config.study.n_trials, storage=f"sqlite:///{folder}/bench.db"
     )
-    space, source = parse_space(config), resolve_model(config.model)
+    space, tracker = parse_space(config), make_tracker(config, {})
+    source = resolve_model(config.model)
     splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
     base = load_base(source, config.model, config.engine)
     engine, _ = build_engine(config, Room.of_space(config, space), base, splits)
     engine.__class__ = TimedEngine
     assert isinstance(engine, TimedEngine)
-    tracker = make_tracker(config, {})
-    start = time.perf_counter()
     study = SweepStudy.open(config, space, {"bench": pruner}, {}, folder / name)
+    start = time.perf_counter()
     with Progress() as progress:
         work(study, engine, tracker, progress)
     seconds, rows = time.perf_counter() - start, study.rows()
