@@ -1,9 +1,9 @@
 """The LoRA part of a layer in a pass: each slot's tokens through its own adapter, in one autograd node.
 
-Two ways to the same numbers. `AddAdapters` goes slot by slot over views of just the rank in use: the way
-of a CPU. `AddGrouped` runs one grouped matmul over all slots, padded to the largest rank: the way of a GPU,
-where a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients of A and B go straight
-into the bank: fewer nodes, no accumulation by autograd.
+Two ways to the same numbers. `AddAdapters` goes slot by slot over views of just the rank in use.
+`AddGrouped` runs one grouped matmul over all slots, padded to the largest rank, on GPUs that have a kernel
+for it (`lora.fits_grouped`): a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients
+of A and B go straight into the bank: fewer nodes, no accumulation by autograd.
 
 Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is kept transposed, [R, O].
 """
@@ -72,7 +72,7 @@ class AddAdapters(torch.autograd.Function):
         layer: int,
     ) -> torch.Tensor:
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        mask = _mask(plan, layer, x.shape[-1])
+        mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         hiddens = []
         for adapter, rows in _parts(adapters, plan):
@@ -92,7 +92,7 @@ class AddAdapters(torch.autograd.Function):
         x, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        mask = _mask(ctx.plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
+        mask = _mask(ctx.plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ class AddGrouped(torch.autograd.Function):
         assert plan.ends_S is not None
         assert plan.scaling_T is not None
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        mask = _mask(plan, layer, x.shape[-1])
+        mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(plan.scaling_T[:, None])
         y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
@@ -142,7 +142,7 @@ class AddGrouped(torch.autograd.Function):
         bank, plan = ctx.bank, ctx.plan  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
-        mask = _mask(plan, ctx.layer, x.shape[-1])  # type: ignore[attr-defined]
+        mask = _mask(plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         ends_S = plan.ends_S
         grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
@@ -163,10 +163,10 @@ def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
     return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
 
 
-def _mask(plan: Plan, layer: int, width: int) -> Mask | None:
+def _mask(plan: Plan, layer: int, x_TD: torch.Tensor) -> Mask | None:
     if plan.key_T is None or plan.threshold_T is None:
         return None
-    return Mask(plan.key_T, plan.threshold_T, layer, width)
+    return Mask(plan.key_T, plan.threshold_T, layer, x_TD.shape[1], x_TD.dtype)
 
 
 def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:

@@ -1,8 +1,8 @@
 """Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
 ever computed.
 
-On CUDA in half precision PyTorch's variable-length kernel, elsewhere one scaled_dot_product_attention per
-row, and in training on a CPU `row_attention`. Scores that are capped (Gemma 2) are written out row by row, at
+On CUDA in half precision PyTorch's variable-length kernel, on a CPU `row_attention` for short rows, elsewhere
+one scaled_dot_product_attention per row. Scores that are capped (Gemma 2) are written out row by row, at
 the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 

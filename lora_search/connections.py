@@ -1,8 +1,9 @@
 """How the study's database is connected to, driver by driver, and how long it may be silent.
 
 A server that hangs, or whose host is gone, accepts what is sent and never answers. Each wait for it ends
-after SILENCE_SECONDS with the driver's OperationalError, and the connection is closed. What was asked may
-have been done all the same. Costs nothing while the server answers.
+after SILENCE_SECONDS with the driver's OperationalError, and the connection is closed: with psycopg, pymysql
+and mysqlclient. psycopg2 has no such limit. What was asked may have been done all the same. Costs nothing
+while the server answers.
 """
 
 import time
@@ -21,10 +22,12 @@ LIBPQ = CONNECT | {
     "keepalives_count": 3,
     "tcp_user_timeout": 1000 * SILENCE_SECONDS,
 }
+MYSQL = CONNECT | {"read_timeout": SILENCE_SECONDS, "write_timeout": SILENCE_SECONDS}
 LIMITS = {
     "psycopg": LIBPQ,
     "psycopg2": LIBPQ,
-    "pymysql": CONNECT | {"read_timeout": SILENCE_SECONDS, "write_timeout": SILENCE_SECONDS},
+    "pymysql": MYSQL,
+    "mysqldb": MYSQL,
 }
 
 
@@ -47,7 +50,7 @@ class Line:
         kind: Any = url.get_dialect()
         driver = kind.import_dbapi()
         self._arguments, given = kind(dbapi=driver).create_connect_args(url)
-        self._options = {**LIMITS.get(kind.driver, CONNECT), **given}
+        self._options = {**LIMITS.get(kind.driver, {}), **given}
         self._connect: Callable[..., object] = driver.connect
         if kind.driver == "psycopg":
             self._connect = impatient(driver).connect
@@ -58,7 +61,7 @@ class Line:
     def __call__(self) -> object:
         begin = time.monotonic()
         if begin < self._rests_until:
-            raise self._last_failure
+            raise self._last_failure.with_traceback(None)  # or it would grow, and hold its callers' frames
         try:
             return self._connect(*self._arguments, **self._options)
         except self._failures as error:

@@ -74,25 +74,28 @@ def pair_keys(layer: int, num_pairs: int, device: torch.device) -> torch.Tensor:
 
 
 def drop(
-    x: torch.Tensor, key_T: torch.Tensor, threshold_T: torch.Tensor, pair_keys: torch.Tensor
+    x: torch.Tensor, key_T: torch.Tensor, threshold_T: torch.Tensor, key_of_pair: torch.Tensor
 ) -> torch.Tensor:
     """Return what `masked` with `kept` returns, to the bit, by operations that compile into one kernel."""
     feature = torch.arange(x.shape[1], device=x.device)
-    h = key_T[:, None] * pair_keys[feature // 2]
+    h = key_T[:, None] * key_of_pair[feature // 2]
     h = (h ^ (h >> 15)) * _int32(LAST_ROUND)
     half = torch.where(feature % 2 == 1, h, h << 16) >> 17  # the upper or the lower 16 bits, less one
     return torch.where(half > threshold_T[:, None], x, 0.0)
 
 
 @cache
-def compiled_drop(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """Return `drop` as one kernel; None where it cannot be compiled, or gives other bits."""
+def compiled_drop(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
+    """Return `drop` as one kernel for tensors of that dtype; None where it cannot be compiled, or gives other
+    bits."""
     key_T = mix(torch.arange(300, dtype=torch.int32, device=device))
     threshold_T = torch.full((300,), threshold(0.3), dtype=torch.int16, device=device)
-    x = torch.randn(300, 96, device=device).bfloat16()
+    x = torch.randn(300, 96, device=device).to(dtype)
     try:
         compiled: Callable[..., torch.Tensor] = torch.compile(drop, dynamic=True)
         found = compiled(x, key_T, threshold_T, pair_keys(1, 48, device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises, there is another way)
         logger.warning("dropout masks are not compiled (%s): training is slower", type(error).__name__)
         return None
@@ -105,10 +108,12 @@ def compiled_drop(device: torch.device) -> Callable[..., torch.Tensor] | None:
 
 
 class Mask:
-    """The dropout of one adapted layer in a pass."""
+    """The dropout of one adapted layer in a pass, for tensors of one dtype."""
 
-    def __init__(self, key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int) -> None:
-        compiled = compiled_drop(key_T.device) if key_T.is_cuda else None
+    def __init__(
+        self, key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int, dtype: torch.dtype
+    ) -> None:
+        compiled = compiled_drop(key_T.device, dtype) if key_T.is_cuda else None
         if compiled is None:
             self._kept = kept(key_T, threshold_T, layer, width)
         else:

@@ -9,7 +9,7 @@ from lora_search.data import Example
 from lora_search.packing import common_prefix, passes_in_order
 from lora_search.passes import PackedModel, SlotRows, num_completion_tokens
 
-NEGLIGIBLE = {torch.float32: 1e-3}  # relative difference that rounding may make; in half precision 0.05
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # relative, of a row's NLL
 
 
 @torch.no_grad()
@@ -17,16 +17,24 @@ def shareable_tokens(model: PackedModel, rows: Sequence[Example]) -> int:
     """Return how many tokens all rows begin with: system prompt and the like, computed once for all of them.
 
     The last token of a prompt predicts a completion, so it is never among them. 0 where the device's
-    attention does not take rows with fewer queries than keys as it should: seen on the two shortest rows.
+    attention does not take rows with fewer queries than keys as it should: seen on the two shortest rows and,
+    for the sake of windows, on the longest one.
     """
-    two = sorted(rows, key=lambda row: len(row.input_ids))[:2]
+    *_, longest = by_length = sorted(rows, key=lambda row: len(row.input_ids))
     shortest_prompt = min(row.num_prompt_tokens for row in rows)
     num_shared = min(common_prefix([row.input_ids for row in rows]), shortest_prompt - 1)
-    if len(two) < 2 or num_shared < 1:
+    if len(rows) < 2 or num_shared < 1:
         return 0
-    alone, shared = (model.nll([SlotRows(None, two, num_shared=number)])[0] for number in (0, num_shared))
-    error = (alone - shared).norm() / alone.norm()
-    return num_shared if error <= NEGLIGIBLE.get(model.dtype, 0.05) else 0
+    try:
+        error = max(_error_of_sharing(model, probe, num_shared) for probe in (by_length[:2], [longest]))
+    except RuntimeError:  # a kernel that does not take them at all
+        return 0
+    return num_shared if error <= ROUNDING.get(model.dtype, 0.0) else 0
+
+
+def _error_of_sharing(model: PackedModel, rows: Sequence[Example], num_shared: int) -> float:
+    alone, shared = (model.nll([SlotRows(None, rows, num_shared=number)])[0] for number in (0, num_shared))
+    return float((alone - shared).norm() / alone.norm())
 
 
 @torch.no_grad()

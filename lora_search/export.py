@@ -46,7 +46,7 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
     """Copy the best COMPLETE trial's adapter to ``folder``/best and return that folder.
 
     None where no trial is complete, or where the adapter lies with a worker elsewhere (a warning says so).
-    Raises WriteError.
+    Raises WriteError or OSError.
     """
     best = best_of(rows)
     if best is None:

@@ -16,7 +16,7 @@
 | database gone for a while, or silent for 10 s | goes on | none | trains on; measurements wait in the outbox, in order |
 | database gone for study.patience_seconds | WAITING once it is back | its worker died | ends with one message, exit 1 |
 | report or best adapter cannot be written | is done | none | shows the leaderboard, one message, exit 1; the same command writes them |
-| W&B fails | goes on | none: a log line | goes on, with the number of failed calls at its end |
+| W&B fails, after its first run was opened | goes on | none: a log line | goes on, with the number of failed calls at its end |
 | W&B's offline files cannot be written | goes on | none: a log line | goes on, with the number of files that are not whole at its end |
 | SIGINT, SIGTERM | WAITING | interrupted | ends after the pass, exit 130; the second one at once |
 

@@ -111,7 +111,7 @@ def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
-    for scale in (weight.detach(), (1.0 + weight.detach().float()).to(weight.dtype)):
+    for scale in (weight.detach(), 1.0 + weight.detach().to(_wide(weight.dtype))):
         forward = partial(_apply_norm, weight=scale, eps=eps)
         if _same(module, forward, _probe(weight, weight.shape[0])):
             return forward
@@ -119,7 +119,7 @@ def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
 
 
 def _apply_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if x.is_cuda:
+    if x.is_cuda and weight.dtype == x.dtype:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)  # one kernel each way
     y: torch.Tensor = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

@@ -3,6 +3,8 @@ one trial."""
 
 from collections.abc import Iterator, Sequence
 
+KEYS_PER_TOKEN = 4  # keys and values of one layer are the smaller part of what a training pass keeps
+
 
 def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) -> list[int]:
     """Return how many rows to take from the front of each queue, at most ``tokens_per_pass`` tokens in all.
@@ -39,16 +41,18 @@ def passes_in_order(
     num_slots: int, lengths: Sequence[int], num_shared: int, tokens_per_pass: int
 ) -> Iterator[dict[int, list[int]]]:
     """Yield passes over all rows of all slots, as slot to row numbers: slot after slot, so that what a slot's
-    rows share, the first ``num_shared`` tokens, is computed in few passes."""
+    rows share, the first ``num_shared`` tokens, is computed in few passes. Attention still sees each row
+    whole: a pass holds at most KEYS_PER_TOKEN times as many keys as tokens."""
     taken: dict[int, list[int]] = {}
-    total_tokens = 0
+    total_tokens = total_keys = 0
     for slot in range(num_slots):
         for row, length in enumerate(lengths):
             new_tokens = length - num_shared if slot in taken else length
-            if taken and total_tokens + new_tokens > tokens_per_pass:
+            is_full = total_tokens + new_tokens > tokens_per_pass
+            if taken and (is_full or total_keys + length > KEYS_PER_TOKEN * tokens_per_pass):
                 yield taken
-                taken, total_tokens, new_tokens = {}, 0, length
+                taken, total_tokens, total_keys, new_tokens = {}, 0, 0, length
             taken.setdefault(slot, []).append(row)
-            total_tokens += new_tokens
+            total_tokens, total_keys = total_tokens + new_tokens, total_keys + length
     if taken:
         yield taken

@@ -1,7 +1,7 @@
 """One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the
 LM head. In an evaluation the tokens that all rows of a slot begin with are computed once for all of them.
 
-Legend: T tokens of the pass, N completion tokens, D width, K keys that attention sees.
+Legend: T tokens of the pass, N completion tokens, D width.
 """
 
 from collections.abc import Sequence

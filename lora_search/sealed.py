@@ -36,7 +36,7 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, s
         refused = re.search(r"os error (\d+)", str(error))
         if refused is None:
             raise
-        raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(path)) from None
+        raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from None
 
 
 def read_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same
 import io
 import sys
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,15 +89,14 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
 
     space = parse_space(config)
     check_study(config, space)
-    tracker = make_tracker(
-        config, {"model": config.model.path, "data": config.data.path, "seed": config.seed}
-    )
-    for line in describe_search(config, space):
-        progress.event(line)
-    engine, study = prepare_sweep(config, sweep_name, space, progress)
-    if not study.is_finished:
-        with progress, interrupts.after_the_pass():
-            work(study, engine, tracker, progress, interrupts.check)
+    about = {"model": config.model.path, "data": config.data.path, "seed": config.seed}
+    with closing(make_tracker(config, about)) as tracker:
+        for line in describe_search(config, space):
+            progress.event(line)
+        engine, study = prepare_sweep(config, sweep_name, space, progress)
+        if not study.is_finished:
+            with progress, interrupts.after_the_pass():
+                work(study, engine, tracker, progress, interrupts.check)
     if config.launcher.worker is None:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
         conclude(*found, config, progress)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES, HEADER_BYTES = 32768, 7  # of W&B's offline files
 STEP_METRIC = "examples_seen"
 FINISH_TIMEOUT_SECONDS = 30.0  # online: a dead network holds up the other trials no longer than this
+OPENING_TIMEOUT_SECONDS = 30.0  # nor than this: a worker that is silent for longer loses its trials
 
 
 class Tracker(Protocol):
@@ -76,7 +77,7 @@ class WandbTracker:
         self._best: dict[int, Measurement] = {}  # the last measurement knows the best so far
         self._failures = 0
         self._files: list[Path] = []  # of the offline runs
-        self._has_started = False
+        self._has_started = self._is_closed = False
         check_usable(self._config.name)
         self._opener.submit(start_service, self._config.name == "wandb")
         self._errors = wandb_errors()
@@ -85,16 +86,15 @@ class WandbTracker:
 
     def start(self, run: TrialRun) -> None:
         """Open the trial's run. A failure of the first one is wrong input; a later one is only counted."""
-        self._runs[run.number] = self._opener.submit(self._open, run)
-        if self._has_started:
-            return
+        opening = self._opener.submit(self._open, run)
         try:
-            self._runs[run.number].result()
+            if not self._has_started:
+                opening.result()
         except self._errors as error:
-            del self._runs[run.number]
             rule = f"W&B did not start ({first_line(error)})"
             remedy = "Set tracker=wandb_offline or tracker=none to search without it."
             raise ConfigError("tracker.name", self._config.name, rule, remedy) from error
+        self._runs[run.number] = opening
         self._has_started = True
 
     def _opened(self, trial_number: int) -> "Run | None":
@@ -103,7 +103,7 @@ class WandbTracker:
         if opening is None:
             return None
         with self._survive(f"opening the run of trial {trial_number}"):
-            return opening.result()
+            return opening.result(OPENING_TIMEOUT_SECONDS)
         self._runs.pop(trial_number)
         return None
 
@@ -158,7 +158,12 @@ class WandbTracker:
         """Close the runs of interrupted trials and wait until every file is complete."""
         import wandb
 
-        for trial_number in list(self._runs):
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for trial_number, opening in list(self._runs.items()):
+            if opening.cancel():
+                continue
             self.finish(trial_number, "INTERRUPTED", "the sweep stopped before the trial ended")
         self._opener.shutdown()
         with self._survive("stopping its service"):
@@ -207,11 +212,15 @@ def is_whole(path: Path) -> bool:
 
 
 def wandb_errors() -> tuple[type[Exception], ...]:
-    """Return what wandb's calls raise; the last three when its service process is gone."""
+    """Return what wandb's calls raise; the last three when its service process is gone, DecodeError where a
+    run's file is damaged."""
     import wandb  # in functions only: it takes a second to import, and tracker=none never needs it
+    from google.protobuf.message import DecodeError
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return wandb.Error, ValueError, TypeError, MailboxClosedError, HandleAbandonedError, OSError
+    of_its_service = MailboxClosedError, HandleAbandonedError, WandbServiceConnectionError
+    return wandb.Error, ValueError, TypeError, OSError, DecodeError, *of_its_service
 
 
 def check_usable(tracker_name: str) -> None:

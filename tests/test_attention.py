@@ -5,6 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_search.attention import NAME
+from lora_search.data import Example
+from lora_search.passes import SlotRows, attention_arguments, lay_end_to_end
 
 LENGTHS = (9, 1, 14, 5)
 TINY = {
@@ -59,6 +61,27 @@ def test_packed_rows_equal_eager_attention_row_by_row(case: str) -> None:
 
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(packed_model, packed), gradients(eager, alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_share_their_first_tokens_equal_eager_attention_row_by_row(case: str) -> None:
+    architecture, settings = CASES[case]
+    packed_model, eager = (model_with(architecture, name, **settings) for name in (NAME, "eager"))
+    whole = [torch.cat([torch.arange(7, 13), row]) for row in rows()]
+    pack = SlotRows(None, [Example(tuple(row.tolist()), 7) for row in whole], num_shared=6)
+    segments = lay_end_to_end([pack])
+    positions = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
+
+    shared = packed_model(
+        input_ids=torch.cat([torch.tensor(s.token_ids) for s in segments])[None],
+        position_ids=positions[None],
+        use_cache=False,
+        **attention_arguments(segments),
+    ).logits[0]
+
+    alone = [eager(row[None], use_cache=False).logits[0] for row in whole]
+    torch.testing.assert_close(shared[:6], alone[0][:6], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shared[6:], torch.cat([row[6:] for row in alone]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_softcap_of_a_half_changes_the_numbers() -> None:
