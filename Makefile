@@ -37,7 +37,7 @@ lint: $(READY)  ## check format, style and types
 format: $(READY)  ## mend format and style
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(READY)  ## measure against TRL + PEFT, what pruning saves, what the study costs (about 25 minutes)
+bench: $(READY)  ## measure against TRL + PEFT, what pruning saves, what the study costs (about 20 minutes)
 	@$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --editable '.[bench]'
 	@for part in training pruning study; do $(BIN)/python -m tests.benchmarks.$$part || exit 1; done
 

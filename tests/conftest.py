@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_search.tiny import make_tiny_model
 from lora_search.trial import TrialRun, TrialSettings
@@ -31,3 +32,5 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("mysql") and MARIADB is None:
         pytest.skip("no wheel carries a MariaDB server: apt install mariadb-server")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -34,11 +34,12 @@ def build_engine(
     slots: int = 1,
     tokens_per_pass: int = 64,
     max_rank: int = 8,
-    is_grouped: bool = False,
+    is_grouped: bool | None = False,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> Engine:
     config = ModelConfig(path=str(folder))
-    base = load_base(resolve_model(config), config, EngineConfig(device="cpu", dtype=dtype))
+    base = load_base(resolve_model(config), config, EngineConfig(device=device, dtype=dtype))
     layers = target_layers(base.model, ("all-linear",))
     bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped)
     return Engine(

@@ -49,7 +49,10 @@ def switch(server: Any) -> tuple[Callable[[], object], Callable[[], object]]:
 def test_training_goes_on_while_postgresql_is_silent_and_nothing_is_missing(
     tmp_path: Path, postgres: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study, (progress, _) = open_study(config_of(tmp_path, sqlalchemy_uri(postgres)), tmp_path), quiet()
+    study, (progress, _) = (
+        open_study(config_of(tmp_path, sqlalchemy_uri(postgres), name="away"), tmp_path),
+        quiet(),
+    )
     engine = DisturbedEngine(2, *switch(postgres), SECONDS_SILENT)
 
     work(study, engine, RecordingTracker(), progress)
