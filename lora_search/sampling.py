@@ -29,13 +29,22 @@ NUM_BEST = 25  # and the best beside them: TPE never counts more as good
 
 
 class PerTrialSampler(samplers.BaseSampler):
-    """Makes a new sampler for each trial. It keeps no state: what was tried before is read from the study."""
+    """Makes a new sampler for each trial. It keeps no state: what was tried before is read from the study.
 
-    def __init__(self, make: Callable[[int], samplers.BaseSampler]) -> None:
+    A trial whose worker was killed while it drew has some of its parameters and gets the others that it would
+    have got: all are drawn at once, in the order of the space.
+    """
+
+    def __init__(
+        self, make: Callable[[int], samplers.BaseSampler], space: Mapping[str, BaseDistribution]
+    ) -> None:
         self._make, self._current = make, make(0)
+        self._space = {key: d for key, d in space.items() if not d.single()}
+        self._relative: dict[str, Any] = {}
+        self._independent: dict[str, Any] = {}
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._current = self._make(trial.number)
+        self._current, self._relative, self._independent = self._make(trial.number), {}, {}
         self._current.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -44,11 +53,19 @@ class PerTrialSampler(samplers.BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, object]:
-        return self._current.sample_relative(study, trial, search_space)
+        self._relative = self._current.sample_relative(study, trial, search_space)
+        return self._relative
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> object:
+        if not self._independent:
+            others = {key: d for key, d in self._space.items() if key not in self._relative}
+            self._independent = {
+                key: self._current.sample_independent(study, trial, key, d) for key, d in others.items()
+            }
+        if param_name in self._independent:
+            return self._independent[param_name]
         return self._current.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
@@ -158,7 +175,7 @@ def make_sampler(
     if config.name == "cmaes" and not any(hasattr(d, "high") for d in distributions.values()):
         remedy = "Use sampler=tpe, or search numbers by interval(...)"
         raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
-    sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)))
+    sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)), distributions)
     return Outlook(sampler, distributions) if config.name == "tpe" else sampler
 
 

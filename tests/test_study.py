@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from lora_search.config import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.errors import ConfigError, FingerprintError, LoraSearchError, StudyError
@@ -613,3 +614,23 @@ def test_a_trial_whose_worker_died_after_its_last_rung_is_not_pruned_when_it_is_
 
     assert worst.number in again.held
     assert again.judge() == []
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cmaes"])
+def test_a_trial_whose_worker_was_killed_while_it_drew_gets_the_parameters_that_it_would_have_got(
+    tmp_path: Path, sampler: str
+) -> None:
+    configs = [make_config(tmp_path / name, sampler=SamplerConfig(name=sampler)) for name in "ab"]
+    whole, study = (open_study(config, tmp_path) for config in configs)
+    expected, _ = whole.claim(3)[2], study.claim(2)
+    name, distribution = next(iter(parse_space(configs[0]).distributions.items()))
+    drawn = {name: whole.study.get_trials()[2].params[name]}
+    partly = create_trial(state=TrialState.RUNNING, params=drawn, distributions={name: distribution})
+    partly.datetime_start = datetime.now() - timedelta(hours=1)
+    study.storage.create_new_trial(study.study._study_id, template_trial=partly)
+
+    study.reclaim_stale()
+    (run,) = study.claim(1)
+
+    assert run.number == 2
+    assert run.settings == expected.settings
