@@ -129,6 +129,5 @@ def _visible(num_queries: int, num_keys: int, window: int, device: torch.device)
     return (distance >= 0) & (distance < window)
 
 
-AttentionInterface.register(
-    NAME, rows_attention
-)  # and no mask function: looking for one waits for the device
+# And no mask function: transformers would look for packed rows itself, and wait for the device, every pass.
+AttentionInterface.register(NAME, rows_attention)

@@ -66,7 +66,7 @@ def mask_(x: torch.Tensor, kept: torch.Tensor) -> None:
     x.view(BITS[x.element_size()]).bitwise_and_(kept)
 
 
-@lru_cache(maxsize=4096)  # of every layer: 100 KB for 30 of width 1536, 6 MB for an 8B model's 224
+@lru_cache(maxsize=4096)  # of every layer: 2.5 MB for all 224 of Llama 3.1 8B
 def pair_keys(layer: int, num_pairs: int, device: torch.device) -> torch.Tensor:
     """Return one odd int32 key for each two features of a layer."""
     pair = torch.arange(num_pairs, dtype=torch.int32, device=device)
