@@ -26,7 +26,7 @@ A trial that is WAITING keeps number, parameters, reports and checkpoint; the sa
 import traceback
 from pathlib import Path
 
-from lora_search.config import redact
+from lora_search.settings.schema import redact
 
 PACKAGE = Path(__file__).parent
 MAX_MESSAGE = 300  # characters of an exception's message that are stored
@@ -35,7 +35,7 @@ MAX_MESSAGE = 300  # characters of an exception's message that are stored
 def failure_reason(error: BaseException) -> str:
     """Return exception type, message and place: the last line of ours that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).parent == PACKAGE]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
     message = " ".join(redact(str(error)).split())[:MAX_MESSAGE]
     place = (ours or frames)[-1:]
     where = "".join(f" (in {Path(f.filename).name}, {f.name}, line {f.lineno})" for f in place)

@@ -10,7 +10,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_search.interrupts import EXIT_CODE, Interrupts
+from lora_search.worker.interrupts import EXIT_CODE, Interrupts
 
 if __name__ == "__main__":  # the imports below take half a second, and torch some more
     interrupts = Interrupts().listen()
@@ -20,17 +20,17 @@ if __name__ == "__main__":  # the imports below take half a second, and torch so
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from lora_search.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
-from lora_search.config import SweepConfig, redact
 from lora_search.errors import ConfigError, InputError, LoraSearchError
-from lora_search.files import explained_writing
-from lora_search.launcher import Command, run_workers, told_to_launcher
-from lora_search.progress import Progress
+from lora_search.files.atomic import explained_writing
+from lora_search.output.terminal import Progress
+from lora_search.settings.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
+from lora_search.settings.schema import SweepConfig, redact
+from lora_search.worker.launcher import Command, run_workers, told_to_launcher
 
 if TYPE_CHECKING:
-    from lora_search.engine import Engine
-    from lora_search.space import Space
-    from lora_search.study import SweepStudy
+    from lora_search.engine.engine import Engine
+    from lora_search.settings.space import Space
+    from lora_search.study.study import SweepStudy
 
 INFORMING = (
     "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -61,10 +61,10 @@ def main(interrupts: Interrupts | None = None) -> int:
 
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Let workers search, and conclude once. Imports no torch."""
-    from lora_search.conclusion import conclude
-    from lora_search.reclaiming import reclaim_all
-    from lora_search.space import parse_space
-    from lora_search.study import SweepStudy, check_study
+    from lora_search.output.conclusion import conclude
+    from lora_search.settings.space import parse_space
+    from lora_search.study.reclaiming import reclaim_all
+    from lora_search.study.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
     study_folder(config)
@@ -79,13 +79,13 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
     """Prepare, search, conclude. One of many workers leaves the conclusion to its launcher."""
-    from lora_search.conclusion import conclude
-    from lora_search.outbox import Outbox
-    from lora_search.preflight import describe_search
-    from lora_search.space import parse_space
-    from lora_search.study import check_study
-    from lora_search.tracking import make_tracker
-    from lora_search.worker import work
+    from lora_search.database.outbox import Outbox
+    from lora_search.output.conclusion import conclude
+    from lora_search.output.tracking import make_tracker
+    from lora_search.prepare import describe_search
+    from lora_search.settings.space import parse_space
+    from lora_search.study.study import check_study
+    from lora_search.worker.worker import work
 
     space = parse_space(config)
     check_study(config, space)
@@ -106,14 +106,14 @@ def prepare_sweep(
     config: SweepConfig, sweep_name: str, space: "Space", progress: Progress
 ) -> "tuple[Engine, SweepStudy]":
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
-    from lora_search.assembly import Room, build_engine
-    from lora_search.data import prepare, write_pairs
-    from lora_search.model import load_base, load_tokenizer, pick_device, resolve_model
-    from lora_search.note import write_note
-    from lora_search.preflight import check_amount, check_places, describe_rows
-    from lora_search.provenance import attributes, fingerprint
-    from lora_search.reading import load_rows
-    from lora_search.study import SweepStudy
+    from lora_search.data.preparation import prepare, write_pairs
+    from lora_search.data.reading import load_rows
+    from lora_search.engine.build import Room, build_engine
+    from lora_search.model.loading import load_base, load_tokenizer, pick_device, resolve_model
+    from lora_search.output.dashboard_note import write_note
+    from lora_search.prepare import check_amount, check_places, describe_rows
+    from lora_search.study.about import attributes, fingerprint
+    from lora_search.study.study import SweepStudy
 
     pick_device(config.engine.device)
     rows = load_rows(config.data)

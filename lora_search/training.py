@@ -1,6 +1,6 @@
 """The engine without a study: train these N settings on this data, packed, and yield what they measure.
 
-from lora_search.config import DataConfig, ModelConfig, SweepConfig
+from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig
 from lora_search.training import train
 
 config = SweepConfig(
@@ -19,14 +19,14 @@ for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lora_search.assembly import Room, build_engine
-from lora_search.config import SweepConfig
-from lora_search.data import prepare
+from lora_search.data.preparation import prepare
+from lora_search.data.reading import load_rows
+from lora_search.engine.build import Room, build_engine
 from lora_search.errors import ConfigError
-from lora_search.model import load_base, load_tokenizer, resolve_model
-from lora_search.reading import load_rows
+from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.seeds import draw_seed
-from lora_search.space import searchable_keys, trial_settings
+from lora_search.settings.schema import SweepConfig
+from lora_search.settings.space import searchable_keys, trial_settings
 from lora_search.trial import Measurement, TrialRun
 
 

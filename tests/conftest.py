@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_search.tiny import make_tiny_model
+from lora_search.model.tiny import make_tiny_model
 from lora_search.trial import TrialRun, TrialSettings
 from tests.servers import MARIADB
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_search.config import EngineConfig, ModelConfig
-from lora_search.data import Example, Splits
-from lora_search.engine import Engine
-from lora_search.lora import SlotBank
-from lora_search.model import load_base, matches, resolve_model, target_layers
-from lora_search.passes import PackedModel
+from lora_search.data.preparation import Example, Splits
+from lora_search.engine.bank import SlotBank
+from lora_search.engine.engine import Engine
+from lora_search.engine.packed_model import PackedModel
+from lora_search.model.loading import load_base, matches, resolve_model, target_layers
+from lora_search.settings.schema import EngineConfig, ModelConfig
 from lora_search.trial import Measurement, TrialRun
 
 

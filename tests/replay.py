@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.pruning import RungPruner, Standings
+from lora_search.search.pruning import RungPruner, Standings
 
 
 def make_trial(number: int, values: Sequence[float], state: TrialState = TrialState.RUNNING) -> FrozenTrial:

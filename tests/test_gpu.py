@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_search.attention import _one_row, kernel
-from lora_search.dropout import compiled_drop, kept, masked, pair_keys, threshold, token_keys
+from lora_search.ops.attention import _one_row, kernel
+from lora_search.ops.dropout import compiled_drop, kept, masked, pair_keys, threshold, token_keys
 from tests.conftest import make_run
+from tests.engine.test_engine import differences, losses, mixed_runs
 from tests.harness import build_engine, random_splits, train_all
-from tests.test_engine import differences, losses, mixed_runs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SPLITS = random_splits()

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from lora_search import training
-from lora_search.config import ColumnsConfig, DataConfig, EngineConfig, ModelConfig, SweepConfig, TrainConfig
 from lora_search.errors import ConfigError
+from lora_search.settings.schema import (
+    ColumnsConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from lora_search.training import train
 
 

@@ -11,14 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_search.assembly import Room, build_engine
-from lora_search.composition import compose
-from lora_search.data import Splits, prepare
-from lora_search.engine import Engine
-from lora_search.evaluation import perplexities
-from lora_search.model import load_base, load_tokenizer, resolve_model
-from lora_search.reading import load_rows
-from lora_search.space import trial_settings
+from lora_search.data.preparation import Splits, prepare
+from lora_search.data.reading import load_rows
+from lora_search.engine.build import Room, build_engine
+from lora_search.engine.engine import Engine
+from lora_search.engine.evaluation import perplexities
+from lora_search.model.loading import load_base, load_tokenizer, resolve_model
+from lora_search.settings.composition import compose
+from lora_search.settings.space import trial_settings
 from lora_search.trial import TrialRun
 
 BATCH, ROWS, TOKENS = 8, 64, 4000

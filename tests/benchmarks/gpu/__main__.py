@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_search.progress import Progress
+from lora_search.output.terminal import Progress
 from tests.benchmarks.gpu import BATCH_SIZES
 
 PARTS = {  # part -> how the keys of its figures begin

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F
 
-from lora_search.assembly import Room, build_engine
-from lora_search.data import Example, Splits
-from lora_search.engine import Engine
-from lora_search.model import Base
+from lora_search.data.preparation import Example, Splits
+from lora_search.engine.build import Room, build_engine
+from lora_search.engine.engine import Engine
+from lora_search.model.loading import Base
 from lora_search.trial import Measurement, TrialRun, TrialSettings
 from tests.benchmarks.gpu.packed import Figures
 from tests.benchmarks.gpu.shapes import (

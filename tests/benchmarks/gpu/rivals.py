@@ -14,8 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from lora_search.data import Example
-from lora_search.tiny import make_tiny_tokenizer
+from lora_search.data.preparation import Example
+from lora_search.model.tiny import make_tiny_tokenizer
 from tests.benchmarks.gpu.packed import Figures, large_splits, small_splits
 from tests.benchmarks.gpu.shapes import LORA_BATCH, LORA_R, Q_AND_V, Scale, random_model
 from tests.benchmarks.gpu.speed import release_memory, synchronize

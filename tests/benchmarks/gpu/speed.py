@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_search.assembly import Room, build_engine
-from lora_search.config import SweepConfig
-from lora_search.data import Splits
-from lora_search.engine import Engine
-from lora_search.lora import SlotLinear
-from lora_search.model import Base
-from lora_search.stopwatch import Lap, Throughput
+from lora_search.data.preparation import Splits
+from lora_search.engine.bank import SlotLinear
+from lora_search.engine.build import Room, build_engine
+from lora_search.engine.engine import Engine
+from lora_search.engine.stopwatch import Lap, Throughput
+from lora_search.model.loading import Base
+from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialRun, TrialSettings
 
 WARM_UP, WINDOWS, LEAST_PASSES = 3, 3, 4

@@ -1,0 +1,39 @@
+"""The data axis: which examples make up each optimizer step, and how many are seen at each rung.
+
+Pure arithmetic over (number of examples, seed): the same for every trial, whatever its batch size.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lora_search.data.preparation import Example, epoch_order
+from lora_search.trial import TrialSettings
+
+
+@dataclass(frozen=True)
+class DataAxis:
+    """The training examples in the order of a sweep's seed."""
+
+    examples: tuple[Example, ...]
+    seed: int
+
+    def batch(self, examples_seen: int, settings: TrialSettings) -> list[Example]:
+        """Return the next effective batch; an epoch's last one may be smaller, and none spans two epochs."""
+        epoch, offset = divmod(examples_seen, len(self.examples))
+        order = _order(len(self.examples), self.seed, epoch)
+        return [self.examples[i] for i in order[offset : offset + settings.examples_per_step]]
+
+    def rung_examples(self, settings: TrialSettings, rung: int) -> float:
+        """Return the examples seen at a rung; there is none after the last."""
+        if rung > settings.num_rungs:
+            return math.inf
+        return math.ceil(rung * len(self.examples) / settings.evals_per_epoch)
+
+    def total_steps(self, settings: TrialSettings) -> int:
+        return settings.epochs * math.ceil(len(self.examples) / settings.examples_per_step)
+
+
+@lru_cache(maxsize=8)  # 50,000 rows take 12 ms, whenever one of 32 slots begins a batch
+def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(epoch_order(num_examples, seed, epoch))

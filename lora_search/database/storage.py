@@ -1,0 +1,249 @@
+"""Where the study lives: any SQL database behind a SQLAlchemy URL, and who is at work on it.
+
+SQLite gets what several processes need: write-ahead log, busy timeout, one taker for each waiting trial.
+Whatever is wrong with the URL or behind it is one message, without the password.
+"""
+
+import os
+import platform
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
+from sqlalchemy import create_engine, event, inspect
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+
+from lora_search.database.drivers import engine_options
+from lora_search.errors import ConfigError, DatabaseError, StudyError
+from lora_search.settings.schema import StudyConfig, redact
+
+GRACE_HEARTBEATS = (
+    4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
+)
+BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
+MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
+MADE = ("exist", "duplicate key name")  # says a database of what another process has made
+KEY = "study.storage"
+_locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
+DRIVERS = (
+    "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
+    "(after: pip install 'psycopg[binary]'), or mysql+pymysql://USER@HOST/DATABASE "
+    "(after: pip install pymysql)"
+)
+
+
+def open_storage(config: StudyConfig) -> RDBStorage:
+    """Return the storage, its tables made where they were missing. Raises ConfigError or StudyError."""
+    quieten_optuna()
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite":
+        _make_folder(url)
+    with explained_errors(config):
+        if url.get_backend_name() == "sqlite":
+            _make_file(config, url)
+        storage = _create_tables(config, url)
+        if url.get_backend_name() == "sqlite":
+            _share_sqlite(storage)
+        _check_spelling(config, storage)
+    return storage
+
+
+def check_storage(config: StudyConfig) -> None:
+    """Raise ConfigError or StudyError for a database that cannot be used. Makes none."""
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            rule = "must name a file, or nothing of the study is kept"
+            raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
+        folder = Path(url.database).parent
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            rule = "must lie in a folder that can be written to"
+            raise ConfigError(KEY, config.storage, rule, "Give another folder.")
+        if not os.path.exists(url.database):  # unlike Path.exists, False where it may not look
+            return
+    try:
+        with explained_errors(config):
+            engine = create_engine(url, **engine_options(url))
+            inspect(engine).has_table("studies")
+            engine.dispose()
+    except ImportError:
+        raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from None
+
+
+@contextmanager
+def explained_errors(config: StudyConfig) -> Iterator[None]:
+    """Turn what the database raises into a DatabaseError without the password."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+        cause = _cause(error, make_url(config.storage))
+        raise DatabaseError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
+
+
+@contextmanager
+def locked_from_the_start() -> Iterator[None]:
+    """Let each SQLite transaction inside lock the database before its first read.
+
+    Python begins one at its first write. Optuna reads that a trial is WAITING and then makes it RUNNING: two
+    processes could both take it. Other databases lock the row.
+    """
+    token = _locks_first.set(True)
+    try:
+        yield
+    finally:
+        _locks_first.reset(token)
+
+
+def require_database(config: StudyConfig) -> None:
+    """Refuse an SQLite file that is not there, so that reading a study never makes an empty one."""
+    url = _parse(config.storage)
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        raise ConfigError(
+            KEY, redact(config.storage), "must be a database that exists", "Run the sweep first."
+        )
+
+
+def quieten_optuna() -> None:
+    """Leave Optuna's errors only; what its warnings say is handled here or documented."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.disable_propagation()
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    # Optuna records heartbeats in Study.optimize only; SweepStudy.heartbeat does it for ask and tell.
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
+
+
+def worker_name(pid: int) -> str:
+    """Return host:pid:start, unlike any other process's even after the pid is used again."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        started = stat.read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no such process, or no /proc
+        started = "0"
+    return f"{_host()}:{pid}:{started}"
+
+
+def worker_is_dead(name: str) -> bool:
+    """Return whether the worker ran on this host and runs no more; False where that cannot be known."""
+    host, _, rest = name.partition(":")
+    pid = rest.partition(":")[0]
+    known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
+    return known_here and worker_name(int(pid)) != name
+
+
+def _host() -> str:
+    """Return the host's name; containers that share one differ in their space of process ids."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()}/{os.stat(namespace).st_ino}" if namespace.exists() else platform.node()
+
+
+def _parse(text: str) -> URL:
+    try:
+        url = make_url(text)
+        url.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise ConfigError(KEY, redact(text), "must be a SQL URL of a known kind", DRIVERS) from None
+    except ImportError as error:
+        raise ConfigError(KEY, redact(text), f"needs a database driver ({error})", DRIVERS) from None
+    if "@" in (url.host or ""):
+        raise ConfigError(
+            KEY, redact(text), "must write special signs of the password in percent form", "@ is %40."
+        )
+    return url
+
+
+def _make_folder(url: URL) -> None:
+    if not url.database or url.database == ":memory:":
+        return
+    try:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"{KEY}: the folder of {url.database} cannot be made: {error.strerror}") from None
+
+
+def _make_file(config: StudyConfig, url: URL) -> None:
+    """Let a new SQLite file appear with all its tables or not at all.
+
+    SQLite commits each CREATE by itself. A kill between a table and its unique index left a database in which
+    each start made another study of the same name.
+    """
+    path = Path(url.database or ":memory:")
+    if url.database in (None, "", ":memory:") or "uri" in url.query or path.exists():
+        return
+    fresh = path.with_name(f"{path.name}.{worker_name(os.getpid()).replace('/', '-')}.new")
+    _create_tables(config, url.set(database=str(fresh))).engine.dispose()
+    with suppress(FileExistsError):  # another worker's came first, and is whole as well
+        os.link(fresh, path)
+    fresh.unlink()
+
+
+def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            storage = RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs=engine_options(url),
+                heartbeat_interval=config.heartbeat_seconds,
+                grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
+            )
+            _create_missing_indexes(storage)
+            return storage
+        except SQLAlchemyError as error:
+            is_race = isinstance(error, IntegrityError) or any(word in str(error).lower() for word in MADE)
+            if attempt == MAX_ATTEMPTS or not is_race:
+                raise
+            time.sleep(0.1 * attempt)
+        except ImportError as error:
+            raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from error
+        except RuntimeError as error:  # the tables are of another Optuna's making
+            raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _create_missing_indexes(storage: RDBStorage) -> None:
+    """Make what a kill between a table and its index left out: MySQL commits each CREATE by itself. Without
+    the unique one each start would make another study of the same name."""
+    for table in BaseModel.metadata.sorted_tables:
+        for index in table.indexes:
+            index.create(storage.engine, checkfirst=True)
+
+
+def _check_spelling(config: StudyConfig, storage: RDBStorage) -> None:
+    """Refuse a name that MySQL takes for another study's: it does not tell A from a."""
+    with suppress(KeyError):  # there is no such study yet
+        stored = storage.get_study_name_from_id(storage.get_study_id_from_name(config.name))
+        if stored != config.name:
+            rule = f"must be spelt like the study that is there, {stored!r}"
+            raise ConfigError("study.name", config.name, rule, "This database takes both for one name.")
+
+
+def _share_sqlite(storage: RDBStorage) -> None:
+    """Let several processes and the dashboard work at once."""
+
+    def on_connect(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA busy_timeout={1000 * BUSY_AT_WORK_SECONDS}")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    def on_begin(connection: Connection) -> None:
+        if _locks_first.get():
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(storage.engine, "connect", on_connect)
+    event.listen(storage.engine, "begin", on_begin)
+    storage.engine.dispose()  # the connections made so far know nothing of this
+    storage.engine.connect().close()
+
+
+def _cause(error: BaseException, url: URL) -> str:
+    """Return the first line of what the database said, without the password in any spelling."""
+    origin = getattr(error, "orig", None) or error.__cause__ or error
+    text = redact(str(origin).strip().splitlines()[0]) if str(origin).strip() else type(origin).__name__
+    return text.replace(str(url.password), "***") if url.password else text

@@ -1,0 +1,213 @@
+"""How many trials and tokens to train at once: from a short probe of memory and speed on this device.
+
+Costs up to ten training passes. Peak memory is taken as c0 + c1 * tokens + c2 * slots: c2 is known, the line
+through the smallest and the largest pass gives c0 and c1. On a GPU the allocator says what a pass took; on a
+CPU the tensors kept for backward are counted.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lora_search.data.preparation import Example
+from lora_search.engine.bank import SlotBank
+from lora_search.engine.packed_model import PackedModel, SlotRows
+from lora_search.errors import LoraSearchError
+from lora_search.ops.device import give_back_memory, is_out_of_memory
+from lora_search.ops.recompute import decoder_layers, recompute_layers
+from lora_search.settings.schema import EngineConfig
+
+MARGIN = {"cuda": 0.85, "cpu": 0.5}  # share of what is free that is planned with
+MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # beyond it a pass of a 1B to 8B (135M) model gains no speed
+MOST_SLOTS = {"cuda": 32, "cpu": 8}
+ENOUGH = 0.95  # the smallest number of slots that reaches this share of the best speed
+BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the engine trains at once, and how that was found, for the log."""
+
+    slots: int
+    tokens_per_pass: int
+    predicted_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Bytes of a training pass as a line over its tokens, and tokens per second at some sizes."""
+
+    fixed_bytes: float
+    bytes_per_token: float
+    speeds: dict[int, float]  # tokens of the pass -> tokens per second
+
+
+def fit(
+    config: EngineConfig,
+    model: PackedModel,
+    rows: Sequence[Example],
+    batch_size: int,
+    bytes_per_slot: int,
+    most_slots: int,
+    free_bytes: int,
+) -> Fit:
+    """Return slots and tokens per pass as set, or chosen where they are auto.
+
+    ``batch_size`` is the smallest of the space: what one trial alone can put into a pass. ``free_bytes`` is
+    what the device has left. Raises LoraSearchError where not even one row of one trial fits.
+    """
+    device = model.device.type
+    room = MARGIN[device] * free_bytes
+    lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+    mean = sum(lengths) / len(lengths)
+    sizes = _sizes(config, mean, batch_size, device)
+    cost = measure(model, rows, sizes)
+    least_slots = 1 if config.slots == "auto" else int(config.slots)
+    room_for_pass = room - least_slots * bytes_per_slot
+    if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < lengths[0]:
+        recompute_layers(model.decoder)
+        cost = measure(model, rows, sizes) if device == "cuda" else _recomputed(cost, model.decoder)
+    tokens = _tokens(config, cost, room_for_pass, lengths[0], MOST_TOKENS[device])
+    left = room - cost.fixed_bytes - cost.bytes_per_token * tokens
+    slots = least_slots
+    if config.slots == "auto":
+        most = min(most_slots, MOST_SLOTS[device], max(1, int(left / bytes_per_slot)))
+        slots = _slots(cost, tokens, batch_size * mean, most)
+    predicted = cost.fixed_bytes + cost.bytes_per_token * tokens + slots * bytes_per_slot
+    return Fit(slots, tokens, int(predicted), _note(slots, tokens, predicted, cost, batch_size))
+
+
+def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -> PassCost:
+    """Return what training passes of about these many tokens take, of the longest rows as the worst case.
+
+    It ends early at a size that runs out of memory; where the first one does, a token costs all there is.
+    """
+    longest = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    used, points = [], {}
+    for size in sizes:
+        chosen = _fill(longest, size)
+        pack = SlotRows(0, chosen, 0, range(len(chosen)), dropout=0.05)
+        try:
+            used.append((pack.num_tokens, _peak_bytes(model, pack)))
+            points[pack.num_tokens] = pack.num_tokens / _seconds(model, pack)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            give_back_memory(model.device)
+            break
+    if not points:
+        return PassCost(math.inf, 1.0, {1: 1.0})
+    (few, low), (many, high) = used[0], used[-1]
+    slope = max(0.0, (high - low) / (many - few)) if many > few else high / many
+    return PassCost(max(0.0, low - slope * few), slope, points)
+
+
+def bytes_per_slot(bank: SlotBank) -> int:
+    """Return what one more slot takes: its row in the bank and in the optimizer."""
+    copy = 0 if bank.used_SP is bank.theta_SP else bank.used_SP.element_size()
+    return bank.theta_SP.shape[1] * (BYTES_PER_PARAMETER + copy)
+
+
+def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:
+    """Return one trial's batch, and its multiples up to what a pass may hold."""
+    top = MOST_TOKENS[device] // 2 if config.tokens_per_pass == "auto" else int(config.tokens_per_pass)
+    sizes = [max(1, int(batch_size * mean))]
+    while sizes[-1] * 2 <= top and len(sizes) < 5:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def _tokens(config: EngineConfig, cost: PassCost, room: float, longest: int, most: int) -> int:
+    if config.tokens_per_pass != "auto":
+        return int(config.tokens_per_pass)
+    fitting = _fitting(cost, room)
+    if fitting < longest:
+        needed = (cost.fixed_bytes + cost.bytes_per_token * longest) / 2**30
+        amount = f"{needed:.1f} GiB" if math.isfinite(needed) else "more than there is"
+        raise LoraSearchError(
+            f"engine.tokens_per_pass: a row of {longest} tokens needs {amount} beside the base, and "
+            f"{max(room, 0.0) / 2**30:.1f} GiB are left. Lower data.max_length (at most {max(fitting, 0)}) "
+            "or lora.r, or take a device with more memory."
+        )
+    return min(fitting, most)
+
+
+def _fitting(cost: PassCost, room: float) -> int:
+    """Return the most tokens of a pass within the room."""
+    return max(0, int(max(room - cost.fixed_bytes, 0.0) / max(cost.bytes_per_token, 1.0)))
+
+
+def _recomputed(cost: PassCost, decoder: nn.Module) -> PassCost:
+    """Return what passes take once layers are computed again: the inputs of all, the inside of one."""
+    layers = len(decoder_layers(decoder))
+    weight = next(decoder.parameters())
+    inputs = layers * weight.shape[-1] * weight.element_size()
+    return replace(cost, bytes_per_token=cost.bytes_per_token / layers + inputs)
+
+
+def _slots(cost: PassCost, tokens: int, batch_tokens: float, most: int) -> int:
+    best = max(cost.speeds.values())
+    enough = min(size for size, speed in cost.speeds.items() if speed >= ENOUGH * best)
+    return max(1, min(most, math.ceil(min(enough, tokens) / batch_tokens)))
+
+
+def _note(slots: int, tokens: int, predicted: float, cost: PassCost, batch_size: int) -> str:
+    alone, best = next(iter(cost.speeds.values())), max(cost.speeds.values())
+    return (
+        f"{slots} slots, {tokens} tokens per pass, about {predicted / 2**30:.1f} GiB beside the base; probe: "
+        f"{best:.0f} tokens/s packed, {alone:.0f} with batch {batch_size} alone ({best / alone:.2f}x)"
+    )
+
+
+def _fill(rows: Sequence[Example], num_tokens: int) -> list[Example]:
+    chosen: list[Example] = []
+    total = 0
+    while not chosen or total < num_tokens:
+        chosen.append(rows[len(chosen) % len(rows)])
+        total += len(chosen[-1].input_ids)
+    return chosen
+
+
+def _train(model: PackedModel, pack: SlotRows) -> None:
+    model.nll([pack])[0].mean().backward()
+
+
+def _seconds(model: PackedModel, pack: SlotRows) -> float:
+    return _timed(lambda: _train(model, pack), model.device)
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _peak_bytes(model: PackedModel, pack: SlotRows) -> int:
+    """Return what a training pass takes at its peak, beyond what lies there already."""
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _train(model, pack)
+        return int(torch.cuda.max_memory_allocated(model.device) - before)
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.decoder.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.nll([pack])[0].mean()
+    kept = sum(size for address, size in sizes.items() if address not in weights)
+    loss.backward()
+    return kept

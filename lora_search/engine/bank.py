@@ -1,0 +1,225 @@
+"""The slot bank: the adapters of all slots over one frozen base, and their way to and from PEFT's format.
+
+Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
+A slot's adapters lie in one flat row of theta_SP, per layer A [R, D] then B transposed [R, O], sized for
+the largest rank; what a trial does not use stays zero. Optimizer and checkpoint see rows, the layers see
+views into them, in the dtype of the base.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from torch import nn
+
+from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
+from lora_search.files.tensors import read_sealed, write_sealed
+from lora_search.ops.lora import AddAdapters, AddGrouped, LayerBank, Plan, SlotAdapter
+from lora_search.trial import TrialSettings
+
+PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
+ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
+
+
+def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Return whether PyTorch has a grouped kernel for the device: bfloat16 on capability 9.x and 10.x.
+
+    Elsewhere it loops over the groups and waits for their bounds at every call (GroupedBlas.cpp of 2.11 to
+    2.13): `AddAdapters` loops without waiting.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    is_aligned = all(width % ALIGNED == 0 for shape in shapes for width in shape)
+    return is_aligned and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def lora_scaling(settings: TrialSettings) -> float:
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), as PEFT does."""
+    return settings.alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+
+
+class SlotLinear(nn.Module):
+    """A frozen linear layer plus the adapters of whichever slots have tokens in the pass."""
+
+    def __init__(self, base: nn.Linear, bank: "SlotBank", layer: int) -> None:
+        super().__init__()
+        self.base, self.layer = base, layer
+        self._bank = [bank]  # in a list: the bank is no submodule
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, as `fused` looks for it: a gated MLP is fused with adapters on its layers too."""
+        return self.base.weight
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        bank = self._bank[0]
+        adapters = bank.adapters[self.layer]
+        if bank.plan is None or adapters.keys().isdisjoint(bank.plan.slots):
+            return y
+        if bank.is_grouped:
+            added = AddGrouped.apply(y, x, bank.anchor, bank.stacked[self.layer], bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        else:
+            added = AddAdapters.apply(y, x, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, added)
+
+
+class SlotBank:
+    """Holds theta_SP and its gradient, and puts the adapters into the model's layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype = torch.float32,
+        is_grouped: bool | None = None,
+    ) -> None:
+        self.names = list(layers)
+        self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
+        device = next(iter(layers.values())).weight.device
+        self.is_grouped = fits_grouped(device, dtype, self.shapes) if is_grouped is None else is_grouped
+        self.max_rank = -(-max_rank // ALIGNED) * ALIGNED if self.is_grouped else max_rank
+        max_rank = self.max_rank
+        num_parameters = max_rank * sum(d_in + d_out for d_in, d_out in self.shapes)
+        self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
+        self.grad_SP = torch.zeros_like(self.theta_SP)
+        self.used_SP = self.theta_SP.to(dtype)  # what the matmuls see: theta itself in float32
+        self.anchor = torch.zeros(0, device=device, requires_grad=True)
+        self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
+        self.stacked = [LayerBank(*views) for views in self._stacked_views()] if self.is_grouped else []
+        self.plan: Plan | None = None
+        for index, (name, layer) in enumerate(layers.items()):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
+
+    def scaling(self, slot: int | None) -> float:
+        """Return what the slot's adapters are scaled by while dropout is off; 0 where it has none."""
+        held = (adapters[slot].scaling for adapters in self.adapters if slot in adapters)
+        return next(held, 0.0)
+
+    def remove(self, model: nn.Module) -> None:
+        """Put the bare layers back into the model."""
+        for name in self.names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
+
+    def views(
+        self, row_P: torch.Tensor, r: int, names: Sequence[str]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (layer index, A [r, D], B transposed [r, O]) as views into one slot's row."""
+        start = 0
+        for index, (d_in, d_out) in enumerate(self.shapes):
+            middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
+            if self.names[index] in names:
+                yield index, row_P[start:middle].view(-1, d_in)[:r], row_P[middle:end].view(-1, d_out)[:r]
+            start = end
+
+    def _stacked_views(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield A [S, R, D], B transposed [S, R, O] and their gradients, layer by layer."""
+        start = 0
+        for d_in, d_out in self.shapes:
+            middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
+            places = ((slice(start, middle), d_in), (slice(middle, end), d_out))
+            yield tuple(
+                bank_SP[:, place].unflatten(1, (self.max_rank, width))
+                for bank_SP in (self.used_SP, self.grad_SP)
+                for place, width in places
+            )
+            start = end
+
+    def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
+        """Give the slot fresh adapters on the named layers: A uniform as in PEFT (Kaiming, a = sqrt 5), B
+        zero."""
+        self.release(slot)
+        generator = torch.Generator().manual_seed(seed)
+        banks = (self.theta_SP, self.used_SP, self.grad_SP)
+        views = (self.views(bank[slot], settings.r, names) for bank in banks)
+        for (index, a_RD, _), (_, *used), (_, *grads) in zip(*views, strict=True):
+            bound = 1.0 / math.sqrt(a_RD.shape[1])
+            a_RD.copy_(torch.empty(a_RD.shape).uniform_(-bound, bound, generator=generator))
+            pair = (used[0], used[1], grads[0], grads[1])
+            self.adapters[index][slot] = SlotAdapter(*pair, lora_scaling(settings), settings.dropout)
+        self.refresh(slot)
+
+    def refresh(self, slot: int) -> None:
+        """Let the matmuls see the slot's row after theta has changed."""
+        if self.used_SP is not self.theta_SP:
+            self.used_SP[slot].copy_(self.theta_SP[slot])
+
+    def release(self, slot: int) -> None:
+        """Empty the slot."""
+        for bank_SP in (self.theta_SP, self.used_SP, self.grad_SP):
+            bank_SP[slot].zero_()
+        for adapters in self.adapters:
+            adapters.pop(slot, None)
+
+    def tensors(self, row_P: torch.Tensor, r: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
+        ``<layer>.lora_B.weight`` [O, r]."""
+        state = {}
+        for index, a_RD, b_RO in self.views(row_P, r, names):
+            state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()
+            state[f"{self.names[index]}.lora_B.weight"] = b_RO.detach().T.cpu().contiguous()
+        return state
+
+    @torch.no_grad()
+    def load(
+        self, row_P: torch.Tensor, r: int, names: Sequence[str], state: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Put back what `tensors` gave."""
+        for index, a_RD, b_RO in self.views(row_P, r, names):
+            a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
+            b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)
+
+
+def export_peft(
+    state: Mapping[str, torch.Tensor],
+    settings: TrialSettings,
+    names: Sequence[str],
+    base_path: str,
+    folder: Path,
+    note: Mapping[str, object] | None = None,
+) -> None:
+    """Write a folder that plain ``PeftModel.from_pretrained`` loads; the weights change in one go, sealed
+    with the note."""
+    config = PeftLoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
+        lora_dropout=settings.dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        use_rslora=settings.use_rslora,
+        base_model_name_or_path=base_path,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    _write_config(config, folder)
+    weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+    write_sealed(folder / WEIGHTS_NAME, weights, note or {})
+
+
+def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return weights and note as `export_peft` was given them. Raises DamagedFileError."""
+    weights, note = read_sealed(folder / WEIGHTS_NAME)
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()}, note
+
+
+def _write_config(config: PeftLoraConfig, folder: Path) -> None:
+    """Let PEFT write beside the folder, so that a full disk leaves the old file as it was."""
+    fresh = folder.with_name(f"{folder.name}{TEMPORARY}")
+    with explained_writing(folder):
+        config.save_pretrained(str(fresh))
+        for path in fresh.iterdir():
+            old, content = folder / path.name, path.read_bytes()
+            if not old.exists() or old.read_bytes() != content:  # of a trial's rungs only the first differs
+                write_file(old, content)
+        shutil.rmtree(fresh)

@@ -1,0 +1,83 @@
+"""An engine of the right size for a sweep: which layers carry adapters, how many slots, how large a pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lora_search.data.preparation import Splits
+from lora_search.engine.autosize import Fit, bytes_per_slot, fit
+from lora_search.engine.bank import SlotBank
+from lora_search.engine.engine import Engine
+from lora_search.engine.packed_model import PackedModel
+from lora_search.model.loading import Base, matches, target_layers
+from lora_search.ops.device import available_bytes
+from lora_search.ops.recompute import recompute_layers
+from lora_search.settings.schema import ALL_LINEAR, SweepConfig
+from lora_search.settings.space import Space, largest, possible_targets, smallest, trial_settings
+from lora_search.trial import TrialSettings
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine must hold: all targets that a trial may have, largest rank, smallest batch, trials."""
+
+    targets: tuple[tuple[str, ...], ...]
+    max_rank: int
+    min_batch_size: int
+    num_trials: int
+
+    @classmethod
+    def of(cls, trials: Sequence[TrialSettings]) -> "Room":
+        """Return room for just these trials."""
+        targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
+        max_rank, min_batch = max(t.r for t in trials), min(t.batch_size for t in trials)
+        return cls(targets, max_rank, min_batch, len(trials))
+
+    @classmethod
+    def of_space(cls, config: SweepConfig, space: Space) -> "Room":
+        """Return room for every trial of a space."""
+        targets = tuple(possible_targets(config, space))
+        max_rank = largest(config, space, "lora.r")
+        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
+
+
+def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) -> tuple[Engine, str]:
+    """Return an engine of that room, and how its size was chosen ("": it was set).
+
+    Raises ModelError where a target does not exist.
+    """
+    layers: dict[str, nn.Linear] = {}
+    for targets in room.targets:
+        layers |= target_layers(base.model, targets)
+    everything = target_layers(base.model, (ALL_LINEAR,))
+    layers = {name: layer for name, layer in everything.items() if name in layers}
+    if config.engine.gradient_checkpointing is True:
+        recompute_layers(base.model)
+    chosen = _fit(config, room, base, splits, layers)
+    bank = SlotBank(base.model, layers, chosen.slots, room.max_rank, base.dtype)
+    engine = Engine(
+        PackedModel(base.model, bank),
+        bank,
+        splits,
+        data_seed=config.seed,
+        tokens_per_pass=chosen.tokens_per_pass,
+        base_path=base.source,
+        resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
+    )
+    return engine, chosen.note
+
+
+def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
+    """Choose what is auto by a probe with one slot, which leaves the model as it was."""
+    slots, tokens = config.engine.slots, config.engine.tokens_per_pass
+    if isinstance(slots, int) and isinstance(tokens, int):
+        return Fit(slots, tokens)
+    bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
+    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
+    model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
+    sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
+    free, batch = available_bytes(base.device) // sharing, room.min_batch_size
+    chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
+    bank.remove(base.model)
+    return chosen

@@ -1,0 +1,293 @@
+"""Trains many trials at once over one frozen base and yields what they measure. Knows no Optuna, no W&B.
+
+`advance` runs one packed pass; a slot steps when its own effective batch is complete and is evaluated when it
+reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into
+passes. Whatever goes wrong with one trial ends that trial only (`failures`).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from lora_search.data.order import DataAxis
+from lora_search.data.preparation import Splits
+from lora_search.engine.bank import SlotBank
+from lora_search.engine.evaluation import perplexities, shareable_tokens
+from lora_search.engine.optim import SlotAdamW, learning_rate
+from lora_search.engine.packed_model import PackedModel, SlotRows
+from lora_search.engine.packing import fill_pass
+from lora_search.engine.slot import Slot
+from lora_search.engine.stopwatch import Lap, Throughput
+from lora_search.engine.trial_folder import START, Keeper
+from lora_search.errors import DoesNotFitError, LoraSearchError
+from lora_search.failures import failure_reason, first_line
+from lora_search.ops.device import give_back_memory, is_out_of_memory
+from lora_search.trial import Measurement, SlotView, TrialRun
+
+logger = logging.getLogger(__name__)
+
+Packed = Sequence[tuple[int, Slot, SlotRows]]
+T = TypeVar("T")
+
+
+class Engine:
+    """S slots over one base. ``resolve_targets`` maps a trial's target modules to full layer names."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        bank: SlotBank,
+        splits: Splits,
+        *,
+        data_seed: int,
+        tokens_per_pass: int,
+        base_path: str,
+        resolve_targets: Callable[[tuple[str, ...]], tuple[str, ...]],
+    ) -> None:
+        self.model, self.bank, self.splits = model, bank, splits
+        self.num_shared = shareable_tokens(model, splits.validation)
+        self.axis = DataAxis(splits.train, data_seed)
+        self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP)
+        self.keeper = Keeper(bank, self.optimizer, base_path, splits.data_hash)
+        self.tokens_per_pass = tokens_per_pass
+        self.resolve_targets = resolve_targets
+        self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]
+        self.throughput = Throughput()
+        self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
+        self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until it steps
+        self._outcomes: list[Measurement] = []  # of trials that failed, or whose checkpoint knew more
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots.count(None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the training throughput of the last passes, over all slots."""
+        return self.throughput.tokens_per_second
+
+    def admit(self, runs: Sequence[TrialRun]) -> None:
+        """Give each trial a slot; one that left a checkpoint goes on from there.
+
+        What the checkpoint knows and the study does not, and who could not begin, `advance` tells.
+        """
+        for run in runs:
+            index = self.slots.index(None)
+            slot = Slot(run, (), START, self.axis.total_steps(run.settings))
+            self.slots[index] = slot
+            self._for_one(slot, partial(self._begin, index, slot))
+
+    def _begin(self, index: int, slot: Slot) -> None:
+        run = slot.run
+        slot.names = self.resolve_targets(run.settings.target_modules)
+        self.bank.admit(index, run.settings, slot.names, run.seed)
+        self.optimizer.reset(index)
+        slot.position, slot.best, slot.recovery = self.keeper.resume(index, run, slot.names)
+        slot.train_tokens = slot.position.train_tokens
+        self._outcomes += slot.missing_measurements()
+        self._next_batch(slot)
+
+    def release(self, trial_numbers: Sequence[int]) -> None:
+        """Empty the slots of these trials."""
+        for index, slot in enumerate(self.slots):
+            if slot is not None and slot.run.number in trial_numbers:
+                self.bank.release(index)
+                self.slots[index] = None
+
+    def advance(self) -> list[Measurement]:
+        """Run one packed pass; return the rungs reached in it, and the trials that ended."""
+        packed = self._take_pass()
+        if packed and self._forward_backward(packed):
+            self.after_pass()
+            whole = [(i, slot) for i, slot, _ in packed if self.slots[i] is slot and not slot.batch.rows]
+            due = [(i, slot) for i, slot in whole if self._for_one(slot, partial(self._step, i, slot))]
+            self._outcomes += self._measure(due)
+        outcomes, self._outcomes = self._outcomes, []
+        self.release([m.trial_number for m in outcomes if m.ended])
+        return outcomes
+
+    def _take_pass(self) -> Packed:
+        """Take the rows of the next pass: of all trials, or of one that is under suspicion."""
+        self._suspects = [slot for slot in self._suspects if slot in self.slots]
+        chosen = self._suspects[:1] or [slot for slot in self.slots if slot is not None]
+        active = [(self.slots.index(slot), slot) for slot in chosen]
+        queues = [[len(row.input_ids) for row, _ in slot.batch.rows] for _, slot in active]
+        taken = fill_pass(queues, self.tokens_per_pass)
+        return [(i, slot, slot.take(i, n)) for (i, slot), n in zip(active, taken, strict=True) if n]
+
+    def evaluate_base(self) -> float:
+        """Return the validation perplexity of the bare base."""
+        return self._perplexities([None])[0]
+
+    def views(self) -> list[SlotView]:
+        """Return what each busy slot is doing."""
+        busy = [slot for slot in self.slots if slot is not None]
+        return [slot.view(self.axis.rung_examples(slot.settings, slot.position.rung + 1)) for slot in busy]
+
+    def _forward_backward(self, packed: Packed) -> bool:
+        """Add the pass's gradients to the bank; return False where memory ran out: to be repeated."""
+        lap, losses = Lap(self.model.device), []
+        try:
+            losses = self._losses(packed)
+        except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
+            trouble = self._explain(error)
+        if not losses:
+            self._repeat(packed, trouble)
+            return False
+        lap.stop()
+        tokens = sum(rows.num_tokens for _, _, rows in packed)
+        self.throughput.note(lap, tokens)
+        for loss, (_, slot, rows) in zip(losses, packed, strict=True):
+            slot.batch.losses.append(loss)
+            slot.batch.num_tokens += rows.num_tokens
+            slot.batch.laps.append((lap, rows.num_tokens / tokens))
+        return True
+
+    def _losses(self, packed: Packed) -> list[torch.Tensor]:
+        """Return each slot's part of its batch's loss. A function of its own, so that nothing holds the graph
+        any more when memory ran out and the pass is repeated."""
+        nlls = self.model.nll([rows for _, _, rows in packed])
+        pairs = zip(nlls, packed, strict=True)
+        losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
+        torch.stack(losses).sum().backward()
+        return [loss.detach() for loss in losses]
+
+    def _repeat(self, packed: Packed, trouble: str | None) -> None:
+        """Take back what a pass that failed may have left, and queue its batches anew: the same rows, masks
+        and sums, in smaller passes where memory ran out (None), else slot by slot."""
+        for index, slot, _ in packed:
+            self.bank.grad_SP[index].zero_()
+            self._next_batch(slot)
+        slots = [slot for _, slot, _ in packed]
+        if trouble is None:
+            self._for_one(slots[0], partial(self._halve_passes, sum(len(rows.rows) for _, _, rows in packed)))
+        elif len(slots) == 1:
+            self._fail(slots[0], trouble)
+        else:
+            self._suspects = slots
+            logger.warning("a pass failed: %s; its trials run again one by one", trouble)
+
+    def _explain(self, error: Exception) -> str | None:
+        """Return what a trial did wrong, None where memory ran out; raise what ends the whole sweep."""
+        if isinstance(error, torch.AcceleratorError):
+            remedy = "The trials go back; the same command goes on."
+            raise LoraSearchError(
+                f"engine.device: the device failed: {first_line(error)}. {remedy}"
+            ) from None
+        if isinstance(error, DoesNotFitError):
+            return str(error)
+        if isinstance(error, LoraSearchError):
+            raise error
+        return None if is_out_of_memory(error) else failure_reason(error)
+
+    def _for_one(self, slot: Slot, act: Callable[[], T]) -> T | None:
+        """Do what concerns one trial; whatever it raises is the end of that trial only."""
+        try:
+            return act()
+        except Exception as error:  # noqa: BLE001  (a bug in one trial is not the others')
+            self._fail(slot, self._explain(error) or failure_reason(error))
+            return None
+
+    def _fail(self, slot: Slot, reason: str) -> None:
+        self._outcomes.append(slot.measurement(math.nan, ended="failed", detail=reason))
+        self.release([slot.run.number])
+
+    def _halve_passes(self, num_rows: int) -> None:
+        if num_rows <= 1:
+            longest = max(len(row.input_ids) for row in (*self.splits.train, *self.splits.validation))
+            raise DoesNotFitError(
+                f"engine.tokens_per_pass: out of memory with a single row (longest: {longest} tokens). "
+                "Lower data.max_length, lora.r or engine.slots, or use a device with more memory."
+            )
+        give_back_memory(self.model.device)
+        self.tokens_per_pass = max(1, self.tokens_per_pass // 2)
+        logger.warning(
+            "out of memory: passes of %d tokens from now on; the numbers stay the same", self.tokens_per_pass
+        )
+
+    def _step(self, index: int, slot: Slot) -> bool:
+        """Take the optimizer step of a complete effective batch; return whether a rung is reached."""
+        lr = learning_rate(slot.settings, slot.position.optimizer_steps, slot.total_steps)
+        slot.end_step(lr, self.optimizer.step(index, slot.settings, lr))
+        self.bank.refresh(index)
+        self._suspects = [suspect for suspect in self._suspects if suspect is not slot]
+        if slot.watch.is_sick:
+            self._diverge(slot)
+            return False
+        if self._has_reached(slot, slot.position.rung + 1):
+            return True
+        self._next_batch(slot)
+        return False
+
+    def _diverge(self, slot: Slot) -> None:
+        rung, step = slot.position.rung + 1, slot.position.optimizer_steps
+        detail = f"loss or gradient not finite at optimizer step {step}, before rung {rung}"
+        slot.position = replace(slot.position, rung=rung)
+        self._outcomes.append(slot.measurement(math.nan, slot.step_records(), "diverged", detail))
+
+    def _has_reached(self, slot: Slot, rung: int) -> bool:
+        return slot.position.examples_seen >= self.axis.rung_examples(slot.settings, rung)
+
+    def _next_batch(self, slot: Slot) -> None:
+        slot.begin_batch(self.axis.batch(slot.position.examples_seen, slot.settings))
+
+    def _measure(self, due: Sequence[tuple[int, Slot]]) -> list[Measurement]:
+        values = self._evaluate(due)
+        return [
+            m
+            for (index, slot), value in zip(due, values, strict=True)
+            if value is not None and self.slots[index] is slot
+            for m in self._for_one(slot, partial(self._rungs, index, slot, value)) or ()
+        ]
+
+    def _evaluate(self, due: Sequence[tuple[int, Slot]]) -> list[float | None]:
+        """Return validation perplexities, packed, or else one by one; None for who fails alone."""
+        if len(due) > 1:
+            try:
+                return list(self._perplexities([index for index, _ in due]))
+            except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
+                logger.warning(
+                    "an evaluation failed: %s; its trials run again one by one", self._explain(error)
+                )
+        values = [self._for_one(slot, partial(self._perplexities, [index])) for index, slot in due]
+        return [value[0] if value else None for value in values]
+
+    def _perplexities(self, slots: Sequence[int | None]) -> list[float]:
+        rows = self.splits.validation
+        while True:
+            try:
+                size, shared = self.tokens_per_pass, self.num_shared
+                return perplexities(self.model, slots, rows, size, shared, self.after_pass)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            longest = max(len(row.input_ids) for row in rows)
+            self._halve_passes(len(rows) if self.tokens_per_pass > longest else 1)
+
+    def _rungs(self, index: int, slot: Slot, perplexity: float) -> list[Measurement]:
+        """Record every rung that the trial's last step passed: more than one where a step spans several."""
+        steps = slot.step_records()
+        finite = math.isfinite(perplexity) and all(math.isfinite(s.loss + s.grad_norm) for s in steps)
+        perplexity = perplexity if finite else math.nan
+        slot.last_loss, slot.last_perplexity = sum(s.loss for s in steps) / len(steps), perplexity
+        measurements: list[Measurement] = []
+        while self._has_reached(slot, slot.position.rung + 1):
+            if slot.reach_rung(perplexity):
+                self.keeper.keep_best(index, slot)
+            ended, detail = slot.ending(finite)
+            new_steps = () if measurements else steps
+            measurements.append(
+                slot.measurement(perplexity, new_steps, ended, detail, self.tokens_per_second)
+            )
+            if ended:
+                return measurements
+        self.keeper.save(index, slot)
+        slot.steps.clear()
+        slot.laps.clear()
+        self._next_batch(slot)
+        return measurements

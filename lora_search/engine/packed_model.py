@@ -1,0 +1,181 @@
+"""One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the
+LM head. In an evaluation the tokens that all rows of a slot begin with are computed once for all of them.
+
+Legend: T tokens of the pass, N completion tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_search.data.preparation import Example
+from lora_search.engine.bank import SlotBank
+from lora_search.ops.dropout import threshold, token_keys
+from lora_search.ops.fused import fuse
+from lora_search.ops.lora import Plan
+from lora_search.ops.nll import Head
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """What one slot puts into a pass. ``ordinals`` number the rows as its trial sees them, for dropout; the
+    first ``num_shared`` tokens, the same in all rows, stand in the pass once (not together with dropout)."""
+
+    slot: int | None
+    rows: Sequence[Example]
+    seed: int = 0
+    ordinals: Sequence[int] = ()
+    dropout: float = 0.0
+    num_shared: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_shared + sum(len(row.input_ids) - self.num_shared for row in self.rows)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(num_completion_tokens(row) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that stand end to end from ``start`` on; those before them in their row stand at ``prefix``."""
+
+    token_ids: Sequence[int]
+    start: int
+    num_completion_tokens: int = 0
+    num_before: int = 0
+    prefix: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_before + len(self.token_ids)
+
+
+def num_completion_tokens(row: Example) -> int:
+    return len(row.input_ids) - row.num_prompt_tokens
+
+
+class PackedModel:
+    """The frozen base as a function from packed rows to NLL per completion token."""
+
+    def __init__(self, model: PreTrainedModel, bank: SlotBank) -> None:
+        self.bank, self.device, self.dtype = bank, model.device, model.dtype
+        self.decoder: nn.Module = model.base_model
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.head = Head(model.get_output_embeddings(), softcap)
+        fuse(model)
+
+    def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:
+        """Return NLL per completion token [N_s] per slot, in the order given; a graph if autograd is on."""
+        hidden_ND, target_N = self._hidden(packs)
+        nll_N = self.head.nll(hidden_ND, target_N)
+        return list(nll_N.split([pack.num_completion_tokens for pack in packs]))
+
+    def _hidden(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor]:
+        segments = lay_end_to_end(packs)
+        ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
+        position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
+        target_positions = torch.tensor(
+            [place for s in segments for place in range(s.end - s.num_completion_tokens, s.end)]
+        )
+        self.bank.plan = self._plan(packs)  # it stays: layers may be computed again on the way back
+        attention = {
+            name: self._upload(value) if isinstance(value, torch.Tensor) else value
+            for name, value in attention_arguments(segments).items()
+        }
+        output = self.decoder(
+            input_ids=self._upload(ids_T[None]),
+            position_ids=self._upload(position_T[None]),
+            use_cache=False,
+            **attention,
+        )
+        target_N = self._upload(ids_T[target_positions])
+        hidden_TD = output.last_hidden_state[0]  # index_select: its way back needs no sort
+        return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
+
+    def _plan(self, packs: Sequence[SlotRows]) -> Plan:
+        """Return who owns which tokens, and what dropout hashes: one key a token, one threshold a slot."""
+        slots = tuple(pack.slot for pack in packs)
+        bounds = (0, *accumulate(pack.num_tokens for pack in packs))
+        grouping = self._grouping(packs) if self.bank.is_grouped else ()
+        if not any(pack.dropout for pack in packs):
+            return Plan(slots, bounds, None, None, *grouping)
+        keys = [
+            token_keys(pack.seed, list(pack.ordinals), [len(row.input_ids) for row in pack.rows])
+            if pack.dropout
+            else torch.zeros(pack.num_tokens, dtype=torch.int32)
+            for pack in packs
+        ]
+        thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int16)
+        key_T, threshold_T = self._upload(torch.cat(keys)), self._upload(_per_token(thresholds, packs))
+        return Plan(slots, bounds, key_T, threshold_T, *grouping)
+
+    def _grouping(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return where each slot's tokens end, int32 [S], what each token's adapter is scaled by, [T], and
+        which slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
+        slots = [-1 if pack.slot is None else pack.slot for pack in packs]
+        assert slots == sorted(slots), "grouped matmuls take tokens in the order of the slots"
+        counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
+        for slot, pack in zip(slots, packs, strict=True):
+            counts_S[max(slot, 0)] += pack.num_tokens
+        scaling = torch.tensor([self.bank.scaling(pack.slot) / (1.0 - pack.dropout) for pack in packs])
+        ends_S = counts_S.cumsum(0, dtype=torch.int32)
+        is_idle_S = counts_S == 0
+        idle_S = self._upload(is_idle_S) if is_idle_S.any() else None
+        return self._upload(ends_S), self._upload(_per_token(scaling, packs)), idle_S
+
+    def _upload(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""
+        if self.device.type != "cuda":
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+
+def _per_token(values: torch.Tensor, packs: Sequence[SlotRows]) -> torch.Tensor:
+    """Return each pack's value once for each of its tokens."""
+    return values.repeat_interleave(torch.tensor([pack.num_tokens for pack in packs]))
+
+
+def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:
+    """Return what stands in the pass: of each pack what its rows share, then the rest of each row."""
+    segments: list[Segment] = []
+    start = 0
+    for pack in packs:
+        shared, prefix = pack.num_shared, start
+        parts = [Segment(pack.rows[0].input_ids[:shared], start)] if shared else []
+        start += shared
+        for row in pack.rows:
+            rest = row.input_ids[shared:]
+            parts.append(Segment(rest, start, num_completion_tokens(row), shared, prefix))
+            start += len(rest)
+        segments += parts
+    return segments
+
+
+def attention_arguments(segments: Sequence[Segment]) -> dict[str, torch.Tensor | int]:
+    """Return the boundaries for `rows_attention`; of the keys as well, and where each comes from, where
+    some are shared."""
+    arguments: dict[str, torch.Tensor | int] = {
+        "cu_seq_lens_q": _boundaries([len(s.token_ids) for s in segments]),
+        "max_length_q": max(len(s.token_ids) for s in segments),
+    }
+    if any(s.num_before for s in segments):
+        pieces = [(s.prefix, s.prefix + s.num_before, s.start, s.end) for s in segments]
+        sources = [torch.arange(*ends) for a, b, c, d in pieces for ends in ((a, b), (c, d))]
+        arguments["cu_seq_lens_k"] = _boundaries([s.num_keys for s in segments])
+        arguments["max_length_k"] = max(s.num_keys for s in segments)
+        arguments["key_source"] = torch.cat(sources)
+    return arguments
+
+
+def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)

@@ -1,0 +1,186 @@
+"""One trial in training: its place on the data axis, the rest of its batch, what it has measured."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lora_search.data.preparation import Example
+from lora_search.engine.packed_model import SlotRows, num_completion_tokens
+from lora_search.engine.stopwatch import Lap
+from lora_search.files.checkpoint import Position
+from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
+
+
+@dataclass
+class Batch:
+    """An effective batch on its way: rows still to go as (example, ordinal), and what has come in so far."""
+
+    rows: deque[tuple[Example, int]]
+    num_examples: int
+    num_completion_tokens: int
+    losses: list[torch.Tensor] = field(default_factory=list)
+    num_tokens: int = 0
+    laps: list[tuple[Lap, float]] = field(default_factory=list)  # a pass and this batch's share of it
+
+
+class Watch:
+    """Whether a slot's steps were finite, without waiting for the device: on CUDA known some steps later."""
+
+    def __init__(self) -> None:
+        self._on_their_way: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._is_sick = False
+
+    def note(self, value: torch.Tensor) -> None:
+        """Send a step's loss plus gradient norm on its way to the host."""
+        seen = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        seen.copy_(value, non_blocking=True)
+        copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+        self._on_their_way.append((seen, copied))
+
+    @property
+    def is_sick(self) -> bool:
+        while self._on_their_way and has_come(self._on_their_way[0][1]):
+            value, _ = self._on_their_way.popleft()
+            self._is_sick = self._is_sick or not math.isfinite(value.item())
+        return self._is_sick
+
+
+def has_come(copied: torch.cuda.Event | None) -> bool:
+    """Return whether a copy to the host is over; None: it was one within the host."""
+    return copied is None or bool(copied.query())
+
+
+@dataclass(eq=False)
+class Slot:
+    """A trial that trains. ``steps`` holds (examples seen, loss, lr, gradient norm) since the last rung."""
+
+    run: TrialRun
+    names: tuple[str, ...]
+    position: Position
+    total_steps: int
+    batch: Batch = field(init=False)
+    train_tokens: int = 0
+    laps: list[tuple[Lap, float]] = field(default_factory=list)  # since the last rung
+    steps: list[tuple[int, torch.Tensor, float, torch.Tensor]] = field(default_factory=list)
+    last_loss: float | None = None
+    last_perplexity: float | None = None
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # the adapter of the best rung, on the host
+    recovery: str = ""  # what was wrong with its checkpoint, until a measurement takes it along
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def settings(self) -> TrialSettings:
+        return self.run.settings
+
+    def begin_batch(self, examples: Sequence[Example]) -> None:
+        """Queue an effective batch from its start."""
+        seen = self.position.examples_seen
+        rows = deque((row, seen + i) for i, row in enumerate(examples))
+        self.batch = Batch(rows, len(rows), sum(num_completion_tokens(row) for row in examples))
+
+    def take(self, index: int, count: int) -> SlotRows:
+        """Return the next rows as this slot's part of a pass."""
+        rows = [self.batch.rows.popleft() for _ in range(count)]
+        examples, ordinals = [row for row, _ in rows], [ordinal for _, ordinal in rows]
+        return SlotRows(index, examples, self.run.seed, ordinals, self.settings.dropout)
+
+    def end_step(self, lr: float, grad_norm: torch.Tensor) -> None:
+        """Record the optimizer step that the batch led to."""
+        batch, position = self.batch, self.position
+        seen = position.examples_seen + batch.num_examples
+        loss = torch.stack(batch.losses).sum()
+        self.steps.append((seen, loss, lr, grad_norm))
+        self.watch.note(loss + grad_norm)
+        self.position = replace(position, examples_seen=seen, optimizer_steps=position.optimizer_steps + 1)
+        self.train_tokens += batch.num_tokens
+        self.laps += batch.laps
+
+    def step_records(self) -> tuple[StepRecord, ...]:
+        """Bring the steps since the last rung to the host, in one synchronisation."""
+        losses = torch.stack([loss for _, loss, _, _ in self.steps]).tolist()
+        norms = torch.stack([norm for _, _, _, norm in self.steps]).tolist()
+        return tuple(
+            StepRecord(examples_seen=seen, loss=loss, lr=lr, grad_norm=norm)
+            for (seen, _, lr, _), loss, norm in zip(self.steps, losses, norms, strict=True)
+        )
+
+    def reach_rung(self, perplexity: float) -> bool:
+        """Stand at the next rung; return whether it is the best so far. What the study has of it stays."""
+        rung = self.position.rung + 1
+        perplexity = self.run.perplexities.get(rung, perplexity)
+        curve = (*self.position.curve, (self.position.examples_seen, perplexity))
+        self.position = replace(self.position, rung=rung, train_tokens=self.train_tokens, curve=curve)
+        if not perplexity < self.position.best_perplexity:  # nor is NaN
+            return False
+        self.position = replace(self.position, best_rung=rung, best_perplexity=perplexity)
+        return True
+
+    def measurement(
+        self,
+        perplexity: float,
+        steps: tuple[StepRecord, ...] = (),
+        ended: EndReason | None = None,
+        detail: str = "",
+        tokens_per_second: float = 0.0,
+    ) -> Measurement:
+        """Return what the trial measured where it stands."""
+        position, recovery = self.position, self.recovery
+        self.recovery = ""
+        return Measurement(
+            trial_number=self.run.number,
+            rung=position.rung,
+            examples_seen=position.examples_seen,
+            train_tokens=self.train_tokens,
+            train_seconds=sum(lap.seconds * share for lap, share in self.laps) if steps else 0.0,
+            tokens_per_second=tokens_per_second,
+            validation_loss=math.log(perplexity),
+            perplexity=perplexity,
+            best_rung=position.best_rung,
+            best_perplexity=position.best_perplexity,
+            steps=steps,
+            ended=ended,
+            detail=detail,
+            recovery=recovery,
+        )
+
+    def missing_measurements(self) -> list[Measurement]:
+        """Return the rungs that the checkpoint has and the study has not: its worker died in between."""
+        position, missing = self.position, []
+        for rung, (seen, perplexity) in enumerate(position.curve, start=1):
+            if rung not in self.run.perplexities:
+                upto = position.curve[:rung]
+                best = min(range(rung), key=lambda i: (upto[i][1], i))
+                self.position = replace(
+                    position, rung=rung, examples_seen=seen, best_rung=best + 1, best_perplexity=upto[best][1]
+                )
+                missing.append(self.measurement(perplexity))
+        self.position = position
+        return missing
+
+    def ending(self, finite: bool) -> tuple[EndReason | None, str]:
+        """Return why the trial ends at the rung it is at, and that in words; None where it goes on."""
+        position, patience = self.position, self.settings.early_stopping_patience
+        if not finite:
+            return "diverged", f"loss, gradient or validation not finite at rung {position.rung}"
+        if position.rung == self.settings.num_rungs:
+            return "finished", ""
+        if patience is not None and position.rung - position.best_rung >= patience:
+            since = f"since rung {position.best_rung}"
+            return "early_stopped", f"no better validation perplexity for {patience} rungs {since}"
+        return None, ""
+
+    def view(self, next_rung_examples: float) -> SlotView:
+        """Return what the slot is doing, for people."""
+        batch = self.batch
+        return SlotView(
+            trial_number=self.run.number,
+            settings=self.settings,
+            rung=self.position.rung,
+            examples_seen=self.position.examples_seen + batch.num_examples - len(batch.rows),
+            next_rung_examples=int(next_rung_examples),
+            loss=self.last_loss,
+            perplexity=self.last_perplexity,
+        )

@@ -1,0 +1,163 @@
+"""What of a trial outlives its process: checkpoint/ and adapter/ in its folder.
+
+adapter/ holds the rung that the study says is best, whatever was killed or damaged in between: a checkpoint
+carries the best adapter too, and an adapter says of which rung it is. Cost: 4 adapters a checkpoint, 3 where
+the last rung is the best.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_search.engine.bank import SlotBank, export_peft, read_peft
+from lora_search.engine.optim import SlotAdamW
+from lora_search.engine.slot import Slot
+from lora_search.files.atomic import remove_unfinished
+from lora_search.files.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
+from lora_search.files.tensors import DamagedFileError
+from lora_search.trial import TrialRun
+
+logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+START = Position(
+    examples_seen=0, optimizer_steps=0, rung=0, train_tokens=0, best_rung=0, best_perplexity=math.inf
+)
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Writes and reads the folders of trials for one engine. ``data`` names what they all train on."""
+
+    bank: SlotBank
+    optimizer: SlotAdamW
+    base_path: str
+    data: str
+
+    def keep_best(self, index: int, slot: Slot) -> None:
+        """Let adapter/ hold the slot's adapter as it is now. Raises WriteError."""
+        state = self.bank.tensors(self.bank.theta_SP[index], slot.settings.r, slot.names)
+        slot.best = {
+            name: tensor.clone() for name, tensor in state.items()
+        }  # on a CPU they are the bank's own
+        self._export(slot.run, slot.names, slot.position, slot.best)
+
+    def save(self, index: int, slot: Slot) -> None:
+        """Write the slot's checkpoint. Raises WriteError."""
+        state = {
+            f"{kind}/{name}": tensor
+            for kind, row_P in self._rows(index).items()
+            for name, tensor in self.bank.tensors(row_P, slot.settings.r, slot.names).items()
+        }
+        if slot.position.best_rung not in (0, slot.position.rung):
+            state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
+        save_checkpoint(_checkpoints(slot.run), slot.position, state, self._origin(slot.run))
+
+    def resume(
+        self, index: int, run: TrialRun, names: Sequence[str]
+    ) -> tuple[Position, dict[str, torch.Tensor], str]:
+        """Put the last whole checkpoint into the slot; return position, best adapter, what was wrong."""
+        expected = {
+            kind: self.bank.tensors(row_P, run.settings.r, names) for kind, row_P in self._rows(index).items()
+        }
+        found, troubles = load_checkpoint(
+            _checkpoints(run), self._origin(run), lambda found: _check_shapes(found, expected)
+        )
+        position, state = found or (START, {})
+        for kind, row_P in self._rows(index).items() if found else ():
+            self.bank.load(row_P, run.settings.r, names, _part(state, kind))
+        self.bank.refresh(index)
+        self.optimizer.steps[index] = position.optimizer_steps
+        position, best, lost = self._settle_adapter(run, names, position, state)
+        recovery = _tell(troubles, position.rung, lost)
+        if recovery:
+            logger.warning("trial %d: %s", run.number, recovery)
+        return position, best, recovery
+
+    def _settle_adapter(
+        self, run: TrialRun, names: Sequence[str], position: Position, state: Tensors
+    ) -> tuple[Position, dict[str, torch.Tensor], str]:
+        """Make adapter/ hold the best rung that study and checkpoint know of.
+
+        The study may be ahead: then the best adapter is on the disk, or comes back with its rung.
+        """
+        known = {rung: perplexity for rung, (_, perplexity) in enumerate(position.curve, start=1)}
+        known |= run.perplexities
+        remove_unfinished(_adapter(run))
+        best_rung = min(known, key=lambda rung: (known[rung], rung), default=0)
+        if best_rung != position.best_rung:
+            kept = self._kept_adapter(run, best_rung)
+            if kept is not None:
+                return replace(position, best_rung=best_rung, best_perplexity=known[best_rung]), kept, ""
+        best = _part(state, "theta" if position.best_rung == position.rung else "best")
+        if position.best_rung:
+            self._export(run, names, position, best)
+        else:
+            shutil.rmtree(_adapter(run), ignore_errors=True)
+        return position, best, "" if best_rung == position.best_rung else f"the adapter of rung {best_rung}"
+
+    def _kept_adapter(self, run: TrialRun, rung: int) -> dict[str, torch.Tensor] | None:
+        try:
+            weights, note = read_peft(_adapter(run))
+        except DamagedFileError:
+            return None
+        return weights if (note.get("rung"), note.get("origin")) == (rung, self._origin(run)) else None
+
+    def _export(self, run: TrialRun, names: Sequence[str], position: Position, best: Tensors) -> None:
+        note = {
+            "origin": self._origin(run),
+            "rung": position.best_rung,
+            "perplexity": position.best_perplexity,
+        }
+        export_peft(best, run.settings, names, self.base_path, _adapter(run), note)
+
+    def _rows(self, index: int) -> dict[str, torch.Tensor]:
+        banks = {
+            "theta": self.bank.theta_SP,
+            "m": self.optimizer.exp_avg_SP,
+            "v": self.optimizer.exp_avg_sq_SP,
+        }
+        return {kind: bank_SP[index] for kind, bank_SP in banks.items()}
+
+    def _origin(self, run: TrialRun) -> str:
+        """Name what decides a trial's numbers: a folder may hold the files of a study that is gone."""
+        model = (Path(self.base_path).name, str(self.bank.used_SP.dtype))
+        text = json.dumps([asdict(run.settings), run.seed, self.data, *model], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checkpoints(run: TrialRun) -> Path:
+    return Path(run.folder) / "checkpoint"
+
+
+def _adapter(run: TrialRun) -> Path:
+    return Path(run.folder) / "adapter"
+
+
+def _part(state: Tensors, kind: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{kind}/"): t for name, t in state.items() if name.startswith(f"{kind}/")}
+
+
+def _check_shapes(found: Checkpoint, expected: Mapping[str, Tensors]) -> None:
+    position, state = found
+    kinds = dict(expected)
+    if position.best_rung not in (0, position.rung):
+        kinds["best"] = expected["theta"]
+    shapes = {f"{kind}/{name}": tensor.shape for kind, part in kinds.items() for name, tensor in part.items()}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes:
+        raise DamagedFileError("has other layers or shapes than the trial")
+
+
+def _tell(troubles: Sequence[str], rung: int, lost: str) -> str:
+    """Return in words what was wrong and what was done; nothing where nothing was wrong."""
+    went_on = f"went on from rung {rung}" if rung else "trained anew from the start"
+    parts = ["; ".join(troubles)] if troubles else []
+    parts += [f"{lost} is lost until that rung is trained again"] if lost else []
+    return f"{'; '.join(parts)}: {went_on}" if parts else ""

@@ -1,0 +1,87 @@
+"""A trial's state at a rung: adapter, moments, position, curve. One sealed file a rung, the last two kept.
+
+A file that is damaged, or is not this trial's, is put aside and named, never used.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lora_search.files.atomic import explained_writing, remove_unfinished
+from lora_search.files.tensors import DamagedFileError, read_sealed, write_sealed
+
+KEPT = 2  # the last one, and the one before it should the last be damaged
+PUT_ASIDE = ".damaged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a trial had come. Best values are over its rungs so far; ``best_rung`` 0 means none yet.
+
+    ``curve[k - 1]`` is (examples seen, validation perplexity) at rung k.
+    """
+
+    examples_seen: int
+    optimizer_steps: int
+    rung: int
+    train_tokens: int
+    best_rung: int
+    best_perplexity: float
+    curve: tuple[tuple[int, float], ...] = ()
+
+
+Checkpoint = tuple[Position, dict[str, torch.Tensor]]
+
+
+def save_checkpoint(
+    folder: Path, position: Position, state: Mapping[str, torch.Tensor], origin: str = ""
+) -> None:
+    """Write the state of a rung whole, then drop what is older than the one before. Raises WriteError.
+
+    ``origin`` says whose state it is; only the same origin loads it.
+    """
+    note = {"origin": origin, "position": asdict(position)}
+    write_sealed(folder / f"rung-{position.rung:05d}.safetensors", state, note)
+    for path in _newest_first(folder)[KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, origin: str = "", check: Callable[[Checkpoint], None] = lambda _: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that is whole, and what was wrong with newer ones.
+
+    ``check`` raises DamagedFileError for one that does not fit. Files that a killed process left
+    half-written are removed.
+    """
+    remove_unfinished(folder)
+    troubles: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            found = _read(path, origin)
+            check(found)
+        except DamagedFileError as error:
+            troubles.append(f"{path.name} {error}")
+            with explained_writing(path):
+                path.replace(path.with_name(path.name + PUT_ASIDE))
+        else:
+            return found, troubles
+    return None, troubles
+
+
+def _read(path: Path, origin: str) -> Checkpoint:
+    state, note = read_sealed(path)
+    if note.get("origin") != origin:
+        raise DamagedFileError("belongs to a trial with other settings or data")
+    try:
+        fields = note["position"]
+        curve = tuple((int(seen), float(perplexity)) for seen, perplexity in fields["curve"])
+        return Position(**{**fields, "curve": curve}), state
+    except (KeyError, TypeError, ValueError):
+        raise DamagedFileError("holds no position that this version knows") from None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rung-*.safetensors"), reverse=True)

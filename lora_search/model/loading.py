@@ -1,0 +1,272 @@
+"""The frozen base and its tokenizer, loaded once per worker, and the layers of it that carry adapters.
+
+What cannot be loaded whole, is not computed rightly in packed passes, or cannot carry adapters is one
+ModelError that says what is there.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lora_search.errors import ConfigError, ModelError
+from lora_search.model.packing_check import check_packing
+from lora_search.model.sources import check_missing, find_source, location
+from lora_search.ops.attention import NAME as ATTENTION
+from lora_search.ops.device import keep_freed_memory
+from lora_search.settings.schema import ALL_LINEAR, EngineConfig, ModelConfig
+
+T = TypeVar("T")
+DAMAGED = "A file of it is damaged or cut short: fetch it again."
+UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError, pickle.UnpicklingError)
+NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
+REMEDIES = {  # what transformers' message contains -> what to do about it
+    "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
+    "backend tokenizer": NO_TOKENIZER,
+    "Unrecognized configuration class": "It is no causal language model: choose a decoder-only one.",
+    "does not recognize this architecture": "Choose another base, or update transformers.",
+    "not a valid JSON file": DAMAGED,
+    "GGUF magic": DAMAGED,
+    "cannot reshape array": DAMAGED,
+    "cannot mmap an empty file": DAMAGED,
+    "out of memory": "Choose a smaller base, another engine.device, or model.quantization=nf4.",
+    "Weights only load failed": "Its weights hold code, which is never executed: use .safetensors files.",
+    "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model in evaluation mode, on its device, with the packed attention in place."""
+
+    model: PreTrainedModel
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """Return a local folder or a hub id; packaged and GGUF models are converted into the cache first."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return _explained(config, lambda: find_source(config))
+
+
+def load_tokenizer(source: str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a resolved model; its length limit is never above what the model can read."""
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source, config)
+    longest = max_positions(_from_pretrained(AutoConfig, source, config))
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest row the model can read, if it says so.
+
+    Where the rotary frequencies depend on the longest row of a pass (longrope, dynamic), a longer row would
+    change its neighbours: there it is the length up to which they are fixed.
+    """
+    text = config.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return rope.get("original_max_position_embeddings", longest)
+    return longest
+
+
+def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
+    """Load the model once, frozen, every weight from the checkpoint, and checked in packed passes."""
+    device = pick_device(engine.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # or pinned memory and some kernels go to cuda:0
+    dtype = pick_dtype(engine.dtype, device)
+    model, found = _from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        config,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        device_map={"": device},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, with the names
+        **_quantization(config, dtype),
+    )
+    _check_whole(config, model, found)
+    model.requires_grad_(False)
+    model.eval()
+    _keep_trainable(model)
+    check_packing(model, config.path)
+    return Base(model, source, device, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; auto is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= count:
+        raise ConfigError(
+            "engine.device", name, f"must be a device of this machine ({count} GPUs)", "Use cpu or auto."
+        )
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the base's dtype; auto takes bfloat16 where the hardware multiplies matrices in it.
+
+    By the hardware and not by a stop-watch: the choice must not flip between two starts of a sweep.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # AMX or AVX512-BF16: 2.1 x float32 on Zen 4. Without either oneDNN emulates, up to 8 x slower.
+    multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return full name -> layer, in model order, for names as PEFT takes them; the output head carries no
+    adapter."""
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    if not linear:
+        raise ModelError(
+            f"lora.target_modules: adapters go on linear layers, and this {model.config.model_type} model "
+            f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
+        )
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return linear
+    for target in target_modules:
+        _check_target(target, modules, linear)
+    return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
+
+
+def matches(name: str, target_modules: Sequence[str]) -> bool:
+    """Return whether a linear layer is meant, by PEFT's rule: the full name or its tail."""
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return True
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:
+    found = [name for name in modules if matches(name, (target,))]
+    if not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ModelError(
+            f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
+        )
+    unfit = next((name for name in found if name not in linear), None)
+    if unfit is not None:
+        kind = type(modules[unfit]).__name__
+        raise ModelError(
+            f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+        )
+
+
+def _layer_kinds(modules: dict[str, nn.Module]) -> str:
+    """Return the kinds of the layers that multiply by a matrix."""
+    plain = (nn.Embedding, nn.Linear)
+    weights = {name: getattr(m, "weight", None) for name, m in modules.items() if not isinstance(m, plain)}
+    matrices = [name for name, w in weights.items() if isinstance(w, torch.Tensor) and w.dim() == 2]
+    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices})) or "of a kind of their own"
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
+    """Return QLoRA's settings (arXiv 2305.14314): NormalFloat in 4 bits, the scales quantized as well."""
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        rule, remedy = "needs the bitsandbytes package", "Run: pip install 'lora-search[qlora]'"
+        raise ConfigError("model.quantization", config.quantization, rule, remedy)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it misses a kernel that only inference would use
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4}
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in a form that gradients pass through.
+
+    In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first call without
+    gradients, for good, for a kernel that has no backward. Their training mode changes nothing else.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
+            module.train()
+
+
+def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise ModelError where transformers would go on with random weights, or put an adapter on by itself."""
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
+        )
+    check_missing(config.path, found["missing_keys"])
+    if found["mismatched_keys"]:
+        name, stored, expected = sorted(found["mismatched_keys"])[0]
+        raise ModelError(
+            f"model.path: {config.path} does not fit its config.json: {name} is {list(stored)} in the file, "
+            f"{list(expected)} by the configuration. Give weights and configuration of one model."
+        )
+
+
+def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: object) -> Any:
+    """Load by transformers' own rules, its errors as one message."""
+    options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    place = location(source, config)
+    return _explained(config, lambda: loader.from_pretrained(place, **options))  # type: ignore[attr-defined]
+
+
+def _explained(config: ModelConfig, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *UNREADABLE) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first.rstrip(".: ")
+        raise ModelError(
+            f"model.path: {config.path} cannot be loaded: {reason}. {_remedy(config, error)}"
+        ) from None
+
+
+def _remedy(config: ModelConfig, error: Exception) -> str:
+    for part, remedy in REMEDIES.items():
+        if part in str(error):
+            return remedy
+    if isinstance(error, UNREADABLE):
+        return DAMAGED
+    if isinstance(error, ImportError):
+        return "Install what it names, or choose another base."
+    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False where it may not look
+        return "Check the files in it, or give another base."
+    return "Check name and network, log in with `hf auth login` for gated models, or give a folder."

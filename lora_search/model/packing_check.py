@@ -1,0 +1,124 @@
+"""Whether packed passes compute a base rightly: compared, once at load, with the model's own attention.
+
+An architecture may keep state between tokens, add a bias of its own to the scores, look ahead, or scale its
+logits in a way that the packed path does not know. Two short rows laid end to end show it, in a few
+milliseconds on a small model and two short passes on a large one; the weights are not copied.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_search.errors import ModelError
+from lora_search.ops.attention import NAME as ATTENTION
+
+ROW_TOKENS, NUM_ROWS = 8, 2
+SHORT_WINDOW = 3  # tokens; long windows and chunks are cut to it, so that a short row feels them
+WINDOWS = ("sliding_window", "attention_chunk_size")
+LOOSEST_QUARTER = 0.75  # rounding in bfloat16 may send single tokens to other experts; most must agree
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, per token
+REMEDY = "Choose a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma or Phi."
+FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def output_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from hidden states to logits; Gemma 2 caps them."""
+    output: nn.Module = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if softcap is None:
+        return output
+    return lambda hidden: torch.tanh(output(hidden) / softcap) * softcap
+
+
+def check_packing(model: PreTrainedModel, path: str) -> None:
+    """Raise ModelError unless packed rows give the logits that the model gives for each row alone."""
+    kind = f"model.path: {path} is a {model.config.model_type} model ({type(model).__name__})"
+    try:
+        error = _relative_error(model)
+    except FAILURES as failure:
+        reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
+        raise ModelError(f"{kind}, which packed passes cannot run: {reason} {REMEDY}") from None
+    tolerance = TOLERANCE.get(model.dtype, 0.1)
+    if not error <= tolerance:  # NaN as well
+        found = f"logits are off by {error:.2g} (relative; up to {tolerance:g} is rounding)"
+        raise ModelError(f"{kind}, which packed passes compute wrongly: {found}. {REMEDY}")
+
+
+@torch.no_grad()
+def _relative_error(model: PreTrainedModel) -> float:
+    """Return the error of the worse row, over all but its worst tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    start_R1 = torch.arange(NUM_ROWS, device=model.device)[:, None] * 5 + 3
+    rows = (start_R1 + 7 * torch.arange(ROW_TOKENS, device=model.device)) % vocabulary
+    with _short_windows(model):
+        with _linear_layers_watched(model, rows.numel()):
+            packed = _packed_logits(model, rows).float()
+        with _own_attention(model):
+            alone = torch.stack([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+    error = (packed - alone).norm(dim=-1) / alone.float().norm(dim=-1)
+    return float(error.quantile(LOOSEST_QUARTER, dim=1).max())
+
+
+def _packed_logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+    """Return [rows, tokens, vocabulary], computed as `passes` does."""
+    decoder: nn.Module = model.base_model
+    position = torch.arange(ROW_TOKENS, device=model.device).repeat(NUM_ROWS)
+    bounds = torch.arange(0, rows.numel() + 1, ROW_TOKENS, device=model.device, dtype=torch.int32)
+    output = decoder(
+        input_ids=rows.reshape(1, -1),
+        position_ids=position[None],
+        use_cache=False,
+        cu_seq_lens_q=bounds,
+        max_length_q=ROW_TOKENS,
+    )
+    return output_head(model)(output.last_hidden_state[0]).view(*rows.shape, -1)
+
+
+@contextlib.contextmanager
+def _linear_layers_watched(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
+    """Raise ValueError where a linear layer is given some of the tokens only, as an expert would be: which
+    token gets which adapter goes by its place in the pass."""
+
+    def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs and inputs[0].numel() != num_tokens * inputs[0].shape[-1]:
+            raise ValueError(f"its layer {names[layer]} is not given every token of a pass.")
+
+    head = model.get_output_embeddings()
+    names: dict[nn.Module, str] = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    hooks = [layer.register_forward_pre_hook(look) for layer in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION)
+
+
+@contextlib.contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Cut the windows and chunks of configuration and layers to a few tokens."""
+    holders = [model.config, model.config.get_text_config(), *model.modules()]
+    found = [(holder, name, getattr(holder, name, None)) for holder in holders for name in WINDOWS]
+    lengths = [(holder, name, length) for holder, name, length in found if isinstance(length, int)]
+    for holder, name, _ in lengths:
+        setattr(holder, name, SHORT_WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, length in lengths:
+            setattr(holder, name, length)

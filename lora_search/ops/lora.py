@@ -1,0 +1,175 @@
+"""The LoRA part of a layer in a pass: each slot's tokens through its own adapter, in one autograd node.
+
+Two ways to the same numbers. `AddAdapters` goes slot by slot over views of just the rank in use.
+`AddGrouped` runs one grouped matmul over all slots, padded to the largest rank, on GPUs that have a kernel
+for it (`lora.fits_grouped`): a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients
+of A and B go straight into the bank: fewer nodes, no accumulation by autograd.
+
+Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is kept transposed, [R, O].
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from lora_search.ops.dropout import Mask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
+
+    Slot None is the bare base. Keys and thresholds (see `dropout`) are None where nothing is dropped. For
+    grouped matmuls ``ends_S`` int32 holds where each slot's tokens end, ``scaling_T`` what its adapters are
+    scaled by, ``idle_S`` bool which slots have no token (None where each has).
+    """
+
+    slots: tuple[int | None, ...]
+    bounds: tuple[int, ...]
+    key_T: torch.Tensor | None
+    threshold_T: torch.Tensor | None
+    ends_S: torch.Tensor | None = None
+    scaling_T: torch.Tensor | None = None
+    idle_S: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SlotAdapter:
+    """One layer's adapter of one slot: views into the bank. ``scaling`` makes up for what dropout takes."""
+
+    a_RD: torch.Tensor
+    b_RO: torch.Tensor
+    grad_a_RD: torch.Tensor
+    grad_b_RO: torch.Tensor
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """One layer's adapters of all slots: views into the bank. What a slot does not use is zero."""
+
+    a_SRD: torch.Tensor
+    b_SRO: torch.Tensor
+    grad_a_SRD: torch.Tensor
+    grad_b_SRO: torch.Tensor
+
+
+class AddAdapters(torch.autograd.Function):
+    """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        _anchor: torch.Tensor,
+        adapters: Mapping[int | None, SlotAdapter],
+        plan: Plan,
+        layer: int,
+    ) -> torch.Tensor:
+        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        mask = _mask(plan, layer, x_TD)
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
+        hiddens = []
+        for adapter, rows in _parts(adapters, plan):
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
+            hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
+            y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
+            hiddens.append(hidden_TR)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *hiddens)  # masks are made again: they would take as much as the activations
+        ctx.adapters, ctx.plan, ctx.layer = adapters, plan, layer  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        x, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        x_TD = x.reshape(-1, x.shape[-1])
+        mask = _mask(ctx.plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
+        grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
+        for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
+            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
+            grad_hidden_TR = (grad_TO[rows] @ adapter.b_RO.T).mul_(scaling)
+            adapter.grad_b_RO.add_(hidden_TR.T @ grad_TO[rows])
+            adapter.grad_a_RD.add_(grad_hidden_TR.T @ input_TD[rows])
+            if grad_x_TD is not None:
+                torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
+        if grad_x_TD is not None and mask is not None:
+            grad_x_TD = mask.apply_(grad_x_TD)
+        return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
+
+
+class AddGrouped(torch.autograd.Function):
+    """As AddAdapters, for all slots at once. Ranks, layers and slots that are not in use are zero, and so are
+    their gradients: they add nothing. Tokens must lie in the order of the slots."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        _anchor: torch.Tensor,
+        bank: LayerBank,
+        plan: Plan,
+        layer: int,
+    ) -> torch.Tensor:
+        assert plan.ends_S is not None
+        assert plan.scaling_T is not None
+        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        mask = _mask(plan, layer, x_TD)
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
+        hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(plan.scaling_T[:, None])
+        y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, hidden_TR)
+        ctx.bank, ctx.plan, ctx.layer = bank, plan, layer  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        x, hidden_TR = ctx.saved_tensors  # type: ignore[attr-defined]
+        bank, plan = ctx.bank, ctx.plan  # type: ignore[attr-defined]
+        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        x_TD = x.reshape(-1, x.shape[-1])
+        mask = _mask(plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
+        input_TD = x_TD if mask is None else mask.apply(x_TD)
+        ends_S = plan.ends_S
+        grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
+        bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
+        bank.grad_a_SRD.add_(_without_idle(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S), plan))
+        grad_x = None
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            grad_x_TD = F.grouped_mm(grad_hidden_TR, bank.a_SRD, offs=ends_S)
+            if mask is not None:
+                grad_x_TD = mask.apply_(grad_x_TD)
+            grad_x = grad_x_TD.view_as(x)
+        return grad_outputs[0], grad_x, None, None, None, None
+
+
+def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Zero the gradients of slots without tokens: on capability 10.x whatever lay in the accumulators comes
+    out for an empty group (pytorch issue 172439)."""
+    return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
+
+
+def _mask(plan: Plan, layer: int, x_TD: torch.Tensor) -> Mask | None:
+    if plan.key_T is None or plan.threshold_T is None:
+        return None
+    return Mask(plan.key_T, plan.threshold_T, layer, x_TD.shape[1], x_TD.dtype)
+
+
+def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:
+    for slot, start, end in zip(plan.slots, plan.bounds, plan.bounds[1:], strict=False):
+        if slot in adapters:
+            yield adapters[slot], slice(start, end)

@@ -1,0 +1,44 @@
+"""The end of a sweep: leaderboard, best adapter, report, and what to type next. Imports no torch."""
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_search.files.atomic import explained_writing
+from lora_search.output.best import export_best
+from lora_search.output.page import write_report
+from lora_search.output.ranking import best_of
+from lora_search.output.terminal import Progress, leaderboard, next_steps
+from lora_search.settings.schema import SweepConfig
+from lora_search.trial import TrialRow
+
+FINISHED = ("COMPLETE", "PRUNED")
+
+
+def conclude(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
+) -> None:
+    """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
+    folder = Path(config.runs_dir) / config.study.name
+    base_perplexity = float(attributes["base_perplexity"])
+    progress.console.print(leaderboard(rows, base_perplexity))
+    with explained_writing(folder), one_at_a_time(folder):
+        best = export_best(rows, attributes, folder)
+        write_report(rows, attributes, base_perplexity, folder / "report.html")
+    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
+        progress.event(
+            "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
+        )
+    progress.console.print("Next:")
+    found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
+    progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other invocations on the same study: they often come to its end at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,305 @@
+"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard, what to type next.
+
+The program prints here and nowhere else.
+"""
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lora_search.output.ranking import (
+    best_of,
+    ranked,
+    searched_keys,
+    short_names,
+    show_change,
+    show_perplexity,
+    show_seconds,
+    show_value,
+)
+from lora_search.settings.schema import SweepConfig, redact
+from lora_search.trial import SlotView, StudySummary, TrialRow
+
+LIVE_SECONDS = 0.5  # the live view is drawn at most so often
+LINE_SECONDS = 30.0  # and a plain status line printed at most so often
+PLAIN_WIDTH = 140  # of tables that go to a file
+
+STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+
+
+def open_console() -> Console:
+    """Return the console of standard output; a file gets wide tables and no colours."""
+    console = Console(highlight=False)
+    if console.file.isatty():
+        return console
+    return Console(highlight=False, width=PLAIN_WIDTH, force_terminal=False)
+
+
+class Progress:
+    """The terminal during one sweep. As a context it shows the live view and the program's own warnings."""
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or open_console()
+        self._clock = clock
+        self._started = clock()
+        self._drawn = float("-inf")
+        self._time_left = TimeLeft()
+        self._live: Live | None = None
+        self._relay = WarningRelay(self)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_interactive:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._relay.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._relay.detach()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def event(self, text: str) -> None:
+        """Print a line that stays: a step of the set-up, a trial pruned, ended, failed."""
+        elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
+        self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
+
+    def wait(self, text: str) -> None:
+        """Print why nothing happens here, now and then."""
+        if self._clock() - self._drawn >= LINE_SECONDS:
+            self._drawn = self._clock()
+            self.event(text)
+
+    def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
+        """Show where the sweep stands. Cheap enough for every pass: it draws only now and then."""
+        now = self._clock()
+        if now - self._drawn < (LINE_SECONDS if self._live is None else LIVE_SECONDS):
+            return
+        self._drawn = now
+        seconds_left = self._time_left.estimate(now, slots, summary)
+        if self._live is None:
+            self.event(status_line(slots, summary, tokens_per_second, seconds_left))
+        else:
+            head = heading(now - self._started, seconds_left, summary, tokens_per_second)
+            self._live.update(Group(head, slot_table(slots)), refresh=True)
+
+
+class WarningRelay(logging.Handler):
+    """Sends the program's own log records through the view, so that they never tear it."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(level=logging.WARNING)
+        self._progress = progress
+        self._logger = logging.getLogger("lora_search")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.event(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    def attach(self) -> None:
+        self._logger.addHandler(self)
+        self._logger.propagate = False
+
+    def detach(self) -> None:
+        self._logger.removeHandler(self)
+        self._logger.propagate = True
+
+
+class TimeLeft:
+    """Estimates the time left from the rungs trained so far; as many trials are expected to be pruned."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first: dict[int, float] = {}  # trial -> rungs when it was first seen here (a resumed one: > 0)
+        self._last: dict[int, float] = {}
+
+    def estimate(self, now: float, slots: Sequence[SlotView], summary: StudySummary) -> float | None:
+        """Return seconds, or None until one rung's worth has been trained."""
+        if not self._first:
+            self._started = now
+        for slot in slots:
+            self._first.setdefault(slot.trial_number, rungs_trained(slot))
+            self._last[slot.trial_number] = rungs_trained(slot)
+        done = sum(self._last[number] - self._first[number] for number in self._last)
+        if done < 1 or not slots:
+            return None
+        workers = max(1.0, summary.running / len(slots))  # others train on the same study
+        return self._rungs_left(slots, summary) * (now - self._started) / (done * workers)
+
+    def _rungs_left(self, slots: Sequence[SlotView], summary: StudySummary) -> float:
+        busy = {slot.trial_number for slot in slots}
+        lengths = [rungs for number, rungs in self._last.items() if number not in busy]
+        longest = max(slot.settings.num_rungs for slot in slots)
+        usual = sum(lengths) / len(lengths) if lengths else float(longest)
+        waiting = max(0, summary.n_trials - summary.finished - max(summary.running, len(slots)))
+        running = 0.0
+        for slot in slots:
+            rungs = rungs_trained(slot)
+            running += (usual if rungs < usual else slot.settings.num_rungs) - rungs
+        return waiting * usual + running
+
+
+def rungs_trained(slot: SlotView) -> float:
+    """Return the rungs measured and the part of the next one."""
+    return slot.examples_seen * (slot.rung + 1) / max(1, slot.next_rung_examples)
+
+
+def heading(
+    elapsed: float, seconds_left: float | None, summary: StudySummary, tokens_per_second: float
+) -> RenderableType:
+    """Return the study's best, the clock and the bar."""
+    left = f", about {show_seconds(seconds_left)} left" if seconds_left is not None else ""
+    first = Table.grid(expand=True)
+    first.add_column()
+    first.add_column(justify="right", no_wrap=True)
+    first.add_row(best_line(summary), Text(f"{show_seconds(elapsed)}{left}", style="dim"))
+    bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right", no_wrap=True)
+    counts = Text(f"{summary.finished}/{summary.n_trials} trials")
+    counts.append(f"  {summary.pruned} pruned", style="yellow")
+    if summary.failed:
+        counts.append(f"  {summary.failed} failed", style="red")
+    counts.append(f"  {tokens_per_second:,.0f} tokens/s", style="cyan")
+    bar.add_row(ProgressBar(total=summary.n_trials, completed=summary.finished), counts)
+    return Padding(Group(first, bar), (1, 0))
+
+
+def best_line(summary: StudySummary) -> Text:
+    """Return the best perplexity so far."""
+    if summary.best_number is None:
+        return Text("no trial is complete yet", style="dim")
+    line = Text(f"best perplexity {show_perplexity(summary.best_perplexity)}", style="bold green")
+    return line.append(f" (trial {summary.best_number})", style="not bold")
+
+
+def slot_table(slots: Sequence[SlotView]) -> Table:
+    """Return one row per busy slot."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True)
+    for name in ("trial", "r", "alpha", "lr", "batch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("targets", no_wrap=True, overflow="ellipsis", max_width=20)
+    for name in ("loss", "perplexity", "rung"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("next rung", ratio=1, min_width=9, no_wrap=True)
+    for slot in slots:
+        table.add_row(*slot_cells(slot))
+    return table
+
+
+def slot_cells(slot: SlotView) -> list[RenderableType]:
+    settings = slot.settings
+    accumulation = settings.gradient_accumulation_steps
+    part = rungs_trained(slot) - slot.rung
+    return [
+        str(slot.trial_number),
+        str(settings.r),
+        show_value(settings.alpha),
+        show_value(settings.lr),
+        f"{settings.batch_size}x{accumulation}" if accumulation > 1 else str(settings.batch_size),
+        show_value(settings.target_modules),
+        "-" if slot.loss is None else f"{slot.loss:.3f}",
+        show_perplexity(slot.perplexity),
+        f"{slot.rung}/{settings.num_rungs}",
+        ProgressBar(total=1.0, completed=min(1.0, max(0.0, part)), complete_style="cyan"),
+    ]
+
+
+def status_line(
+    slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float, seconds_left: float | None
+) -> str:
+    """Return where the sweep stands in one plain line."""
+    parts = [f"{summary.finished}/{summary.n_trials} trials", f"{summary.pruned} pruned"]
+    if summary.failed:
+        parts.append(f"{summary.failed} failed")
+    if summary.best_number is not None:
+        parts.append(f"best {show_perplexity(summary.best_perplexity)} (trial {summary.best_number})")
+    parts.append(f"{tokens_per_second:,.0f} tokens/s")
+    if seconds_left is not None:
+        parts.append(f"about {show_seconds(seconds_left)} left")
+    running = [
+        f"trial {slot.trial_number} {rung_of(slot)} {show_perplexity(slot.perplexity)}" for slot in slots
+    ]
+    return " | ".join([", ".join(parts), *running])
+
+
+def rung_of(slot: SlotView) -> str:
+    return f"rung {slot.rung}/{slot.settings.num_rungs}"
+
+
+def leaderboard(rows: Sequence[TrialRow], base_perplexity: float, limit: int = 20) -> Table:
+    """Return the base model and the best `limit` trials, lowest perplexity first, with what was searched."""
+    keys, best, order = searched_keys(rows), best_of(rows), ranked(rows)
+    table = Table(
+        title="Leaderboard", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
+    )
+    for name in ("trial", "perplexity", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in short_names(keys):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("rungs", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    blanks = ["" for _ in keys]
+    table.add_row("-", show_perplexity(base_perplexity), "", *blanks, "", "base model", style="bold")
+    for row in order[:limit]:
+        table.add_row(*row_cells(row, keys, base_perplexity), style="bold green" if row is best else "")
+    if len(order) > limit:
+        table.caption, table.caption_justify = f"{len(order) - limit} more in the report", "left"
+    return table
+
+
+def row_cells(row: TrialRow, keys: Sequence[str], base_perplexity: float) -> list[RenderableType]:
+    values = [Text(show_value(row.params[key])) if key in row.params else "" for key in keys]
+    return [
+        str(row.number),
+        show_perplexity(row.perplexity),
+        show_change(base_perplexity, row.perplexity),
+        *values,
+        str(len(row.perplexities)),
+        Text(row.state.lower(), style=STATE_STYLES.get(row.state, "")),
+    ]
+
+
+def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
+    """Return where the results lie and the commands to type next, as they work in this shell."""
+    own = "data=jsonl data.path=my.jsonl study.name=mine"
+    by_make = "MAKELEVEL" in os.environ  # make sets it for what it starts
+    steps = {
+        "report": f"{folder}/report.html",
+        "best adapter": best,
+        "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
+        "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
+        "more trials": f"the same command with study.n_trials={config.study.n_trials * 2}",
+        "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
+    }
+    if config.tracker.name != "wandb_offline":
+        del steps["W&B"]
+    width = max(map(len, steps))
+    return "\n".join(f"  {name:<{width}}  {step}" for name, step in steps.items())
+
+
+def program(name: str) -> str:
+    """Return how to call a program that is installed beside this Python: its name, or else its path."""
+    beside = Path(sys.executable).parent / name
+    if not beside.exists() or shutil.which(name) == str(beside):
+        return name
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def python() -> str:
+    return "python" if shutil.which("python") == sys.executable else program(Path(sys.executable).name)

@@ -1,0 +1,173 @@
+"""Who is stopped early. The default rule is our own; the others are Optuna's, in units of our rungs.
+
+Asynchronous successive halving (arXiv 1810.05934) on the data axis: rungs at first_rung x reduction_factor^i.
+A trial is judged at the highest it has reached, by its best perplexity so far, against every trial that was
+there, running ones included. It is judged again when others arrive: the first at a rung is not favoured. The
+leader, the best at the farthest rung, is always spared, so a study always has a COMPLETE trial.
+"""
+
+import copy
+import importlib.util
+import math
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Sequence
+
+from optuna import pruners
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.seeds import draw_seed
+from lora_search.settings.schema import PrunerConfig, require
+
+WILCOXON_P = 0.15  # one-sided: k rungs, all worse, give p = 2^-k, so three rungs can decide
+PAUSED = (
+    "paused"  # user attribute of a trial that was stopped, is RUNNING to Optuna, and may be taken up again
+)
+NOBODY = (1, -math.inf)  # the place behind every other
+WILCOXON_RUNGS = 4  # with fewer it would decide at the end only
+
+
+class RungPruner(pruners.BasePruner):
+    """Keeps the best ``ceil(n / reduction_factor)`` of n trials at a rung; equal values stand together."""
+
+    def __init__(self, first_rung: int, reduction_factor: int) -> None:
+        self.first_rung, self.reduction_factor = first_rung, reduction_factor
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return bool(self.losers(study.get_trials(deepcopy=False), [trial]))
+
+    def losers(self, trials: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        """Return number -> why it is stopped, of the judged among all trials. Order changes nothing."""
+        standings = Standings(self)
+        for trial in trials:
+            if trial.state.is_finished():
+                standings.add(trial)
+        return standings.losers([t for t in trials if not t.state.is_finished()], judged)
+
+    def rungs(self, trial: FrozenTrial) -> list[int]:
+        """Return the rungs of this rule that the trial has been at, in order."""
+        reached, rung = [], self.first_rung
+        while rung <= (trial.last_step or 0):
+            reached.append(rung)
+            rung *= self.reduction_factor
+        return reached
+
+
+class Standings:
+    """What finished trials had at each rung of the rule. Each is added once, so judging stays cheap."""
+
+    def __init__(self, rule: RungPruner) -> None:
+        self.rule = rule
+        self._values: defaultdict[int, list[float]] = defaultdict(list)  # rung -> sorted best perplexities
+        self._lead = NOBODY
+
+    def add(self, trial: FrozenTrial) -> None:
+        """Count a finished trial."""
+        if trial.state == TrialState.FAIL:
+            return
+        for rung in self.rule.rungs(trial):
+            insort(self._values[rung], best_until(trial, rung))
+        if trial.state == TrialState.COMPLETE:
+            self._lead = min(self._lead, self._place(trial))
+
+    def losers(self, unfinished: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        """Return number -> why it is stopped, of the judged; they are among the unfinished."""
+        lead = min([self._lead, *(self._place(t) for t in unfinished if t.state != TrialState.PRUNED)])
+        reasons, values_at = {}, dict[int, list[float]]()
+        for trial in judged:
+            rungs = self.rule.rungs(trial)
+            if not rungs or self._place(trial) <= lead:
+                continue
+            if rungs[-1] not in values_at:
+                values_at[rungs[-1]] = self._values_at(rungs[-1], unfinished)
+            values = values_at[rungs[-1]]
+            if len(values) < self.rule.reduction_factor:
+                continue  # too few to compare with; it is judged again when more have come
+            kept = math.ceil(len(values) / self.rule.reduction_factor)
+            own, limit = best_until(trial, rungs[-1]), values[kept - 1]
+            if own > limit:
+                reasons[trial.number] = (
+                    f"rung {rungs[-1]}: perplexity {own:.4f} is not among the best {kept} of {len(values)}"
+                    f" (<= {limit:.4f})"
+                )
+        return reasons
+
+    def promotable(
+        self, unfinished: Sequence[FrozenTrial], paused: Sequence[FrozenTrial]
+    ) -> list[FrozenTrial]:
+        """Return the paused trials that would not be stopped today, the farthest and best first."""
+        stay = self.losers(unfinished, paused)
+        return self.ranked([t for t in paused if t.number not in stay])
+
+    def ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the trials, the farthest and best first."""
+        return sorted(trials, key=lambda t: (*self._place(t), t.number))
+
+    def _values_at(self, rung: int, unfinished: Sequence[FrozenTrial]) -> list[float]:
+        there = [t for t in unfinished if rung in self.rule.rungs(t)]
+        return sorted([*self._values[rung], *(best_until(t, rung) for t in there)])
+
+    def _place(self, trial: FrozenTrial) -> tuple[int, float]:
+        """Return (-rung, perplexity): the farthest, then best trial has the least."""
+        rung = max(self.rule.rungs(trial), default=0)
+        best = best_until(trial, rung)
+        return (-rung, best) if math.isfinite(best) else NOBODY
+
+
+def settled(trial: FrozenTrial) -> FrozenTrial:
+    """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
+    if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):
+        return trial
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    return pruned
+
+
+def best_until(trial: FrozenTrial, rung: int) -> float:
+    """Return the trial's lowest perplexity up to the rung; infinity where it has none that is finite."""
+    values = [v for step, v in trial.intermediate_values.items() if step <= rung and math.isfinite(v)]
+    return min(values, default=math.inf)
+
+
+def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
+    """Return the trials that one of Optuna's rules stops, all reports of the tick being written.
+
+    Some of them favour whoever is asked first: a seeded order for each rung makes that anybody.
+    """
+    order = sorted(judged, key=lambda t: draw_seed(seed, t.last_step or 0, t.number))
+    return [trial for trial in order if study.pruner.prune(study, trial)]
+
+
+def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
+    """Return the pruner for trials of up to ``num_rungs`` rungs; ConfigError where it cannot work.
+
+    median, percentile and wilcoxon compare with COMPLETE trials: the first pack trains to its end. wilcoxon
+    pairs a trial's rungs with the best trial's; they are not independent, so its p is a rule of thumb.
+    """
+    first, startup = config.first_rung, config.n_startup_trials
+    rule = f"must be at most {num_rungs}, the rungs of the longest trial"
+    require(first <= num_rungs, "pruner.first_rung", first, rule, "Lower it, or raise train.evals_per_epoch")
+    match config.name:
+        case "asha":
+            return RungPruner(first, config.reduction_factor)
+        case "hyperband":
+            return pruners.HyperbandPruner(first, num_rungs, config.reduction_factor)
+        case "median":
+            return pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=first)
+        case "percentile":
+            return pruners.PercentilePruner(config.percentile, n_startup_trials=startup, n_warmup_steps=first)
+        case "patient":
+            return pruners.PatientPruner(None, patience=config.patience)
+        case "wilcoxon":
+            return _wilcoxon(first, num_rungs)
+    return pruners.NopPruner()
+
+
+def _wilcoxon(first_rung: int, num_rungs: int) -> pruners.BasePruner:
+    rule = f"needs {WILCOXON_RUNGS} rungs to stop anything before its end, and there are {num_rungs}"
+    remedy = "Raise train.evals_per_epoch or train.epochs, or use pruner=asha"
+    require(num_rungs >= WILCOXON_RUNGS, "pruner.name", "wilcoxon", rule, remedy)
+    has_scipy = importlib.util.find_spec("scipy") is not None
+    require(has_scipy, "pruner.name", "wilcoxon", "needs the package scipy", "Run: pip install scipy")
+    return pruners.WilcoxonPruner(p_threshold=WILCOXON_P, n_startup_steps=first_rung)

@@ -1,0 +1,197 @@
+"""What to try next: Optuna's samplers, every draw seeded by the sweep's seed and the trial's number.
+
+A sweep that was interrupted draws what it would have drawn at that point; workers that share one differ.
+"""
+
+import importlib.util
+import math
+from bisect import insort
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+from optuna import Study, create_study, samplers
+from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.errors import ConfigError
+from lora_search.search.pruning import settled
+from lora_search.seeds import draw_seed
+from lora_search.settings.schema import SamplerConfig
+from lora_search.study.ledger import Cursor
+
+# Optional dependencies of Optuna's.
+NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
+
+
+NUM_SPREAD = 500  # trials that TPE looks at; its time grows with them, what one more tells it falls
+NUM_BEST = 25  # and the best beside them: TPE never counts more as good
+
+
+class PerTrialSampler(samplers.BaseSampler):
+    """Makes a new sampler for each trial. It keeps no state: what was tried before is read from the study.
+
+    A trial whose worker was killed while it drew has some of its parameters and gets the others that it would
+    have got: all are drawn at once, in the order of the space.
+    """
+
+    def __init__(
+        self, make: Callable[[int], samplers.BaseSampler], space: Mapping[str, BaseDistribution]
+    ) -> None:
+        self._make, self._current = make, make(0)
+        self._space = {key: d for key, d in space.items() if not d.single()}
+        self._relative: dict[str, Any] = {}
+        self._independent: dict[str, Any] = {}
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._current, self._relative, self._independent = self._make(trial.number), {}, {}
+        self._current.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._current.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, object]:
+        self._relative = self._current.sample_relative(study, trial, search_space)
+        return self._relative
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> object:
+        if not self._independent:
+            others = {key: d for key, d in self._space.items() if key not in self._relative}
+            self._independent = {
+                key: self._current.sample_independent(study, trial, key, d) for key, d in others.items()
+            }
+        if param_name in self._independent:
+            return self._independent[param_name]
+        return self._current.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._current.after_trial(study, trial, state, values)
+
+
+class Outlook(samplers.BaseSampler):
+    """Lets a sampler see what matters of the study: all trials up to NUM_SPREAD, then the best and an even
+    share of the others, so that a draw costs the same at any size. A paused trial is seen as pruned, and the
+    space is the sweep's own: a range that was widened stays part of it. For one study."""
+
+    def __init__(self, sampler: samplers.BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
+        self._sampler, self._view = sampler, create_study()
+        self._space = {key: d for key, d in space.items() if not d.single()}
+        self._cursor: Cursor | None = None
+        self._remembered = Remembered()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._cursor = self._cursor or Cursor(study)
+        finished, unfinished = self._cursor.read(everything=False)
+        for one in finished:
+            self._remembered.add(one)
+        others = [settled(t) for t in unfinished if t.number != trial.number]
+        self._view = create_study(storage=_Shown([*self._remembered.trials(), *others]))
+        self._sampler.before_trial(self._view, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, object]:
+        return self._sampler.sample_relative(self._view, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> object:
+        return self._sampler.sample_independent(self._view, trial, param_name, param_distribution)
+
+
+class _Shown(InMemoryStorage):
+    """Holds the trials that a sampler is shown."""
+
+    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._shown = sorted(trials, key=lambda t: t.number)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [t for t in self._shown if states is None or t.state in states]
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """TPE shares what it drew, for others to avoid; the drawn trial itself tells them a moment later."""
+
+
+class Remembered:
+    """The finished trials that a sampler sees: the best, and every so many-th by number. Which they are
+    depends on what has finished, not on the order in which it did."""
+
+    def __init__(self) -> None:
+        self._best: list[tuple[tuple[bool, int, float, int], FrozenTrial]] = []
+        self._spread: list[FrozenTrial] = []
+        self._stride = 1
+
+    def add(self, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.FAIL:
+            return
+        insort(self._best, (_rank(trial), trial))
+        del self._best[NUM_BEST:]
+        if trial.number % self._stride == 0:
+            self._spread.append(trial)
+        if len(self._spread) > NUM_SPREAD:
+            self._stride *= 2
+            self._spread = [t for t in self._spread if t.number % self._stride == 0]
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return them in no particular order."""
+        best = [trial for _, trial in self._best]
+        seen = {trial.number for trial in best}
+        return best + [t for t in self._spread if t.number not in seen]
+
+
+def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
+    """Order trials as TPE does: COMPLETE by value, then PRUNED by how far they came and their value there."""
+    if trial.state == TrialState.COMPLETE:
+        return False, 0, trial.value or 0.0, trial.number
+    step = trial.last_step
+    value = math.inf if step is None else trial.intermediate_values[step]
+    return True, -(step or 0), value, trial.number
+
+
+def make_sampler(
+    config: SamplerConfig, distributions: Mapping[str, BaseDistribution], seed: int
+) -> samplers.BaseSampler:
+    """Return the sampler of a sweep. Raises ConfigError where it cannot search this space.
+
+    grid is no sampler here: the study itself hands out the untried points of the space, in seeded order.
+    cmaes moves numbers only and draws choices at random.
+    """
+    missing = [name for name in NEEDS.get(config.name, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"Run: pip install {' '.join(missing)}"
+        raise ConfigError("sampler.name", config.name, f"needs {' and '.join(missing)}", remedy)
+    if config.name == "cmaes" and not any(hasattr(d, "high") for d in distributions.values()):
+        remedy = "Use sampler=tpe, or search numbers by interval(...)"
+        raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
+    sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)), distributions)
+    return Outlook(sampler, distributions) if config.name == "tpe" else sampler
+
+
+def _make(config: SamplerConfig, sweep_seed: int, trial_seed: int) -> samplers.BaseSampler:
+    startup = config.n_startup_trials
+    match config.name:
+        case "tpe":
+            return samplers.TPESampler(
+                seed=trial_seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+            )
+        case "gp":
+            return samplers.GPSampler(seed=trial_seed, n_startup_trials=startup)
+        case "qmc":  # one sequence for the whole sweep; Optuna keeps its position in the study
+            return samplers.QMCSampler(seed=sweep_seed, scramble=True, warn_independent_sampling=False)
+        case "cmaes":
+            return samplers.CmaEsSampler(
+                seed=trial_seed, n_startup_trials=max(1, startup), warn_independent_sampling=False
+            )
+    return samplers.RandomSampler(seed=trial_seed)

@@ -1,0 +1,365 @@
+"""The searched hyperparameters: Hydra's sweep grammar -> Optuna distributions -> one trial's settings.
+
+`space` mirrors the keys it searches; null switches one off. Every choice and every bound is checked by the
+rules of the key itself.
+"""
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from decimal import Decimal
+from types import UnionType
+from typing import Any, get_args
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
+from hydra.errors import HydraException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from lora_search.errors import ConfigError
+from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
+from lora_search.trial import TrialSettings
+
+SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
+FIXED = ("train.evals_per_epoch",)  # all trials must meet at the same rungs
+HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
+MAX_POINTS = 10_000  # a space of more points is not enumerated
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dotted key -> distribution. Lists are choices written as JSON."""
+
+    distributions: dict[str, BaseDistribution]
+    expressions: dict[str, str]
+
+    def default_params(self, config: SweepConfig) -> dict[str, object] | None:
+        """Return the settings outside `space` as a point of the space, or None where one lies outside."""
+        params = {key: _encode(_get(config, key)) for key in self.distributions}
+        return None if self.outside(config) else params
+
+    def outside(self, config: SweepConfig) -> dict[str, object]:
+        """Return the settings outside `space` that are no value of their key's range."""
+        given = {key: _get(config, key) for key in self.distributions}
+        return {k: v for k, v in given.items() if not _contains(self.distributions[k], _encode(v))}
+
+    def num_points(self) -> int | None:
+        """Return how many points the space has; None where there are more than MAX_POINTS."""
+        axes = [_axis(distribution) for distribution in self.distributions.values()]
+        if any(axis is None for axis in axes):
+            return None
+        count = math.prod(len(axis) for axis in axes if axis is not None)
+        return count if count <= MAX_POINTS else None
+
+    def untried(self, tried: Iterable[Mapping[str, object]]) -> list[dict[str, object]] | None:
+        """Return the points that are not among the tried, in order; None where they cannot be counted."""
+        if self.num_points() is None:
+            return None
+        seen = {_identity(params) for params in tried}
+        axes = [_axis(distribution) or [] for distribution in self.distributions.values()]
+        points = (dict(zip(self.distributions, values, strict=True)) for values in itertools.product(*axes))
+        return [point for point in points if _identity(point) not in seen]
+
+
+def parse_space(config: SweepConfig) -> Space:
+    """Return the space of a sweep. Raises ConfigError naming the key under `space`."""
+    expressions = dict(sorted(_flatten(config.space)))
+    for key in expressions:
+        _require_searchable(key)
+    distributions = {key: _distribution(config, key, text) for key, text in expressions.items()}
+    space = Space(distributions, expressions)
+    if not distributions and config.study.n_trials > 1:
+        remedy = "Search something, e.g. space.lora.r=choice(8,16), or set study.n_trials=1."
+        raise ConfigError("space", {}, "must search something when study.n_trials is above 1", remedy)
+    if config.sampler.name == "grid":
+        _require_grid(space)
+    return space
+
+
+def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSettings:
+    """Return what one trial trains: the sweep's settings with its parameters laid over."""
+    lora, optim, train = (_overlay(config, section, params) for section in ("lora", "optim", "train"))
+    assert isinstance(lora, LoraConfig)
+    assert isinstance(optim, OptimConfig)
+    assert isinstance(train, TrainConfig)
+    targets = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules)
+    return TrialSettings(
+        r=lora.r, alpha=lora.alpha_for_rank(lora.r), dropout=lora.dropout,
+        target_modules=targets, use_rslora=lora.use_rslora,
+        lr=optim.lr, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+        max_grad_norm=optim.max_grad_norm, schedule=optim.schedule,  # type: ignore[arg-type]  # checked by OptimConfig
+        warmup_ratio=optim.warmup_ratio, batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps, epochs=train.epochs,
+        evals_per_epoch=train.evals_per_epoch, early_stopping_patience=train.early_stopping_patience,
+    )  # fmt: skip
+
+
+def searchable_keys() -> list[str]:
+    """Return the settings that may differ between the trials of a sweep."""
+    keys = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
+    return [key for key in keys if key not in FIXED]
+
+
+def possible_targets(config: SweepConfig, space: Space) -> list[tuple[str, ...]]:
+    """Return every value that lora.target_modules may take."""
+    distribution = space.distributions.get("lora.target_modules")
+    choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else [None]
+    params: list[dict[str, object]] = [{} if c is None else {"lora.target_modules": c} for c in choices]
+    return [trial_settings(config, p).target_modules for p in params]
+
+
+def largest(config: SweepConfig, space: Space, key: str) -> int:
+    """Return the largest integer that the key may take."""
+    distribution = space.distributions.get(key)
+    if isinstance(distribution, CategoricalDistribution):
+        return max(int(choice) for choice in distribution.choices if isinstance(choice, (int, float)))
+    if isinstance(distribution, IntDistribution):
+        return distribution.high
+    value = _get(config, key)
+    assert isinstance(value, int)
+    return value
+
+
+def smallest(config: SweepConfig, space: Space, key: str) -> int:
+    """Return the smallest integer that the key may take."""
+    distribution = space.distributions.get(key)
+    if isinstance(distribution, CategoricalDistribution):
+        return min(int(choice) for choice in distribution.choices if isinstance(choice, (int, float)))
+    if isinstance(distribution, IntDistribution):
+        return distribution.low
+    value = _get(config, key)
+    assert isinstance(value, int)
+    return value
+
+
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    leaves: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            leaves += _flatten(value, f"{key}.")
+        elif isinstance(value, str):
+            leaves.append((key, value))
+        elif value is not None:
+            _require_searchable(key)
+            raise ConfigError(f"space.{key}", value, "must be a sweep", _as_choice(key, value))
+    return leaves
+
+
+def _as_choice(key: str, value: object) -> str:
+    listed = value if isinstance(value, list) else [value]
+    text = ", ".join(f"[{','.join(map(str, v))}]" if isinstance(v, list) else str(v) for v in listed)
+    return f"Write choice({text}), or put a fixed value at {key} itself."
+
+
+def _require_searchable(key: str) -> None:
+    searchable = searchable_keys()
+    if key in searchable:
+        return
+    if key in FIXED:
+        raise ConfigError(
+            f"space.{key}", key, "cannot be searched", "All trials must meet at the same rungs."
+        )
+    name = key.rpartition(".")[2]
+    near = [k for k in searchable if k.endswith(f".{name}")] or difflib.get_close_matches(
+        key, searchable, n=3
+    )
+    shown = " or ".join(f"space.{k}" for k in near)
+    remedy = f"Did you mean {shown}?" if near else "Keys of lora, optim and train can be searched."
+    raise ConfigError(f"space.{key}", key, "is not a setting that can be searched", remedy)
+
+
+def _distribution(config: SweepConfig, key: str, text: str) -> BaseDistribution:
+    full_key = f"space.{key}"
+    try:
+        sweep = OverridesParser.create().parse_override(f"{key}={text}").value()
+    except HydraException as error:
+        cause = str(error).splitlines()[0].rpartition("': ")[2]
+        raise ConfigError(full_key, text, f"is not in the sweep grammar ({cause})", HINT) from None
+    if isinstance(sweep, ChoiceSweep):
+        return _choices(config, key, sweep)
+    if isinstance(sweep, IntervalSweep):
+        return _interval(config, key, sweep)
+    if isinstance(sweep, RangeSweep):
+        return _range(config, key, sweep)
+    if isinstance(sweep, str) and "(" in sweep:
+        raise ConfigError(full_key, text, "must be a sweep", "Take one pair of quotes off.")
+    is_value = isinstance(sweep, str | int | float | list)
+    raise ConfigError(full_key, text, "must be a sweep", _as_choice(key, sweep) if is_value else HINT)
+
+
+def _choices(config: SweepConfig, key: str, sweep: ChoiceSweep) -> CategoricalDistribution:
+    values = [_plain(value) for value in sweep.list]
+    if sweep.tags:
+        raise ConfigError(f"space.{key}", sorted(sweep.tags), "tags belong to interval(...) only", HINT)
+    for value in values:
+        _check_value(config, key, value)
+    encoded = [_encode(value) for value in values]
+    if len({_identity({"": value}) for value in encoded}) < len(encoded):
+        raise ConfigError(f"space.{key}", values, "the choices must differ", "Take the repeated one out.")
+    return CategoricalDistribution(encoded)  # type: ignore[arg-type]
+
+
+def _interval(config: SweepConfig, key: str, sweep: IntervalSweep) -> BaseDistribution:
+    """Both ends belong to it. Whole numbers where the key takes no others, or where tagged int."""
+    full_key = f"space.{key}"
+    unknown = sweep.tags - {"log", "int", "float"}
+    if unknown:
+        raise ConfigError(full_key, sorted(unknown), "the tags of a sweep are log and int", HINT)
+    assert sweep.start is not None
+    assert sweep.end is not None  # the grammar asks for both
+    low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+    _require_ordered(full_key, low, high)
+    if log and low <= 0:
+        raise ConfigError(full_key, low, "a log range must start above 0", "Raise the lower bound.")
+    whole = _is_whole(key) or "int" in sweep.tags
+    if whole and not (float(low).is_integer() and float(high).is_integer()):
+        raise ConfigError(
+            full_key, f"interval({low}, {high})", "the bounds must be whole numbers", "Round them."
+        )
+    low, high = (int(low), int(high)) if whole else (float(low), float(high))
+    for bound in (low, high):
+        _check_value(config, key, bound)
+    return IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
+
+
+def _range(config: SweepConfig, key: str, sweep: RangeSweep) -> BaseDistribution:
+    """The stop does not belong to it, as in Python."""
+    full_key, start, stop, step = f"space.{key}", sweep.start, sweep.stop, sweep.step
+    assert start is not None
+    assert stop is not None  # the grammar sees to both
+    if sweep.tags:
+        raise ConfigError(full_key, sorted(sweep.tags), "tags belong to interval(...) only", HINT)
+    if step <= 0:
+        raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
+    _require_ordered(full_key, start, stop)
+    count = math.ceil((stop - start) / step - 1e-9)
+    last = _stepped(start, step, count - 1)
+    for bound in (start, last):
+        _check_value(config, key, bound)
+    if all(isinstance(number, int) for number in (start, step)):
+        return IntDistribution(int(start), int(last), step=int(step))
+    if _is_whole(key):
+        raise ConfigError(full_key, step, "the step must be a whole number", "Write range(8, 33, 8).")
+    return FloatDistribution(float(start), float(last), step=float(step))
+
+
+def _require_ordered(full_key: str, low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(
+            full_key, f"low={low}, high={high}", "low < high must hold", "Swap them or widen the range."
+        )
+
+
+def _require_grid(space: Space) -> None:
+    for key, distribution in space.distributions.items():
+        if _axis(distribution) is None:
+            rule = "a grid needs values that can be counted"
+            raise ConfigError(f"space.{key}", space.expressions[key], rule, "Use choice(...) or range(...).")
+    if space.num_points() is None:
+        raise ConfigError(
+            "sampler.name", "grid", f"takes up to {MAX_POINTS} combinations", "Use sampler=random."
+        )
+
+
+def _check_value(config: SweepConfig, key: str, value: object) -> None:
+    try:
+        trial_settings(config, {key: _encode(value)})
+    except ConfigError as error:
+        raise ConfigError(f"space.{error.key}", error.value, error.rule, error.remedy) from None
+
+
+def _overlay(config: SweepConfig, section: str, params: Mapping[str, object]) -> object:
+    mine = {k.partition(".")[2]: _decode(v) for k, v in params.items() if k.startswith(f"{section}.")}
+    for name, value in mine.items():
+        _check_type(f"{section}.{name}", value)
+    return replace(getattr(config, section), **mine)
+
+
+def _check_type(key: str, value: object) -> None:
+    types = _types(key)
+    if object in types:
+        return  # the class itself checks it
+    allowed = (*types, int) if float in types else types
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
+        shown = " or ".join(t.__name__ for t in types if t is not type(None))
+        raise ConfigError(key, value, f"must be of type {shown}")
+
+
+def _types(key: str) -> tuple[type, ...]:
+    """Return the types that the key's field is declared with; object where it is declared with Any."""
+    section, _, name = key.partition(".")
+    declared = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    if isinstance(declared, UnionType):
+        return get_args(declared)
+    return (object,) if declared is Any or not isinstance(declared, type) else (declared,)
+
+
+def _is_whole(key: str) -> bool:
+    return int in _types(key) and float not in _types(key)
+
+
+def _get(config: SweepConfig, key: str) -> object:
+    section, _, name = key.partition(".")
+    value: object = getattr(getattr(config, section), name)
+    return value
+
+
+def _plain(value: object) -> object:
+    """Return Hydra's parsed element as plain Python."""
+    if isinstance(value, QuotedString):
+        return value.text
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _encode(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _decode(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+
+
+def _identity(params: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what makes two points the same: 8 is 8.0, the last digits of a stepped float do not count."""
+    ordered = (params[key] for key in sorted(params))
+    return tuple(
+        f"{v:.10g}" if isinstance(v, float | int) and not isinstance(v, bool) else str(v) for v in ordered
+    )
+
+
+def _axis(distribution: BaseDistribution) -> list[object] | None:
+    """Return the values of one key, None where they cannot be counted."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is None:
+        return None
+    count = round((high - low) / step) + 1
+    return [_stepped(low, step, i) for i in range(count)] if count <= MAX_POINTS else None
+
+
+def _stepped(start: float, step: float, count: int) -> float:
+    """Return start + count * step as people write it: 0.15, not 0.15000000000000002."""
+    if isinstance(start, int) and isinstance(step, int):
+        return start + count * step
+    return float(Decimal(str(start)) + count * Decimal(str(step)))
+
+
+def _contains(distribution: BaseDistribution, value: object) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if not isinstance(value, (int, float)) or not distribution.low <= value <= distribution.high:
+        return False
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    return math.isclose(steps, round(steps), abs_tol=1e-9)

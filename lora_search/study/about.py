@@ -1,0 +1,60 @@
+"""What a study knows of how it was run: the settings that must stay the same, and what helps to repeat it."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from lora_search.data.preparation import Splits
+from lora_search.settings.schema import SweepConfig, as_dict, redact
+from lora_search.worker.launcher import typed_arguments
+
+LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
+FREE = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the study itself checks the space
+
+
+def fingerprint(config: SweepConfig, splits: Splits, dtype: str) -> dict[str, str]:
+    """Return what must stay the same under one study name; the dtype that `auto` came to."""
+    flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
+    for section, value in as_dict(config).items():
+        if section not in FREE:
+            flat |= _flat(section, value)
+    return flat
+
+
+def attributes(config: SweepConfig, sweep_name: str, source: str, splits: Splits) -> dict[str, str]:
+    """Return what the study should remember of how it was run; no secrets. All workers say the same."""
+    shared = replace(config, launcher=replace(config.launcher, worker=None))
+    return {
+        "study": config.study.name,
+        "sweep": sweep_name,
+        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *typed_arguments(sys.argv[1:])])),
+        "base_model": source,
+        "base_model_name": config.model.path,
+        "max_length": str(splits.max_length),
+        "git_commit": _git_commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        **_flat("data", splits.counts),
+        **{f"setting/{k}": v for k, v in _flat("sweep", as_dict(shared)).items()},
+        **{f"version/{name}": version(name) for name in LIBRARIES},
+    }
+
+
+def _flat(prefix: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {prefix: str(value)}
+    return {
+        key: text for name, child in value.items() for key, text in _flat(f"{prefix}.{name}", child).items()
+    }
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"

@@ -1,0 +1,120 @@
+"""The study as one worker sees it, kept up to date at the price of what is new: finished trials never change,
+so each is looked at once, however many there are. Paused trials count as the pruned ones they will be."""
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Mapping
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.search.pruning import RungPruner, Standings, settled
+from lora_search.search.trials import never_began, params_of
+from lora_search.trial import StudySummary
+
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+
+
+class Cursor:
+    """Tells what has finished since the last look, and what is open. Most looks read the open trials only."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._num_seen = 0
+        self._open: list[int] = []
+        self.trials: list[FrozenTrial] = []  # all by number, as of the last look at all
+
+    def read(self, *, everything: bool) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Return what has finished since the last call, and what is open. Unless it must look at everything,
+        it misses what others have begun and ended between two trials that it knows."""
+        if not everything:
+            unfinished = self._study.get_trials(deepcopy=False, states=UNFINISHED)
+            numbers = [t.number for t in unfinished]
+            num_new = len(numbers) - len(self._open)
+            if numbers == [*self._open, *range(self._num_seen, self._num_seen + num_new)]:
+                self._open, self._num_seen = numbers, self._num_seen + num_new
+                return [], unfinished
+        self.trials = self._study.get_trials(deepcopy=False)
+        candidates = [*self._open, *range(self._num_seen, len(self.trials))]
+        finished = [n for n in candidates if self.trials[n].state.is_finished()]
+        self._open = [n for n in candidates if not self.trials[n].state.is_finished()]
+        self._num_seen = len(self.trials)
+        return [self.trials[n] for n in finished], [self.trials[n] for n in self._open]
+
+
+class Ledger:
+    """Counts, best trial and tried points. ``read`` brings it up to date; until then it is as it was."""
+
+    def __init__(self, study: Study) -> None:
+        self._cursor = Cursor(study)
+        self._unfinished: dict[int, FrozenTrial] = {}
+        self.open: list[FrozenTrial] = []  # not finished by number, paused ones as PRUNED
+        self.standings = Standings(study.pruner) if isinstance(study.pruner, RungPruner) else None
+        self._counts: Counter[TrialState] = Counter()  # of finished trials that began
+        self._failed: list[int] = []  # sorted numbers
+        self._tried: dict[frozenset[object], int] = {}  # params -> lowest number
+        self._best = (math.inf, -1)
+
+    def read(self, *, everything: bool = False) -> None:
+        """Bring it up to date; see ``Cursor.read`` for ``everything``."""
+        finished, unfinished = self._cursor.read(everything=everything)
+        for trial in finished:
+            self._take(trial)
+        self._unfinished = {t.number: t for t in unfinished}
+        self.open = [settled(t) for t in unfinished]
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials by number, from 0 without gaps, as of the last look at everything."""
+        return self._cursor.trials
+
+    def find(self, number: int) -> FrozenTrial:
+        """Return one trial."""
+        return self._unfinished[number] if number in self._unfinished else self.trials[number]
+
+    def count(self, *states: TrialState) -> int:
+        """Return how many trials that began are in one of these states."""
+        return sum(self._counts[state] for state in states) + sum(t.state in states for t in self.open)
+
+    def summary(self, n_trials: int) -> StudySummary:
+        """Return the counts and the best COMPLETE trial."""
+        perplexity, number = self._best
+        complete, pruned = self.count(TrialState.COMPLETE), self.count(TrialState.PRUNED)
+        return StudySummary(
+            finished=complete + pruned,
+            n_trials=n_trials,
+            complete=complete,
+            pruned=pruned,
+            failed=self.count(TrialState.FAIL),
+            running=self.count(TrialState.RUNNING),
+            best_number=number if number >= 0 else None,
+            best_perplexity=perplexity if number >= 0 else None,
+        )
+
+    def first_with(self, params: Mapping[str, object], before: int) -> int | None:
+        """Return the first trial with these parameters that has not failed and has a lower number, or has
+        begun: one that waited in line may be claimed after a later one."""
+        identity = frozenset(params.items())
+        rivals = [t for t in self.open if t.number < before or "settings" in t.user_attrs]
+        same = [t.number for t in rivals if frozenset(params_of(t).items()) == identity]
+        if identity in self._tried:
+            same.append(self._tried[identity])
+        return min((number for number in same if number != before), default=None)
+
+    def num_not_failed(self, before: int) -> int:
+        """Return how many trials of lower numbers have not failed."""
+        return before - bisect_left(self._failed, before)
+
+    def _take(self, trial: FrozenTrial) -> None:
+        if not never_began(trial):
+            self._counts[trial.state] += 1
+        if trial.state == TrialState.FAIL:
+            insort(self._failed, trial.number)
+            return
+        if self.standings is not None:
+            self.standings.add(trial)
+        identity = frozenset(params_of(trial).items())
+        self._tried[identity] = min(trial.number, self._tried.get(identity, trial.number))
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
+            self._best = min(self._best, (trial.value, trial.number))

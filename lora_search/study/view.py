@@ -1,0 +1,70 @@
+"""A study for those who only look: opened once, read again and again, never changed. Knows no torch."""
+
+import json
+from collections.abc import Sequence
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.database.storage import explained_errors, open_storage, require_database
+from lora_search.errors import ConfigError
+from lora_search.search.pruning import settled
+from lora_search.search.trials import attributes_of, progress_of, trial_rows
+from lora_search.settings.schema import StudyConfig
+from lora_search.study.ledger import Ledger
+from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
+
+
+class StudyView:
+    """Raises ConfigError where there is no such study, StudyError where its database cannot be read."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        require_database(config)
+        self.config = config
+        storage = open_storage(config)
+        with explained_errors(config):
+            if config.name not in optuna.get_all_study_names(storage):
+                raise ConfigError(
+                    "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
+                )
+            self._study = optuna.load_study(study_name=config.name, storage=storage)
+        self._ledger = Ledger(self._study)
+
+    def rows(self) -> list[TrialRow]:
+        """Return every trial that began or will begin, by number."""
+        return trial_rows(self._trials())
+
+    def summary(self) -> StudySummary:
+        """Return where the study stands."""
+        with explained_errors(self.config):
+            self._ledger.read(everything=True)  # what others finish, this process never held
+        return self._ledger.summary(self.config.n_trials)
+
+    def slots(self) -> list[SlotView]:
+        """Return what all workers train, best first, each trial as it was at its last rung."""
+        running = [t for t in self._trials() if t.state == TrialState.RUNNING and "settings" in t.user_attrs]
+        views = [_slot(trial) for trial in running]
+        return sorted(views, key=lambda slot: (slot.perplexity is None, slot.perplexity, slot.trial_number))
+
+    def attributes(self) -> dict[str, str]:
+        """Return what the study knows about itself."""
+        with explained_errors(self.config):
+            return attributes_of(self._study)
+
+    def _trials(self) -> Sequence[FrozenTrial]:
+        with explained_errors(self.config):
+            return [settled(trial) for trial in self._study.get_trials(deepcopy=False)]
+
+
+def _slot(trial: FrozenTrial) -> SlotView:
+    settings = json.loads(trial.user_attrs["settings"])
+    rung, examples = trial.last_step or 0, progress_of(trial)["examples_seen"]
+    return SlotView(
+        trial_number=trial.number,
+        settings=TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])}),
+        rung=rung,
+        examples_seen=examples,
+        next_rung_examples=examples * (rung + 1) // max(1, rung),
+        loss=None,
+        perplexity=trial.intermediate_values.get(rung),
+    )

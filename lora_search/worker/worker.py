@@ -1,0 +1,178 @@
+"""One process on one device: claims trials, trains them in its slots, reports. Decides every trial's fate;
+`failures` has the table. While the database is gone it trains on, claims nothing and judges nobody."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from lora_search.database.outbox import Outbox
+from lora_search.engine.engine import Engine
+from lora_search.errors import StudyError
+from lora_search.output.terminal import Progress
+from lora_search.output.tracking import Tracker
+from lora_search.study.study import SweepStudy
+from lora_search.trial import Measurement, Stop, StudySummary, TrialRun
+
+POLL_SECONDS = 2.0  # between two looks at what other workers do
+NAP_SECONDS = 0.5  # a signal is noticed so soon while the worker waits
+
+
+def work(
+    study: SweepStudy,
+    engine: Engine,
+    tracker: Tracker,
+    progress: Progress,
+    check_interrupt: Callable[[], None] = lambda: None,
+) -> None:
+    """Train until the study is through. Whatever ends it early, held trials go back to the study first.
+
+    ``check_interrupt`` is called after every pass and may raise.
+    """
+    worker = Worker(study, engine, tracker, progress, check_interrupt)
+    engine.after_pass = worker.keep_alive
+    try:
+        while worker.admit() or worker.others_train():
+            measurements = engine.advance()
+            worker.keep_alive()
+            worker.settle(measurements)
+            worker.show()
+    finally:
+        worker.leave()
+
+
+class Worker:
+    """What one worker knows between two passes."""
+
+    def __init__(
+        self,
+        study: SweepStudy,
+        engine: Engine,
+        tracker: Tracker,
+        progress: Progress,
+        check_interrupt: Callable[[], None],
+    ) -> None:
+        self.study, self.engine, self.tracker, self.progress = study, engine, tracker, progress
+        self.check_interrupt = check_interrupt
+        self.outbox = Outbox(study.config.study)
+        self.summary: StudySummary | None = None
+        self._claims = False
+
+    def admit(self) -> bool:
+        """Fill the free slots; return whether this worker has anything to do."""
+        if self.engine.free_slots and self.outbox.flush():
+            self.study.check_failures()
+            runs: list[TrialRun] = []
+            while len(runs) < self.engine.free_slots and (claimed := self.outbox.ask(self._claim)):
+                runs += claimed
+            for run in runs:
+                self.tracker.start(run)
+            self.engine.admit(runs)
+        if self.study.held and self.engine.free_slots == len(self.engine.slots):
+            self._wait(self.outbox.seconds_to_next_try)  # all trials are through, and cannot be told
+        return bool(self.study.held)
+
+    def _claim(self) -> list[TrialRun]:
+        """Claim one trial: several at once would be lost if the database went away in between."""
+        if self._claims:
+            self.study.put_back_unheld()
+        self._claims = True
+        runs = self.study.claim(1)
+        self._claims = False
+        return runs
+
+    def others_train(self) -> bool:
+        """Wait a while if other workers still train: one that dies leaves its trials to this one."""
+        others = self.outbox.ask(self.study.num_running_elsewhere)
+        if others is None:
+            self._wait(self.outbox.seconds_to_next_try)
+        elif others:
+            self.progress.wait(f"waiting for {others} trials of other workers")
+            self._wait(POLL_SECONDS)
+        return others is None or others > 0
+
+    def keep_alive(self) -> None:
+        """After every pass: tell other workers that this one lives. After a silence they may have taken its
+        trials: those are let go before anything more is written for them."""
+        self.check_interrupt()
+        if self.study.was_silent:
+            for number in self.outbox.ask(self.study.let_go) or ():
+                self._let_go(number, "taken over by another worker while this one was silent")
+        self.outbox.ask(partial(_beat, self.study))
+
+    def settle(self, measurements: Sequence[Measurement]) -> None:
+        """Write all reports, end the trials that are through, and only then ask which others to stop."""
+        if measurements:
+            self.outbox.put(partial(self._report, [m for m in measurements if m.ended != "failed"]))
+        for m in measurements:
+            self.outbox.put(partial(self._follow, m))
+        if self.outbox.flush() and measurements:
+            for stop in self.outbox.ask(self.study.judge) or ():
+                self.engine.release([stop.trial_number])
+                self.outbox.put(partial(self._stop, stop))
+            self.outbox.flush()
+
+    def _report(self, measurements: Sequence[Measurement]) -> None:
+        self.study.report([m for m in measurements if m.trial_number in self.study.held])
+
+    def _follow(self, m: Measurement) -> None:
+        """Tell the tracker what the study knows by now, and end the trial if it is through."""
+        if m.trial_number not in self.study.held:
+            return
+        if m.recovery:
+            self.study.note_recovery(m)
+        state = self._end(m) if m.ended else ""
+        if m.ended != "failed":
+            self.tracker.log(m)
+        if state:
+            self.tracker.finish(m.trial_number, state, m.detail)
+            text = f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}"
+            self.progress.event(text.rstrip())
+
+    def _end(self, m: Measurement) -> str:
+        return self.study.fail(m.trial_number, m.detail) if m.ended == "failed" else self.study.finish(m)
+
+    def _stop(self, stop: Stop) -> None:
+        if stop.trial_number not in self.study.held:
+            return
+        if self.study.prune(stop) == "PRUNED":
+            self.tracker.finish(stop.trial_number, "PRUNED", stop.reason)
+            self.progress.event(f"trial {stop.trial_number} pruned at {stop.reason}")
+        else:
+            self._let_go(stop.trial_number, stop.reason)
+
+    def _let_go(self, number: int, reason: str) -> None:
+        self.engine.release([number])
+        self.tracker.finish(number, "INTERRUPTED", reason)
+        self.progress.event(f"trial {number} let go: {reason}")
+
+    def show(self) -> None:
+        """Show where the study stands, or stood when the database last answered."""
+        self.summary = self.outbox.ask(self.study.summary) or self.summary
+        if self.summary is not None:
+            self.progress.update(self.engine.views(), self.summary, self.engine.tokens_per_second)
+
+    def leave(self) -> None:
+        """Hand the held trials back and close the tracker, also while the database is gone."""
+        try:
+            if self.outbox.ask(self._hand_back) is None and self.study.held:
+                held = ", ".join(str(number) for number in sorted(self.study.held))
+                self.progress.event(f"trials {held} are found by the next start: the database is gone")
+        except StudyError:
+            self.progress.event("held trials are found by the next start: the database is gone")
+        finally:
+            self.tracker.close()
+
+    def _hand_back(self) -> bool:
+        self.study.hand_back("interrupted; its checkpoint is kept")
+        return True
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check_interrupt()
+            time.sleep(min(left, NAP_SECONDS))
+
+
+def _beat(study: SweepStudy) -> bool:
+    study.heartbeat()
+    return True

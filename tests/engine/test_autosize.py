@@ -1,0 +1,102 @@
+"""Sizes chosen by the probe: they fit the memory that is there, and what cannot fit is said at once."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lora_search.engine import autosize as fitting
+from lora_search.engine.autosize import PassCost, bytes_per_slot, fit, measure
+from lora_search.errors import LoraSearchError
+from lora_search.settings.schema import EngineConfig
+from lora_search.trial import TrialRun
+from tests.conftest import make_run
+from tests.harness import build_engine, random_splits, train_all
+
+MIB = 2**20
+SPLITS = random_splits(num_train=40)
+
+
+def probe(
+    folder: Path, run: TrialRun, config: EngineConfig, most_slots: int = 99, free_bytes: int = 64 * MIB
+) -> fitting.Fit:
+    engine = build_engine(folder, SPLITS, max_rank=8)
+    engine.bank.admit(0, dataclasses.replace(run.settings, r=8), engine.bank.names, seed=0)
+    return fit(config, engine.model, SPLITS.train, 2, bytes_per_slot(engine.bank), most_slots, free_bytes)
+
+
+def test_auto_fills_what_memory_holds_and_no_more(tiny_llama: Path, tmp_path: Path) -> None:
+    config = EngineConfig(slots="auto", tokens_per_pass="auto")
+
+    chosen = probe(tiny_llama, make_run(tmp_path), config, free_bytes=16 * MIB)
+
+    assert chosen.predicted_bytes is not None
+    assert 0 < chosen.predicted_bytes <= 0.5 * 16 * MIB
+    assert 24 <= chosen.tokens_per_pass < 2048
+    assert f"{chosen.slots} slots, {chosen.tokens_per_pass} tokens per pass" in chosen.note
+
+
+def test_what_is_set_stays_and_slots_keep_to_the_trials(tiny_llama: Path, tmp_path: Path) -> None:
+    tokens_set = probe(tiny_llama, make_run(tmp_path), EngineConfig(slots="auto", tokens_per_pass=64), 2)
+    slots_set = probe(tiny_llama, make_run(tmp_path), EngineConfig(slots=3, tokens_per_pass="auto"))
+
+    assert tokens_set.tokens_per_pass == 64
+    assert tokens_set.slots <= 2
+    assert slots_set.slots == 3
+
+
+def test_a_row_that_cannot_fit_is_one_message_with_what_would(tiny_llama: Path, tmp_path: Path) -> None:
+    config = EngineConfig(slots=1, tokens_per_pass="auto")
+
+    with pytest.raises(
+        LoraSearchError, match=r"a row of \d+ tokens needs .* Lower data.max_length \(at most"
+    ):
+        probe(tiny_llama, make_run(tmp_path), config, free_bytes=MIB // 8)
+
+
+def test_a_row_that_fits_only_with_its_layers_computed_again_gets_them_so(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    run, config = make_run(tmp_path), EngineConfig(slots=1, tokens_per_pass="auto")
+    engine = build_engine(tiny_llama, SPLITS, max_rank=8)
+    engine.bank.admit(0, dataclasses.replace(run.settings, r=8), engine.bank.names, seed=0)
+    cost = measure(engine.model, SPLITS.train, (100, 200))
+    longest = max(len(row.input_ids) for row in SPLITS.train)
+    short_of = int(
+        2 * (cost.fixed_bytes + bytes_per_slot(engine.bank) + 0.9 * longest * cost.bytes_per_token)
+    )
+
+    chosen = fit(config, engine.model, SPLITS.train, 2, bytes_per_slot(engine.bank), 1, short_of)
+
+    assert chosen.tokens_per_pass >= longest
+    assert all(isinstance(layer.forward, partial) for layer in engine.model.decoder.layers)
+
+
+def test_a_pass_takes_memory_in_proportion_to_its_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_llama, SPLITS, max_rank=8)
+    engine.bank.admit(0, make_run(tmp_path).settings, engine.bank.names, seed=0)
+
+    small, large = (measure(engine.model, SPLITS.train, (100, size)) for size in (200, 400))
+
+    assert small.bytes_per_token == pytest.approx(large.bytes_per_token, rel=0.1)
+
+
+def test_the_fewest_slots_that_are_about_as_fast_as_the_most() -> None:
+    cost = PassCost(0.0, 1.0, {200: 500.0, 400: 800.0, 800: 980.0, 1600: 1000.0})
+
+    assert fitting._slots(cost, tokens=2048, batch_tokens=200.0, most=32) == 4
+    assert fitting._slots(cost, tokens=2048, batch_tokens=200.0, most=3) == 3
+
+
+def test_the_probe_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    expected = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
+    engine = build_engine(tiny_llama, SPLITS, max_rank=8)
+    engine.bank.admit(0, run.settings, engine.bank.names, seed=0)
+    measure(engine.model, SPLITS.train, (50, 100))
+    engine.bank.release(0)
+
+    curve = train_all(engine, [make_run(tmp_path / "b")])[0]
+
+    assert [m.perplexity for m in curve] == [m.perplexity for m in expected]

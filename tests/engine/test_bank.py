@@ -1,0 +1,93 @@
+"""The adapters of a pass against plain autograd, slot by slot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_search.engine.bank import SlotBank, SlotLinear
+from lora_search.ops.dropout import kept, threshold, token_keys
+from lora_search.ops.lora import Plan
+from tests.conftest import SETTINGS, make_run
+from tests.harness import build_engine, random_splits
+
+D_IN, D_OUT = 12, 10
+
+
+def make_bank(tmp_path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, SlotBank]:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(dtype).requires_grad_(False)
+    bank = SlotBank(model, {"0": model[0]}, 3, 8, dtype)
+    for slot, dropout in ((0, 0.0), (2, 0.4)):
+        settings = make_run(tmp_path, slot, r=4 + slot, dropout=dropout).settings
+        bank.admit(slot, settings, ("0",), seed=slot)
+        bank.theta_SP[slot].add_(bank.theta_SP[slot].ne(0) * 0.0)
+        for _, _, b_RO in bank.views(bank.theta_SP[slot], settings.r, ("0",)):
+            b_RO.normal_()
+        bank.refresh(slot)
+    return model, bank
+
+
+@pytest.mark.parametrize("shape", [(9, D_IN), (1, 9, D_IN)])
+def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+    model, bank = make_bank(tmp_path)
+    x = torch.randn(shape, requires_grad=True)
+    keys, thresholds = token_keys(5, [0], [9]), [threshold(0.0)] * 6 + [threshold(0.4)] * 3
+    bank.plan = Plan((0, None, 2), (0, 4, 6, 9), keys, torch.tensor(thresholds, dtype=torch.int16))
+    keep = kept(keys, bank.plan.threshold_T, 0, D_IN) != 0
+    leaves, pieces = (
+        {},
+        list(F.linear(x.reshape(9, D_IN), model[0].base.weight, model[0].base.bias).split([4, 2, 3])),
+    )
+    for piece, slot, rows in ((0, 0, slice(0, 4)), (2, 2, slice(6, 9))):
+        adapter = bank.adapters[0][slot]
+        a, b = leaves[slot] = [t.detach().clone().requires_grad_() for t in (adapter.a_RD, adapter.b_RO)]
+        scale = adapter.scaling / (1.0 - adapter.dropout)
+        pieces[piece] = pieces[piece] + ((x.reshape(9, D_IN)[rows] * keep[rows]) @ a.T) @ b * scale
+    expected = torch.cat(pieces).view(*shape[:-1], D_OUT)
+    weight = torch.randn_like(expected)
+    flat = [leaf for pair in leaves.values() for leaf in pair]
+    expected_x, *expected_leaves = torch.autograd.grad((expected * weight).sum(), [x, *flat])
+
+    output = model(x)
+    (output * weight).sum().backward()
+
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(x.grad, expected_x)
+    grads = [
+        grad
+        for slot in (0, 2)
+        for grad in (bank.adapters[0][slot].grad_a_RD, bank.adapters[0][slot].grad_b_RO)
+    ]
+    torch.testing.assert_close(grads, expected_leaves)
+
+
+def test_the_matmuls_see_theta_in_the_dtype_of_the_base(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    _, bank = make_bank(tmp_path, torch.bfloat16)
+
+    bank.theta_SP[0].add_(0.125)
+    bank.refresh(0)
+
+    assert bank.theta_SP.dtype == torch.float32
+    assert torch.equal(bank.used_SP[0], bank.theta_SP[0].bfloat16())
+
+
+def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    _, bank = make_bank(tmp_path)
+
+    bank.release(2)
+
+    assert not bank.theta_SP[2].any()
+    assert list(bank.adapters[0]) == [0]
+    assert SETTINGS.r == 4
+
+
+def test_a_gated_mlp_is_fused_with_adapters_on_its_layers(tiny_llama: Path) -> None:
+    engine = build_engine(tiny_llama, random_splits())
+
+    layers = engine.model.decoder.layers
+
+    assert all(isinstance(layer.mlp.gate_proj, SlotLinear) for layer in layers)
+    assert all("forward" in vars(layer.mlp) for layer in layers)

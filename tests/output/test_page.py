@@ -1,0 +1,156 @@
+"""The report is one file, says what the study says, and runs nothing that came from data."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lora_search.output.page import facts, share_saved, write_report
+from lora_search.trial import TrialRow
+from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, BEST, HOSTILE, ROWS, make_row
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, run and show."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.scripts: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self._inside: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self._inside:
+            self.scripts[-1] += data
+            return
+        self.text += data
+        if {"td", "th"} & set(self._inside):
+            self.tables[-1][-1][-1] += data.strip()
+
+
+def report(tmp_path: Path, rows: list[TrialRow], attributes: dict[str, str] | None = None) -> Page:
+    path = tmp_path / "faq" / "report.html"
+    write_report(rows, ATTRIBUTES if attributes is None else attributes, BASE_PERPLEXITY, path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_headline_compares_the_base_model_with_the_best_trial(tmp_path: Path) -> None:
+    page = report(tmp_path, ROWS)
+
+    text = " ".join(page.text.split())
+    assert "14.200 → 8.500" in text
+    assert "-40.1 %" in text  # 8.5 / 14.2 - 1
+    assert "6 trials complete" in re.sub(r"(\d)(trials)", r"\1 \2", text)
+
+
+def test_the_leaderboard_ranks_by_perplexity_after_the_base_model(tmp_path: Path) -> None:
+    table = report(tmp_path, ROWS).tables[0]
+
+    numbers = [row[0] for row in table[1:]]
+    assert numbers == ["–", "5", "4", "3", "2", "1", "0", "15", *map(str, range(6, 14)), "14"]
+    assert table[0][3:6] == ["r", "lr", "target_modules"]
+    assert table[2][3:6] == ["32", "1.42e-3", "all-linear"]
+
+
+def test_a_pruned_trial_below_the_best_is_not_called_the_best(tmp_path: Path) -> None:
+    page = report(tmp_path, [*ROWS, make_row(16, "PRUNED", 8.1, 5)])
+
+    assert "14.200 → 8.500" in " ".join(page.text.split())
+
+
+def test_every_stopped_trial_is_listed_with_its_reason(tmp_path: Path) -> None:
+    table = report(tmp_path, ROWS).tables[1]
+
+    reasons = {row[0]: row[4] for row in table[1:]}
+    assert len(reasons) == 9
+    assert reasons["7"] == "rung 3: not among the best 7 of 9"
+    assert reasons["14"] == f"diverged: {HOSTILE}"
+
+
+def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
+    page = report(tmp_path, ROWS)
+
+    assert page.loaded == []
+    assert "plotly.js v" in page.scripts[0]
+    assert len(page.scripts) > 4  # plotly and one per chart
+
+
+def test_hostile_text_stays_text_everywhere(tmp_path: Path) -> None:
+    params: dict[str, object] = {**BEST.params, f"lora.{HOSTILE}": HOSTILE}
+    rows = [replace(row, reason=HOSTILE, params=params) for row in ROWS]
+    hostile = report(tmp_path, rows, {**ATTRIBUTES, "study": HOSTILE, HOSTILE: HOSTILE, "command": HOSTILE})
+
+    path = tmp_path / "faq" / "report.html"
+    assert '<script>alert("x")' not in path.read_text(encoding="utf-8")
+    assert not any(script.startswith("alert") for script in hostile.scripts)
+    assert hostile.text.count(HOSTILE) > len(rows)
+
+
+def test_curves_start_at_the_base_model_and_run_over_epochs(tmp_path: Path) -> None:
+    page = report(tmp_path, [make_row(0, best=8.0, rungs=8)])
+
+    curve = page.scripts[-4]
+    assert '"x":[0.0,0.25,0.5,0.75,1.0,1.25,1.5,1.75,2.0]' in curve
+    assert re.search(r'"y":\[14\.2,.*8\.0\]', curve)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [make_row(0, "FAIL", None)], [make_row(0, "RUNNING", 9.0, 1)], [make_row(0, "WAITING", None, 0)]],
+)
+def test_a_study_without_a_complete_trial_has_a_report_too(tmp_path: Path, rows: list[TrialRow]) -> None:
+    assert "no trial is complete yet" in report(tmp_path, rows).text
+
+
+def test_a_report_is_replaced_in_one_go(tmp_path: Path) -> None:
+    report(tmp_path, ROWS[:1])
+    report(tmp_path, ROWS)
+
+    assert [path.name for path in (tmp_path / "faq").iterdir()] == ["report.html"]
+
+
+def test_the_saving_counts_rungs_the_pruned_trials_did_not_train() -> None:
+    assert share_saved(ROWS) == (8 * 3, 8 * 12)
+    assert share_saved(ROWS[:6]) is None
+
+
+def test_facts_are_grouped_and_the_fingerprint_is_left_out() -> None:
+    grouped = facts({**ATTRIBUTES, "fingerprint": "{}"})
+
+    assert list(grouped) == ["Run", "Data", "Versions", "Settings"]
+    assert grouped["Data"] == {"duplicates": "3", "train": "402"}
+    assert grouped["Versions"] == {"torch": "2.13.0"}
+    assert grouped["Settings"]["lora.dropout"] == "0.05"
+    assert "fingerprint" not in grouped["Run"]
+
+
+def test_what_was_recovered_is_told_with_its_trial(tmp_path: Path) -> None:
+    rows = [replace(ROWS[0], recovery="rung-00003.safetensors is damaged: went on from rung 2"), *ROWS[1:]]
+
+    write_report(rows, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "report.html")
+    write_report(ROWS, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "calm.html")
+
+    told = Page((tmp_path / "report.html").read_text()).text
+    assert "trial 0: rung-00003.safetensors is damaged: went on from rung 2" in told
+    assert "What was recovered" not in Page((tmp_path / "calm.html").read_text()).text

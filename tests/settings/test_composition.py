@@ -1,0 +1,164 @@
+"""What Hydra composes, and what a person is told whose command line is wrong."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_search.errors import InputError
+from lora_search.settings.composition import SWEEPS, as_override, compose, compose_study, help_page
+from lora_search.settings.space import parse_space
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A folder of one's own with a sweep in it, under a name that breaks Hydra's grammar."""
+    folder = tmp_path / "Anna's sweeps, new"
+    folder.mkdir()
+    shutil.copy(SWEEPS / "smoke.yaml", folder / "mine.yaml")
+    return folder
+
+
+@pytest.mark.parametrize("text", ["optim.lr=interval(1e-5,1e-3)", "space.optim.lr='interval(1e-5,1e-3)'"])
+def test_a_sweep_is_searched_however_it_is_written(text: str) -> None:
+    assert compose("smoke", [text]).space["optim"]["lr"] == "interval(1e-5,1e-3)"
+
+
+@pytest.mark.parametrize(
+    "text", ["optim.lr=1e-4", "model.path=a/b", "~space/lora", "+x=1", "not an override"]
+)
+def test_what_is_no_sweep_is_left_to_hydra(text: str) -> None:
+    assert as_override(text) == text
+
+
+def test_a_group_of_the_space_can_be_left_out() -> None:
+    assert "r" not in compose("smoke", ["~space/lora"]).space.get("lora", {})
+
+
+def test_a_sweep_of_ones_own_is_found_beside_the_shipped_ones(own_folder: Path) -> None:
+    assert compose("mine", [], own_folder).study.n_trials == 8
+    assert compose("smoke", [], own_folder).study.n_trials == 8
+
+
+def test_the_llama_sweep_searches_what_chat_models_are_usually_tuned_by() -> None:
+    config = compose("llama31_8b_instruct", ["data.path=my.jsonl"])
+
+    assert config.space == {
+        "lora": {"r": "choice(8, 16, 32)", "target_modules": "choice([q_proj,v_proj], all-linear)"},
+        "optim": {"lr": "tag(log, interval(2e-5, 5e-5))"},
+        "train": {"batch_size": "choice(8, 16)", "epochs": "interval(3, 5)"},
+    }
+    assert (config.lora.alpha, config.lora.dropout, config.optim.schedule) == ("2r", 0.05, "cosine")
+    assert config.optim.warmup_ratio > 0
+    assert config.train.gradient_accumulation_steps == 4
+    assert config.train.early_stopping_patience == 2
+    assert (config.data.max_length, config.data.max_length_choices) == ("auto", [512, 1024])
+    assert parse_space(config).default_params(config) is not None
+
+
+def test_a_study_is_found_without_the_data_that_it_was_made_with() -> None:
+    study, runs_dir = compose_study("llama31_8b_instruct", ["study.name=mine"])
+
+    assert (study.name, runs_dir) == ("mine", "runs")
+
+
+def test_the_help_shows_sweeps_groups_and_settings(own_folder: Path) -> None:
+    page = help_page("mine", ["optim.lr=3e-4"], own_folder)
+
+    assert "llama31_8b_instruct   Which adapter makes Llama 3.1 8B" in page
+    assert "mine                  Does everything work?" in page
+    assert "space/lora: rank, rank_alpha, rank_targets" in page
+    assert "lr: 0.0003" in page
+
+
+BAD = [
+    ("+x=1", "x: there is no such setting. See --help."),
+    ("+foo.bar=1", "foo.bar: there is no such setting."),
+    ("++optim.foo=1", "optim.foo: there is no such setting. Did you mean optim.lr"),
+    (
+        "+data.columns.respond=a",
+        "data.columns.respond: there is no such setting. Did you mean data.columns.resp",
+    ),
+    ("~optim.lr", "~optim.lr: a setting cannot be left out. Give it a value"),
+    ("~nothing", "nothing: there is no such setting."),
+    ("space=null", "space=null: names no choice of the group space. Leave the group out with ~space."),
+    (
+        "space/lora=null",
+        "space/lora=null: names no choice of the group space/lora. Leave the group out with ~",
+    ),
+    ("sampler=3", "sampler=3: names no choice of the group sampler."),
+    ("=3", "=3: has no key. Write key=value."),
+    ("train.epochs", "train.epochs: has no value. Write key=value"),
+    ("train.epochs=", "train.epochs: Value '' of type 'str' could not be converted to Integer."),
+    ("train.epochs=1.5", "train.epochs: Value '1.5' of type 'float' could not be converted to Integer."),
+    ("train.epochs=null", "train.epochs: must have a value, got null."),
+    ("train.early_stopping_patience=0", "train.early_stopping_patience: must be >= 1 or null, got 0"),
+    ("optim.lr=choice()", "optim.lr=choice(): cannot be read: empty choice is not legal."),
+    ("train.batch_size=choice(null,2)", "null cannot be among the choices of Hydra's grammar. Leave it out."),
+    ("model.path=my model!", """Quote the value for Hydra and for the shell: 'model.path="my model!"'"""),
+    ("study.name=é", """'study.name="é"'"""),
+    ("lora.r=1e9", "lora.r: Value '1000000000.0' of type 'float' could not be converted to Integer."),
+    ("lora.r=100000000", "lora.r: must lie in [1, 4096], got 100000000. Try 8, 16 or 32"),
+    ("lora.alpha=0r", "lora.alpha: must be a number > 0 or a multiple of r, got '0r'."),
+    ("lora.alpha=inf", "lora.alpha: must be a number > 0 or a multiple of r, got inf."),
+    ("lora.target_modules=[]", "lora.target_modules: must be a list of layer names or all-linear, got []"),
+    (
+        "lora.target_modules=null",
+        "lora.target_modules: must be a list of layer names or all-linear, got None",
+    ),
+    (
+        "lora.target_modules=[q_proj,null]",
+        "must be a list of layer names or all-linear, got ['q_proj', None]",
+    ),
+    ("lora.target_modules=[q_proj,q_proj]", "lora.target_modules: must name each layer once"),
+    ("lora.use_rslora=maybe", "lora.use_rslora: Value 'maybe' is not a valid bool"),
+    (
+        "tracker.project='a/b'",
+        "tracker.project: must be 1 to 128 characters, none of / \\ # ? % :, got 'a/b'",
+    ),
+    ("tracker.entity=''", "tracker.entity: must be 1 to 128 characters"),
+    ("runs_dir=''", "runs_dir: must name a folder, got ''"),
+    ("runs_dir='~/runs'", "runs_dir: must not begin with ~, got '~/runs'. Write the folder out"),
+    (
+        "study.storage='sqlite:///~/x.db'",
+        "study.storage: must not name a folder by ~, got 'sqlite:///~/x.db'",
+    ),
+    ("seed=-1", "seed: must lie in [0, 2**31), got -1"),
+    ("data.columns.response=instruction", "data.columns.instruction: must be another column than the other"),
+    ("data.columns.instruction=''", "data.columns.instruction: must name a column of the file, got ''"),
+    ("data.max_length=auto1", "data.max_length: must be a number of tokens >= 8, or auto, got 'auto1'"),
+    ("data.max_length_percentile=0", "data.max_length_percentile: must lie in (0, 100], got 0.0"),
+    (
+        "data.max_length_choices=[512,4]",
+        "data.max_length_choices: must be numbers of tokens >= 8, got [512, 4]",
+    ),
+    (
+        "data.max_length_choices=[512]",
+        "data.max_length_choices: are for data.max_length=auto only, got [512]",
+    ),
+    ("data.test_fraction=0.95", "data.validation_fraction + data.test_fraction: must be below 1, got 1.05"),
+    ("engine.slots=1.5", "engine.slots: Value '1.5' of type 'float' is incompatible with type hint"),
+    ("engine.dtype=float16", "engine.dtype: must be one of auto, float32, bfloat16, got 'float16'"),
+    ("model.quantization=nf8", "model.quantization: must be null or nf4, got 'nf8'"),
+    ("study.heartbeat_seconds=0", "study.heartbeat_seconds: must be at least 1, got 0"),
+    ("study.name=.hidden", "study.name: must be 1 to 100 letters"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
+def test_a_wrong_override_is_one_message(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compose("smoke", [override])
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_of_sweeps_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="-cd .*nothing: no such folder, or it may not be read"):
+        compose("smoke", [], tmp_path / "nothing")
+
+
+def test_a_missing_sweep_is_answered_with_those_that_there_are(own_folder: Path) -> None:
+    with pytest.raises(InputError, match="-cn theirs: no such sweep. There are: construction_faq, .*, mine;"):
+        compose("theirs", [], own_folder)

@@ -1,0 +1,97 @@
+"""What a study refuses to be continued with, and what it takes."""
+
+from collections.abc import Mapping
+
+import optuna
+import pytest
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from lora_search.database.storage import quieten_optuna
+from lora_search.errors import FingerprintError
+from lora_search.study.fingerprint import check_fingerprint
+
+LR = FloatDistribution(1e-4, 1e-3, log=True)
+RANK = IntDistribution(8, 32, step=8)
+CHOICE = CategoricalDistribution([4, 8])
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    quieten_optuna()
+    return optuna.create_study(study_name="faq")
+
+
+def begin(study: optuna.Study, distributions: Mapping[str, BaseDistribution]) -> list[str]:
+    return check_fingerprint(study, {"seed": "0", "data_hash": "x"}, distributions)
+
+
+def test_the_same_settings_go_on(study: optuna.Study) -> None:
+    assert begin(study, {"optim.lr": LR, "lora.r": RANK}) == []
+    assert begin(study, {"lora.r": RANK, "optim.lr": LR}) == []
+
+
+def test_every_changed_key_is_named_with_the_ways_out(study: optuna.Study) -> None:
+    begin(study, {"optim.lr": LR})
+
+    with pytest.raises(FingerprintError) as caught:
+        check_fingerprint(study, {"seed": "1", "data_hash": "x", "train.epochs": "3"}, {"optim.lr": LR})
+
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "study.name: 'faq' was started with other settings:"
+    assert lines[1:3] == ["  seed: 0 -> 1", "  train.epochs: not set -> 3"]
+    assert lines[3].startswith("Choose a new study.name, or put these back. Free to change: study.*")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (LR, FloatDistribution(1e-5, 1e-3, log=True), "0.0001 to 0.001, log -> 1e-05 to 0.001, log"),
+        (LR, FloatDistribution(1e-4, 1e-2, log=True), "0.0001 to 0.001, log -> 0.0001 to 0.01, log"),
+        (RANK, IntDistribution(8, 64, step=8), "8 to 32 in steps of 8 -> 8 to 64 in steps of 8"),
+    ],
+)
+def test_a_range_may_widen_and_then_holds(
+    study: optuna.Study, old: BaseDistribution, new: BaseDistribution, words: str
+) -> None:
+    begin(study, {"key": old})
+
+    assert begin(study, {"key": new}) == [f"space.key: {words}"]
+    assert begin(study, {"key": new}) == []
+    with pytest.raises(FingerprintError, match="may widen \\(not narrow\\)"):
+        begin(study, {"key": old})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (CHOICE, CategoricalDistribution([4, 8, 16])),
+        (CHOICE, CategoricalDistribution([8, 4])),
+        (CHOICE, IntDistribution(4, 8)),
+        (LR, FloatDistribution(1e-4, 1e-2)),
+        (RANK, IntDistribution(8, 64, step=4)),
+        (RANK, IntDistribution(4, 36, step=8)),
+        (RANK, FloatDistribution(8, 64, step=8)),
+    ],
+)
+def test_other_choices_scales_and_steps_are_refused(
+    study: optuna.Study, old: BaseDistribution, new: BaseDistribution
+) -> None:
+    begin(study, {"key": old})
+
+    with pytest.raises(FingerprintError, match=r"space.key: .* -> .*\n.*choices may not change"):
+        begin(study, {"key": new})
+
+
+def test_a_key_that_is_newly_searched_or_no_longer_is_refused(study: optuna.Study) -> None:
+    begin(study, {"optim.lr": LR})
+
+    with pytest.raises(FingerprintError, match=r"space.lora.r: not set -> 8 to 32 in steps of 8"):
+        begin(study, {"optim.lr": LR, "lora.r": RANK})
+    with pytest.raises(FingerprintError, match=r"space.optim.lr: 0.0001 to 0.001, log -> not set"):
+        begin(study, {})

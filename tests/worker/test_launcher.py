@@ -1,0 +1,289 @@
+"""launcher=local: the parts with small real processes, and the whole with workers that train a tiny model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_search.errors import ConfigError, InputError, LoraSearchError
+from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfig, SweepConfig
+from lora_search.study.view import StudyView
+from lora_search.worker.launcher import (
+    STORAGE_VARIABLE,
+    Command,
+    Team,
+    Worker,
+    error_file,
+    num_cores,
+    plan_workers,
+    typed_arguments,
+)
+from tests.processes import postgres_server
+
+ROOT = Path(__file__).parents[2]
+SECRET = "postgresql+psycopg://u:hunter2@h/db"
+SMOKE = (
+    "-cn",
+    "smoke",
+    "engine.device=cpu",
+    "launcher=local",
+    "launcher.workers=2",
+    "study.heartbeat_seconds=1",
+)
+LONG = ("train.epochs=8", "pruner=none", "optim.lr=5e-3")
+
+
+def make_config(device: str = "auto", workers: int | None = None, storage: str = SECRET) -> SweepConfig:
+    return SweepConfig(
+        engine=EngineConfig(device=device),
+        launcher=LauncherConfig(name="local", workers=workers),
+        study=StudyConfig(storage=storage),
+    )
+
+
+def test_each_visible_gpu_gets_one_worker_of_its_own() -> None:
+    plans = plan_workers(make_config(), 3, {"PATH": "/bin"})
+    chosen = plan_workers(make_config("cuda", 2), 2, {"CUDA_VISIBLE_DEVICES": "5,GPU-ab12"})
+
+    assert [plan["CUDA_VISIBLE_DEVICES"] for plan in plans] == ["0", "1", "2"]
+    assert [plan["CUDA_VISIBLE_DEVICES"] for plan in chosen] == ["5", "GPU-ab12"]
+    assert {plan["PATH"] for plan in plans} == {"/bin"}
+
+
+def test_without_a_gpu_the_workers_share_out_the_cores_unless_told_otherwise() -> None:
+    (alone,) = plan_workers(make_config("cpu"), 0, {})
+    shared = plan_workers(make_config("cpu", 2), 0, {})
+    told = plan_workers(make_config("cpu", 2), 0, {"OMP_NUM_THREADS": "7"})
+
+    assert alone["OMP_NUM_THREADS"] == str(num_cores())
+    assert [plan["OMP_NUM_THREADS"] for plan in shared] == [str(max(1, num_cores() // 2))] * 2
+    assert [plan["OMP_NUM_THREADS"] for plan in told] == ["7"] * 2
+    assert all("CUDA_VISIBLE_DEVICES" not in plan for plan in shared)
+
+
+def test_more_workers_than_gpus_and_a_device_for_all_are_refused() -> None:
+    with pytest.raises(ConfigError, match="launcher.workers: must be at most 2, the visible GPUs, got 3"):
+        plan_workers(make_config(workers=3), 2, {})
+    with pytest.raises(ConfigError, match="engine.device: must be auto, cpu or cuda with launcher=local"):
+        plan_workers(make_config("cuda:1"), 2, {})
+    with pytest.raises(ConfigError, match="launcher.workers: is for launcher=local only, got 2"):
+        LauncherConfig(workers=2)
+
+
+def test_a_workers_command_line_holds_no_password_and_its_environment_the_whole_url() -> None:
+    own = ("lora.r=8", f"study.storage={SECRET}", "++study.storage='mysql://u:hunter2@h/d'")
+    command = Command(sweep="smoke", config_dir=Path("/mine"), overrides=own)
+
+    line = command.for_worker(3)
+    (plan,) = plan_workers(make_config(workers=1), 0, {})
+
+    assert "hunter2" not in " ".join(line)
+    assert line[3:8] == ["-cn", "smoke", "-cd", "/mine", "lora.r=8"]
+    assert line[-2:] == ["launcher.worker=3", f"study.storage=${{oc.env:{STORAGE_VARIABLE}}}"]
+    assert plan[STORAGE_VARIABLE] == SECRET
+
+
+def test_what_the_launcher_adds_is_no_part_of_the_command_that_a_study_remembers() -> None:
+    command = Command(sweep="smoke", config_dir=None, overrides=("lora.r=8",))
+
+    assert typed_arguments(command.for_worker(0)[3:]) == ["-cn", "smoke", "lora.r=8"]
+    assert typed_arguments(["-cn", "smoke"]) == ["-cn", "smoke"]
+
+
+def script(folder: Path, number: int, code: str, restarts: int = 1) -> Worker:
+    """A worker that is a small program: `log` names its log file, `start` counts its starts from 1."""
+    log = folder / f"{number}.log"
+    head = (
+        f"import os, pathlib, signal, sys\nlog = pathlib.Path({str(log)!r})\n"
+        "starts = log.with_suffix('.starts')\nstarts.open('a').write('x')\nstart = len(starts.read_text())\n"
+    )
+    return Worker([sys.executable, "-c", head + code], dict(os.environ), log, restarts)
+
+
+def news_of(team: Team) -> list[str]:
+    """Look after the workers until all have ended; return what happened."""
+    news = []
+    while team.is_at_work:
+        news += team.look()
+        time.sleep(0.01)
+    return news
+
+
+def test_a_worker_that_a_signal_killed_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
+    die = "print('start', start, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    once = "if start == 1: os.kill(os.getpid(), signal.SIGSEGV)"
+    with Team([script(tmp_path, 0, die, restarts=2), script(tmp_path, 1, once)]) as team:
+        news = news_of(team)
+
+    assert sorted(news) == [
+        f"worker 0 killed by SIGKILL: see {tmp_path}/0.log",
+        "worker 0 was killed by SIGKILL; it is started again (0 more times)",
+        "worker 0 was killed by SIGKILL; it is started again (1 more times)",
+        "worker 1 was killed by SIGSEGV; it is started again (0 more times)",
+    ]
+    assert (tmp_path / "0.log").read_text() == "start 1\nstart 2\nstart 3\n"
+    team.check_someone_finished()
+
+
+def test_wrong_input_of_one_worker_ends_all_with_its_message(tmp_path: Path) -> None:
+    wrong = "log.with_suffix('.error').write_text('lora.r: wrong'); sys.exit(2)"
+    patient = "signal.pause()"
+    workers = [script(tmp_path, 0, patient), script(tmp_path, 1, wrong)]
+
+    with pytest.raises(InputError, match=r"^lora\.r: wrong$"), Team(workers) as team:
+        news_of(team)
+
+    assert workers[0].process.returncode == -signal.SIGTERM
+
+
+def test_a_worker_that_fails_leaves_the_others_at_work_and_all_failing_is_an_error(tmp_path: Path) -> None:
+    fail = "log.with_suffix('.error').write_text('out of memory'); sys.exit(1)"
+    with Team([script(tmp_path, 0, fail), script(tmp_path, 1, "")]) as team:
+        news = news_of(team)
+    team.check_someone_finished()
+    with Team([script(tmp_path, 0, fail)]) as lonely:
+        news_of(lonely)
+
+    assert news == ["worker 0 failed: out of memory"]
+    with pytest.raises(LoraSearchError, match="every worker ended early; worker 0 failed: out of memory"):
+        lonely.check_someone_finished()
+
+
+def test_a_message_of_an_earlier_start_is_forgotten(tmp_path: Path) -> None:
+    error_file(tmp_path / "0.log").write_text("of yesterday")
+    with Team([script(tmp_path, 0, "")]) as team:
+        news_of(team)
+
+    assert not error_file(tmp_path / "0.log").exists()
+
+
+def start_sweep(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
+    command = [sys.executable, "-m", "lora_search.sweep", *SMOKE, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """Return pid -> command line."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in text.split()}
+
+
+def wait_until_trials_run(folder: Path, num_running: int) -> StudyView:
+    config = StudyConfig(name="smoke", n_trials=8, storage=f"sqlite:///{folder}/runs/lora_search.db")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "runs/smoke/trials").is_dir():
+            view = StudyView(config)
+            if view.summary().running >= num_running:
+                return view
+        time.sleep(0.1)
+    raise AssertionError([log.read_text() for log in folder.glob("runs/smoke/workers/*.log")])
+
+
+def states(view: StudyView) -> set[str]:
+    return {row.state for row in view.rows()}
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    with postgres_server(tmp_path / "pg") as url:
+        yield url
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_postgresql_and_the_password_stands_on_no_workers_command_line(
+    tmp_path: Path, postgres: str
+) -> None:
+    arguments = (f"study.storage='{postgres}'", "tracker=wandb_offline")
+    with start_sweep(tmp_path, *arguments) as process:
+        assert process.stdout is not None
+        head = next(process.stdout)
+        lines = children_of(process.pid)
+        output = head + process.stdout.read()
+
+    view = StudyView(StudyConfig(name="smoke", n_trials=8, storage=postgres))
+    written = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert process.returncode == 0, output
+    assert "workers: 2 on the CPU" in head
+    assert sum("launcher.worker=" in line for line in lines.values()) == 2
+    assert states(view) <= {"COMPLETE", "PRUNED"}
+    assert view.summary().finished == 8
+    assert output.count("Leaderboard") == output.count("Next:") == 1
+    assert (tmp_path / "runs/smoke/report.html").is_file()
+    assert (tmp_path / "runs/smoke/best/adapter/adapter_config.json").is_file()
+    assert len(list(tmp_path.glob("runs/smoke/workers/*.log"))) == 2
+    attributes = view.attributes()
+    assert attributes["command"].endswith("tracker=wandb_offline")
+    assert attributes["setting/sweep.launcher.worker"] == "None"
+    assert len(written) > 20
+    hidden = [
+        *(line.encode() for line in lines.values()),
+        *written,
+        str(attributes).encode(),
+        output.encode(),
+    ]
+    assert not any(b"hunter2" in text for text in hidden)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_every_worker_is_said_once(tmp_path: Path) -> None:
+    with start_sweep(tmp_path, "lora.target_modules=[query]") as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+
+    assert process.returncode == 2
+    assert output.count("the model has no layer 'query'") == 1
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_an_interrupt_reaches_all(tmp_path: Path) -> None:
+    with start_sweep(tmp_path, *LONG) as process:
+        view = wait_until_trials_run(tmp_path, 8)
+        victim, survivor = sorted(children_of(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        assert process.stdout is not None
+        next(line for line in process.stdout if "was killed by SIGKILL; it is started again" in line)
+        replaced = children_of(process.pid)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+
+    assert victim not in replaced
+    assert survivor in replaced
+    assert process.returncode == 130
+    assert "nothing is lost" in rest
+    assert states(view) & {"RUNNING", "FAIL"} == set()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in replaced)
+
+
+@pytest.mark.slow
+def test_workers_whose_parent_was_killed_hand_back_their_trials_and_one_alone_goes_on(tmp_path: Path) -> None:
+    with start_sweep(tmp_path, *LONG) as process:
+        view = wait_until_trials_run(tmp_path, 8)
+        workers = children_of(process.pid)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    between = states(view)
+    alone = [sys.executable, "-m", "lora_search.sweep", "-cn", "smoke", "engine.device=cpu", *LONG]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(alone, stdout=subprocess.DEVNULL, cwd=tmp_path, env=environment, check=True)
+
+    assert len(workers) == 2
+    assert between & {"RUNNING", "FAIL"} == set()
+    assert [row.state for row in view.rows()] == ["COMPLETE"] * 8
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether the process runs; one that nobody has asked for its exit code does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
