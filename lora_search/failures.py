@@ -26,7 +26,7 @@ A trial that is WAITING keeps number, parameters, reports and checkpoint; the sa
 import traceback
 from pathlib import Path
 
-from lora_search.settings.schema import redact
+from lora_search.settings.secrets import redact
 
 PACKAGE = Path(__file__).parent
 MAX_MESSAGE = 300  # characters of an exception's message that are stored

@@ -1,16 +1,32 @@
-"""What can be refused before a model is loaded, and what people should know of a search before it begins.
+"""From settings to an engine and a study that are ready to search, and what is refused on the way.
 
-Folders and the database first; once the data is read, steps and rungs that it cannot fill.
+Folders and the database first, then rows, then what the rows cannot fill; the model last. Imports torch, so
+`sweep` imports it only when it is going to train.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
-from lora_search.data.preparation import LENGTH, Splits
+from lora_search.data.preparation import prepare, write_pairs
+from lora_search.data.reading import load_rows
+from lora_search.data.rows import Splits
+from lora_search.data.tokens import LENGTH
 from lora_search.database.storage import check_storage
+from lora_search.engine.build import Room, build_engine
+from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
+from lora_search.files.atomic import explained_writing
+from lora_search.model.loading import load_base, load_tokenizer, resolve_model
+from lora_search.ops.device import pick_device
+from lora_search.output.dashboard_note import write_note
+from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig, require
 from lora_search.settings.space import Space, largest
+from lora_search.study.about import attributes, fingerprint
+from lora_search.study.folder import study_folder
+from lora_search.study.study import SweepStudy
+from lora_search.worker.command import typed_command
 
 
 def check_places(config: SweepConfig) -> None:
@@ -57,3 +73,39 @@ def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
     lengths = [f"{key.removeprefix(LENGTH)} {n}" for key, n in splits.counts.items() if is_length[key]]
     chosen = f"rows are cut at {splits.max_length} tokens (data.max_length={config.data.max_length})"
     return [f"data {config.data.path}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]
+
+
+def prepare_sweep(
+    config: SweepConfig, sweep_name: str, space: Space, progress: Progress
+) -> tuple[Engine, SweepStudy]:
+    """Return engine and study, ready to search: data read and split, base loaded and measured."""
+    pick_device(config.engine.device)
+    rows = load_rows(config.data)
+    check_places(config)
+    progress.event(f"base model {config.model.path}: reading")
+    source = resolve_model(config.model)
+    splits = prepare(config, rows, load_tokenizer(source, config.model))
+    for line in describe_rows(config, splits):
+        progress.event(line)
+    check_amount(config, space, len(splits.train))
+    base = load_base(source, config.model, config.engine)
+    engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
+    if sizes:
+        progress.event(f"engine: {sizes}")
+    folder, known = (
+        study_folder(config),
+        attributes(config, sweep_name, typed_command(sys.argv), source, splits),
+    )
+    print_of_it = fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
+    study = SweepStudy.open(config, space, print_of_it, known, folder)
+    with explained_writing(folder):
+        write_pairs(splits, folder / "data")  # now that no other sweep's lie there
+    for change in study.widened:
+        progress.event(f"study {config.study.name}: widened {change}")
+    progress.event(f"study {config.study.name}: {study.standing}")
+    is_new = "base_perplexity" not in study.attributes()
+    perplexity = float(study.remember("base_perplexity", lambda: repr(engine.evaluate_base())))
+    progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
+    if is_new:
+        write_note(study.study, config, space, known["command"], perplexity)
+    return engine, study

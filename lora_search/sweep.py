@@ -8,7 +8,6 @@ import sys
 from argparse import Namespace
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
 
@@ -20,17 +19,13 @@ if __name__ == "__main__":  # the imports below take half a second, and torch so
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from lora_search.errors import ConfigError, InputError, LoraSearchError
-from lora_search.files.atomic import explained_writing
+from lora_search.errors import InputError, LoraSearchError
 from lora_search.output.terminal import Progress
 from lora_search.settings.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
-from lora_search.settings.schema import SweepConfig, redact
-from lora_search.worker.launcher import Command, run_workers, told_to_launcher
-
-if TYPE_CHECKING:
-    from lora_search.engine.engine import Engine
-    from lora_search.settings.space import Space
-    from lora_search.study.study import SweepStudy
+from lora_search.settings.schema import SweepConfig
+from lora_search.settings.secrets import redact
+from lora_search.worker.command import Command
+from lora_search.worker.launcher import run_workers, told_to_launcher
 
 INFORMING = (
     "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -63,7 +58,8 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     """Let workers search, and conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude
     from lora_search.settings.space import parse_space
-    from lora_search.study.reclaiming import reclaim_all
+    from lora_search.study.claims import reclaim_all
+    from lora_search.study.folder import study_folder
     from lora_search.study.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
@@ -82,7 +78,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.database.outbox import Outbox
     from lora_search.output.conclusion import conclude
     from lora_search.output.tracking import make_tracker
-    from lora_search.prepare import describe_search
+    from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.settings.space import parse_space
     from lora_search.study.study import check_study
     from lora_search.worker.worker import work
@@ -100,62 +96,6 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     if config.launcher.worker is None:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
         conclude(*found, config, progress)
-
-
-def prepare_sweep(
-    config: SweepConfig, sweep_name: str, space: "Space", progress: Progress
-) -> "tuple[Engine, SweepStudy]":
-    """Return engine and study, ready to search: data read and split, base loaded and measured."""
-    from lora_search.data.preparation import prepare, write_pairs
-    from lora_search.data.reading import load_rows
-    from lora_search.engine.build import Room, build_engine
-    from lora_search.model.loading import load_base, load_tokenizer, pick_device, resolve_model
-    from lora_search.output.dashboard_note import write_note
-    from lora_search.prepare import check_amount, check_places, describe_rows
-    from lora_search.study.about import attributes, fingerprint
-    from lora_search.study.study import SweepStudy
-
-    pick_device(config.engine.device)
-    rows = load_rows(config.data)
-    check_places(config)
-    progress.event(f"base model {config.model.path}: reading")
-    source = resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model))
-    for line in describe_rows(config, splits):
-        progress.event(line)
-    check_amount(config, space, len(splits.train))
-    base = load_base(source, config.model, config.engine)
-    engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
-    if sizes:
-        progress.event(f"engine: {sizes}")
-    folder, known = study_folder(config), attributes(config, sweep_name, source, splits)
-    print_of_it = fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
-    study = SweepStudy.open(config, space, print_of_it, known, folder)
-    with explained_writing(folder):
-        write_pairs(splits, folder / "data")  # now that no other sweep's lie there
-    for change in study.widened:
-        progress.event(f"study {config.study.name}: widened {change}")
-    progress.event(f"study {config.study.name}: {study.standing}")
-    is_new = "base_perplexity" not in study.attributes()
-    perplexity = float(study.remember("base_perplexity", lambda: repr(engine.evaluate_base())))
-    progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
-    if is_new:
-        write_note(study.study, config, space, known["command"], perplexity)
-    return engine, study
-
-
-def study_folder(config: SweepConfig) -> Path:
-    """Return where the sweep writes, made where it is missing. Raises ConfigError where that is not inside
-    runs_dir."""
-    runs = Path(config.runs_dir)
-    folder = runs / config.study.name
-    rule, remedy = f"must be a folder inside {runs}", "Choose another study.name."
-    if folder.resolve().parent != runs.resolve() or (folder.exists() and not folder.is_dir()):
-        leads = f"{rule}, and {folder} leads to {folder.resolve()}"
-        raise ConfigError("study.name", config.study.name, leads, remedy)
-    with explained_writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _refuse_unsupported(arguments: Namespace) -> None:

@@ -24,10 +24,9 @@ from lora_search.data.reading import load_rows
 from lora_search.engine.build import Room, build_engine
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
-from lora_search.seeds import draw_seed
+from lora_search.settings.overlay import searchable_keys, trial_settings
 from lora_search.settings.schema import SweepConfig
-from lora_search.settings.space import searchable_keys, trial_settings
-from lora_search.trial import Measurement, TrialRun
+from lora_search.trial import Measurement, TrialRun, draw_seed
 
 
 def train(

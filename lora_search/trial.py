@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 Schedule = Literal["cosine", "linear", "constant"]
 EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
@@ -144,3 +146,8 @@ class TrialRow:
     train_tokens: int
     train_seconds: float
     recovery: str = ""  # what was wrong with the checkpoint that it went on from
+
+
+def draw_seed(*parts: int) -> int:
+    """Return a seed made of others, e.g. the sweep's and a trial's number: the same wherever it is asked."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

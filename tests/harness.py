@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_search.data.preparation import Example, Splits
+from lora_search.data.rows import Example, Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
-from lora_search.model.loading import load_base, matches, resolve_model, target_layers
+from lora_search.model.loading import load_base, resolve_model
+from lora_search.model.targets import matches, target_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
 from lora_search.trial import Measurement, TrialRun
 

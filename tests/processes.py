@@ -14,7 +14,16 @@ from pathlib import Path
 
 from lora_search import sweep
 
-PRELOADED = ("sweep", "prepare", "engine.engine", "model.loading", "data.reading", "output.page", "study.study", "worker.worker")
+PRELOADED = (
+    "sweep",
+    "prepare",
+    "engine.engine",
+    "model.loading",
+    "data.reading",
+    "output.page",
+    "study.study",
+    "worker.worker",
+)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", *(f"lora_search.{name}" for name in PRELOADED), "tests.processes"])
 

@@ -1,109 +1,110 @@
-"""Imports go downwards only, and each library has one home."""
+"""Imports between rooms go downwards only, no two modules import each other, each library has one home, and
+the README draws the tree as it is."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "lora_search"
-LAYERS = [
-    {"__init__", "errors", "seeds", "interrupts"},
-    {"config", "trial", "files"},
-    {"failures", "sealed", "connections"},
-    {"composition", "ranking", "templates", "tiny", "dropout", "packing", "optim", "pruning"},
-    {"adapters", "fused", "row_attention", "head", "memory", "recompute", "stopwatch"},
-    {"attention"},
-    {
-        "fingerprint",
-        "history",
-        "space",
-        "reading",
-        "storage",
-        "sources",
-        "soundness",
-        "tracking",
-        "checkpoint",
-        "lora",
-        "progress",
-        "export",
-    },
-    {"data", "model", "ledger", "outbox"},
-    {"passes", "axis", "sampling", "study_view"},
-    {"slots", "evaluation", "fitting", "claiming", "pausing", "launcher"},
-    {"keeping", "reclaiming"},
-    {"charts", "engine", "study", "preflight", "provenance"},
-    {"assembly"},
-    {"note"},
-    {"report"},
-    {"worker", "training", "conclusion"},
-    {"sweep"},
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lora_search"
+FLOORS = [  # from the ground up; a room, or a module that stands in no room
+    {"__init__", "trial", "errors"},
+    {"settings"},
+    {"ops", "files", "failures"},
+    {"model", "data", "database", "search"},
+    {"study"},
+    {"engine", "output"},
+    {"worker", "training"},
+    {"prepare"},
+    {"sweep", "report"},
 ]
-HOMES = {
-    "wandb": {"tracking"},
-    "optuna_dashboard": {"note"},
-    "optuna": {
-        "claiming",
-        "fingerprint",
-        "history",
-        "ledger",
-        "note",
-        "pausing",
-        "space",
-        "pruning",
-        "reclaiming",
-        "sampling",
-        "storage",
-        "study",
-        "study_view",
-    },
-    "sqlalchemy": {"connections", "storage"},
-    "hydra": {"composition", "space", "sweep"},
-    "omegaconf": {"composition"},
-    "datasets": {"reading"},
-    "peft": {"lora"},
-    "rich": {"progress"},
-    "plotly": {"charts", "report"},
-    "jinja2": {"report", "templates"},
+LARGEST_ROOM = 15
+HOMES = {  # library -> the rooms or modules that may import it
+    "wandb": {"output.tracking"},
+    "optuna_dashboard": {"output.dashboard_note"},
+    "optuna": {"settings.space", "search", "study", "database.storage", "output.dashboard_note"},
+    "sqlalchemy": {"database"},
+    "hydra": {"settings.composition", "settings.space", "sweep"},
+    "omegaconf": {"settings.composition"},
+    "datasets": {"data.reading"},
+    "peft": {"files.peft"},
+    "rich": {"output.terminal"},
+    "plotly": {"output.charts", "output.page"},
+    "jinja2": {"output.page", "data.templates"},
 }
+
+
+def modules() -> dict[str, Path]:
+    """Return dotted name below the package -> file."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+    return {name: path for name, path in names.items() if not name.endswith(".__init__")}
 
 
 def imports() -> dict[str, set[str]]:
     """Return module -> what it imports, also inside functions."""
     found = {}
-    for path in sorted(PACKAGE.glob("*.py")):
-        names: set[str] = set()
+    for name, path in modules().items():
+        imported: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module)
+                imported.add(node.module)
             elif isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-        found[path.stem] = names
+                imported.update(alias.name for alias in node.names)
+        found[name] = imported
     return found
 
 
-def test_every_module_stands_in_one_layer() -> None:
-    listed = [module for layer in LAYERS for module in layer]
+def own_imports() -> dict[str, set[str]]:
+    """Return module -> the modules of this package that it imports."""
+    prefix = "lora_search."
+    return {
+        name: {other.removeprefix(prefix) for other in imported if other.startswith(prefix)}
+        for name, imported in imports().items()
+    }
 
-    assert sorted(listed) == sorted(imports())
-    assert len(listed) > 20
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def test_imports_go_downwards_only() -> None:
-    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    upwards = [
-        (module, name)
-        for module, names in imports().items()
-        for name in names
-        if name.startswith("lora_search.") and level[name.split(".")[1]] >= level[module]
+def test_every_module_has_a_floor_and_every_floor_its_modules() -> None:
+    listed = [name for floor in FLOORS for name in floor]
+
+    assert sorted(listed) == sorted({room(module) for module in modules()})
+    assert len(modules()) > 70
+
+
+def test_no_room_is_too_full_to_find_anything() -> None:
+    sizes = {folder: len(list(folder.glob("*.py"))) - 1 for folder in PACKAGE.iterdir() if folder.is_dir()}
+
+    assert max(sizes.values()) <= LARGEST_ROOM
+    assert sum(size > 0 for size in sizes.values()) > 8
+
+
+def test_imports_between_rooms_go_downwards_only() -> None:
+    level = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    arrows = [
+        (module, other)
+        for module, others in own_imports().items()
+        for other in others
+        if room(module) != room(other)
     ]
 
-    assert upwards == []
+    assert [a for a in arrows if level[room(a[1])] >= level[room(a[0])]] == []
+    assert len(arrows) > 150
+
+
+def test_no_two_modules_import_each_other() -> None:
+    assert len(list(TopologicalSorter(own_imports()).static_order())) >= len(modules())
 
 
 def test_each_library_has_its_home() -> None:
     strays = [
         (module, name)
         for module, names in imports().items()
-        for name in names
-        if module not in HOMES.get(name.split(".")[0], {module})
+        for name in (imported.partition(".")[0] for imported in names)
+        if name in HOMES and not {module, room(module)} & HOMES[name]
     ]
 
     assert strays == []

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_search.data.preparation import LENGTH, Splits
+from lora_search.data.rows import Splits
+from lora_search.data.tokens import LENGTH
 from lora_search.errors import ConfigError, LoraSearchError
 from lora_search.prepare import check_amount, check_places, describe_rows, describe_search
 from lora_search.settings.composition import compose

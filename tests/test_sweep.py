@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_search import sweep
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.model.loading import load_tokenizer, resolve_model
-from lora_search.output.page import main as report_main
+from lora_search.report import main as report_main
 from lora_search.settings.schema import ModelConfig, StudyConfig
 from lora_search.study.study import SweepStudy
 from tests.engine.test_engine import plain_perplexity

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lora_search.data.preparation import Example, epoch_order
+import numpy as np
+
+from lora_search.data.rows import Example
 from lora_search.trial import TrialSettings
 
 
@@ -37,3 +39,9 @@ class DataAxis:
 @lru_cache(maxsize=8)  # 50,000 rows take 12 ms, whenever one of 32 slots begins a batch
 def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(epoch_order(num_examples, seed, epoch))
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the training examples in one epoch: the same for every trial of a sweep."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
+    return order

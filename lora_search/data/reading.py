@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_search.data.templates import Row
+from lora_search.data.rows import Row
 from lora_search.errors import DataError
 from lora_search.settings.schema import ColumnsConfig, DataConfig
 

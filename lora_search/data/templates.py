@@ -1,35 +1,14 @@
 """From a row to the exact text the model sees: prompt and completion, the end token included."""
 
-from dataclasses import dataclass
-
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.rows import Pair, Row
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import TemplateConfig
 
 # Templates that write the date get a fixed one, as a sweep may take days: what Llama 3.1 falls back to.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question with its answer, and where it came from ("faq.jsonl:17")."""
-
-    instruction: str
-    context: str
-    response: str
-    source: str
-
-    @property
-    def question(self) -> str:
-        return f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
-
-
-@dataclass(frozen=True)
-class Pair:
-    prompt: str
-    completion: str
 
 
 def render(row: Row, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> Pair:

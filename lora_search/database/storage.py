@@ -5,7 +5,6 @@ Whatever is wrong with the URL or behind it is one message, without the password
 """
 
 import os
-import platform
 import sqlite3
 import time
 import warnings
@@ -22,12 +21,11 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from lora_search.database.drivers import engine_options
+from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.errors import ConfigError, DatabaseError, StudyError
-from lora_search.settings.schema import StudyConfig, redact
+from lora_search.settings.schema import StudyConfig
+from lora_search.settings.secrets import redact
 
-GRACE_HEARTBEATS = (
-    4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
-)
 BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
 MADE = ("exist", "duplicate key name")  # says a database of what another process has made
@@ -118,30 +116,6 @@ def quieten_optuna() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # Optuna records heartbeats in Study.optimize only; SweepStudy.heartbeat does it for ask and tell.
     warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
-
-
-def worker_name(pid: int) -> str:
-    """Return host:pid:start, unlike any other process's even after the pid is used again."""
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        started = stat.read_text().rpartition(")")[2].split()[19]
-    except OSError:  # no such process, or no /proc
-        started = "0"
-    return f"{_host()}:{pid}:{started}"
-
-
-def worker_is_dead(name: str) -> bool:
-    """Return whether the worker ran on this host and runs no more; False where that cannot be known."""
-    host, _, rest = name.partition(":")
-    pid = rest.partition(":")[0]
-    known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
-    return known_here and worker_name(int(pid)) != name
-
-
-def _host() -> str:
-    """Return the host's name; containers that share one differ in their space of process ids."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{platform.node()}/{os.stat(namespace).st_ino}" if namespace.exists() else platform.node()
 
 
 def _parse(text: str) -> URL:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.errors import LoraSearchError

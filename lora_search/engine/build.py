@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_search.data.preparation import Splits
+from lora_search.data.rows import Splits
 from lora_search.engine.autosize import Fit, bytes_per_slot, fit
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
-from lora_search.model.loading import Base, matches, target_layers
+from lora_search.model.loading import Base
+from lora_search.model.targets import matches, target_layers
 from lora_search.ops.device import available_bytes
 from lora_search.ops.recompute import recompute_layers
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import ALL_LINEAR, SweepConfig
-from lora_search.settings.space import Space, largest, possible_targets, smallest, trial_settings
+from lora_search.settings.space import Space, largest, possible_targets, smallest
 from lora_search.trial import TrialSettings
 
 

@@ -15,18 +15,17 @@ from typing import TypeVar
 import torch
 
 from lora_search.data.order import DataAxis
-from lora_search.data.preparation import Splits
+from lora_search.data.rows import Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.evaluation import perplexities, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import fill_pass
 from lora_search.engine.slot import Slot
-from lora_search.engine.stopwatch import Lap, Throughput
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
-from lora_search.ops.device import give_back_memory, is_out_of_memory
+from lora_search.ops.device import Lap, Throughput, give_back_memory, is_out_of_memory
 from lora_search.trial import Measurement, SlotView, TrialRun
 
 logger = logging.getLogger(__name__)

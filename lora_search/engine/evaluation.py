@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.packed_model import PackedModel, SlotRows, num_completion_tokens
 from lora_search.engine.packing import common_prefix, passes_in_order
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
 from lora_search.ops.dropout import threshold, token_keys
 from lora_search.ops.fused import fuse

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.packed_model import SlotRows, num_completion_tokens
-from lora_search.engine.stopwatch import Lap
 from lora_search.files.checkpoint import Position
+from lora_search.ops.device import Lap
 from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, TrialRun, TrialSettings
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from lora_search.engine.bank import SlotBank, export_peft, read_peft
+from lora_search.engine.bank import SlotBank
 from lora_search.engine.optim import SlotAdamW
 from lora_search.engine.slot import Slot
 from lora_search.files.atomic import remove_unfinished
 from lora_search.files.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
+from lora_search.files.peft import export_peft, read_peft
 from lora_search.files.tensors import DamagedFileError
 from lora_search.trial import TrialRun
 

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +33,8 @@ from lora_search.errors import ConfigError, ModelError
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location
 from lora_search.ops.attention import NAME as ATTENTION
-from lora_search.ops.device import keep_freed_memory
-from lora_search.settings.schema import ALL_LINEAR, EngineConfig, ModelConfig
+from lora_search.ops.device import keep_freed_memory, pick_device, pick_dtype
+from lora_search.settings.schema import EngineConfig, ModelConfig
 
 T = TypeVar("T")
 DAMAGED = "A file of it is damaged or cut short: fetch it again."
@@ -120,80 +120,6 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     _keep_trainable(model)
     check_packing(model, config.path)
     return Base(model, source, device, dtype)
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device; auto is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = torch.cuda.device_count()
-    if name.startswith("cuda") and (torch.device(name).index or 0) >= count:
-        raise ConfigError(
-            "engine.device", name, f"must be a device of this machine ({count} GPUs)", "Use cpu or auto."
-        )
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the base's dtype; auto takes bfloat16 where the hardware multiplies matrices in it.
-
-    By the hardware and not by a stop-watch: the choice must not flip between two starts of a sweep.
-    """
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # AMX or AVX512-BF16: 2.1 x float32 on Zen 4. Without either oneDNN emulates, up to 8 x slower.
-    multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if multiplies else torch.float32
-
-
-def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for names as PEFT takes them; the output head carries no
-    adapter."""
-    modules = dict(model.named_modules())
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-    if not linear:
-        raise ModelError(
-            f"lora.target_modules: adapters go on linear layers, and this {model.config.model_type} model "
-            f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
-        )
-    if tuple(target_modules) == (ALL_LINEAR,):
-        return linear
-    for target in target_modules:
-        _check_target(target, modules, linear)
-    return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
-
-
-def matches(name: str, target_modules: Sequence[str]) -> bool:
-    """Return whether a linear layer is meant, by PEFT's rule: the full name or its tail."""
-    if tuple(target_modules) == (ALL_LINEAR,):
-        return True
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
-
-
-def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:
-    found = [name for name in modules if matches(name, (target,))]
-    if not found:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ModelError(
-            f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
-        )
-    unfit = next((name for name in found if name not in linear), None)
-    if unfit is not None:
-        kind = type(modules[unfit]).__name__
-        raise ModelError(
-            f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
-        )
-
-
-def _layer_kinds(modules: dict[str, nn.Module]) -> str:
-    """Return the kinds of the layers that multiply by a matrix."""
-    plain = (nn.Embedding, nn.Linear)
-    weights = {name: getattr(m, "weight", None) for name, m in modules.items() if not isinstance(m, plain)}
-    matrices = [name for name, w in weights.items() if isinstance(w, torch.Tensor) and w.dim() == 2]
-    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices})) or "of a kind of their own"
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:

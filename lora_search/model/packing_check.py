@@ -63,7 +63,7 @@ def _relative_error(model: PreTrainedModel) -> float:
 
 
 def _packed_logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
-    """Return [rows, tokens, vocabulary], computed as `passes` does."""
+    """Return [rows, tokens, vocabulary], computed as `packed_model` does."""
     decoder: nn.Module = model.base_model
     position = torch.arange(ROW_TOKENS, device=model.device).repeat(NUM_ROWS)
     bounds = torch.arange(0, rows.numel() + 1, ROW_TOKENS, device=model.device, dtype=torch.int32)

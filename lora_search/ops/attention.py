@@ -1,7 +1,7 @@
 """Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
 ever computed.
 
-On CUDA in half precision PyTorch's variable-length kernel, on a CPU `row_attention` for short rows, elsewhere
+On CUDA in half precision PyTorch's variable-length kernel, on a CPU `block_attention` for short rows, elsewhere
 one scaled_dot_product_attention per row. Scores that are capped (Gemma 2) are written out row by row, at
 the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
@@ -45,7 +45,7 @@ def rows_attention(
     ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. Where rows share their first tokens,
     ``key_source`` [K] says which token each key is of, ``cu_seq_lens_k`` their boundaries; the last query of
     a row sees all its keys. transformers passes more keywords; that none of them matters to a base is what
-    `soundness` checks when it is loaded.
+    `packing_check` checks when it is loaded.
     """
     if cu_seq_lens_q is None:
         raise ValueError("its decoder does not hand the row boundaries to its attention layers.")

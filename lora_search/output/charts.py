@@ -10,7 +10,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from lora_search.output.ranking import show_perplexity, show_value
+from lora_search.output.formatting import show_perplexity, show_value
 from lora_search.trial import TrialRow
 
 INK, GRID = "#7d8794", "rgba(128,128,128,0.18)"

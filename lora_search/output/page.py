@@ -1,23 +1,14 @@
-"""runs/<study>/report.html: one file that opens without network. Reads the study; imports no torch.
+"""runs/<study>/report.html: one file that opens without network. Reads the study; imports no torch."""
 
-`python -m lora_search.report -cn NAME [study.name=...]` writes it anew at any time, also during the sweep.
-"""
-
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
-from lora_search.errors import LoraSearchError, StudyError
 from lora_search.files.atomic import write_file
 from lora_search.output.charts import learning_curves, parameter_chart
-from lora_search.output.ranking import (
-    best_of,
-    ranked,
-    searched_keys,
+from lora_search.output.formatting import (
     short_names,
     show_change,
     show_count,
@@ -25,9 +16,7 @@ from lora_search.output.ranking import (
     show_seconds,
     show_value,
 )
-from lora_search.output.terminal import Progress
-from lora_search.settings.composition import DEFAULT_SWEEP, compose_study
-from lora_search.study.study import SweepStudy
+from lora_search.output.ranking import best_of, ranked, searched_keys
 from lora_search.trial import TrialRow
 
 HIDDEN = ("fingerprint", "command")  # the settings say the same; shown above
@@ -105,38 +94,3 @@ def facts(attributes: Mapping[str, str]) -> dict[str, dict[str, str]]:
         if key not in HIDDEN:
             groups[prefixes[prefix] if prefix else "Run"][key.removeprefix(prefix or "")] = value
     return {title: group for title, group in groups.items() if group}
-
-
-def main() -> int:
-    """Write the report of the study that the command line names; return the exit code."""
-    progress = Progress()
-    arguments = parse_arguments(sys.argv[1:])
-    try:
-        study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
-        rows, attributes = SweepStudy.read(study)
-        if "base_perplexity" not in attributes:
-            raise StudyError(f"study.name: {study.name!r} has measured nothing yet. Run the sweep first.")
-        path = Path(runs_dir) / study.name / "report.html"
-        write_report(rows, attributes, float(attributes["base_perplexity"]), path)
-    except LoraSearchError as error:
-        progress.console.print(str(error), markup=False, soft_wrap=True)
-        return error.exit_code
-    progress.event(f"wrote {path}")
-    return 0
-
-
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return sweep, overrides and config_dir, named as in `python -m lora_search.sweep`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_search.report",
-        description="Write runs/<study>/report.html anew, also while the sweep runs.",
-    )
-    parser.add_argument("-cn", "--config-name", dest="sweep", default=DEFAULT_SWEEP, metavar="SWEEP",
-                        help="the sweep, as in lora_search.sweep (default: %(default)s)")  # fmt: skip
-    parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="a folder of your own sweeps")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. study.name=mine")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,17 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.ranking import (
-    best_of,
-    ranked,
-    searched_keys,
-    short_names,
-    show_change,
-    show_perplexity,
-    show_seconds,
-    show_value,
-)
-from lora_search.settings.schema import SweepConfig, redact
+from lora_search.output.formatting import short_names, show_change, show_perplexity, show_seconds, show_value
+from lora_search.output.ranking import best_of, ranked, searched_keys
+from lora_search.settings.schema import SweepConfig
+from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary, TrialRow
 
 LIVE_SECONDS = 0.5  # the live view is drawn at most so often

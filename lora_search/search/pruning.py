@@ -6,7 +6,6 @@ there, running ones included. It is judged again when others arrive: the first a
 leader, the best at the farthest rung, is always spared, so a study always has a COMPLETE trial.
 """
 
-import copy
 import importlib.util
 import math
 from bisect import insort
@@ -17,13 +16,11 @@ from optuna import pruners
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.seeds import draw_seed
+from lora_search.search.trials import best_until
 from lora_search.settings.schema import PrunerConfig, require
+from lora_search.trial import draw_seed
 
 WILCOXON_P = 0.15  # one-sided: k rungs, all worse, give p = 2^-k, so three rungs can decide
-PAUSED = (
-    "paused"  # user attribute of a trial that was stopped, is RUNNING to Optuna, and may be taken up again
-)
 NOBODY = (1, -math.inf)  # the place behind every other
 WILCOXON_RUNGS = 4  # with fewer it would decide at the end only
 
@@ -113,21 +110,6 @@ class Standings:
         rung = max(self.rule.rungs(trial), default=0)
         best = best_until(trial, rung)
         return (-rung, best) if math.isfinite(best) else NOBODY
-
-
-def settled(trial: FrozenTrial) -> FrozenTrial:
-    """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
-    if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):
-        return trial
-    pruned = copy.copy(trial)
-    pruned.state = TrialState.PRUNED
-    return pruned
-
-
-def best_until(trial: FrozenTrial, rung: int) -> float:
-    """Return the trial's lowest perplexity up to the rung; infinity where it has none that is finite."""
-    values = [v for step, v in trial.intermediate_values.items() if step <= rung and math.isfinite(v)]
-    return min(values, default=math.inf)
 
 
 def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:

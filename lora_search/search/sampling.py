@@ -15,15 +15,12 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.errors import ConfigError
-from lora_search.search.pruning import settled
-from lora_search.seeds import draw_seed
+from lora_search.search.trials import Cursor, settled
 from lora_search.settings.schema import SamplerConfig
-from lora_search.study.ledger import Cursor
+from lora_search.trial import draw_seed
 
 # Optional dependencies of Optuna's.
 NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
-
-
 NUM_SPREAD = 500  # trials that TPE looks at; its time grows with them, what one more tells it falls
 NUM_BEST = 25  # and the best beside them: TPE never counts more as good
 

@@ -1,13 +1,14 @@
 """What the study remembers, read from Optuna's records: rows, counts, attributes."""
 
+import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.search.pruning import best_until
 from lora_search.trial import Measurement, TrialRow
 
 # Reasons of trials that ended before they began; no count and no report shows them.
@@ -18,20 +19,6 @@ PROGRESS = "progress"  # user attribute: what a trial has trained so far
 def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
     """Return every trial that began or will begin, by number."""
     return [trial_row(t) for t in trials if not never_began(t)]
-
-
-def attributes_of(study: optuna.Study) -> dict[str, str]:
-    return {key: str(value) for key, value in study.user_attrs.items()}
-
-
-def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
-    """Store what is new among the attributes."""
-    if study.metric_names is None:
-        study.set_metric_names(["validation perplexity"])
-    stored = study.user_attrs
-    for key, value in attributes.items():
-        if stored.get(key) != value:
-            study.set_user_attr(key, value)
 
 
 def trial_row(trial: FrozenTrial) -> TrialRow:
@@ -79,3 +66,62 @@ def params_of(trial: FrozenTrial) -> Mapping[str, object]:
 def never_began(trial: FrozenTrial) -> bool:
     """Return whether the trial was refused when it was drawn."""
     return str(trial.user_attrs.get("reason", "")).startswith((DUPLICATE, SURPLUS))
+
+
+PAUSED = (
+    "paused"  # user attribute of a trial that was stopped, is RUNNING to Optuna, and may be taken up again
+)
+
+
+def settled(trial: FrozenTrial) -> FrozenTrial:
+    """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
+    if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):
+        return trial
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    return pruned
+
+
+def best_until(trial: FrozenTrial, rung: int) -> float:
+    """Return the trial's lowest perplexity up to the rung; infinity where it has none that is finite."""
+    values = [v for step, v in trial.intermediate_values.items() if step <= rung and math.isfinite(v)]
+    return min(values, default=math.inf)
+
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def has_run_for(trial: FrozenTrial, seconds: int) -> bool:
+    """Return whether the trial was drawn longer ago; if nobody has signed it since, its worker has died."""
+    age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
+    return age > seconds
+
+
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+
+
+class Cursor:
+    """Tells what has finished since the last look, and what is open. Most looks read the open trials only."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._num_seen = 0
+        self._open: list[int] = []
+        self.trials: list[FrozenTrial] = []  # all by number, as of the last look at all
+
+    def read(self, *, everything: bool) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Return what has finished since the last call, and what is open. Unless it must look at everything,
+        it misses what others have begun and ended between two trials that it knows."""
+        if not everything:
+            unfinished = self._study.get_trials(deepcopy=False, states=UNFINISHED)
+            numbers = [t.number for t in unfinished]
+            num_new = len(numbers) - len(self._open)
+            if numbers == [*self._open, *range(self._num_seen, self._num_seen + num_new)]:
+                self._open, self._num_seen = numbers, self._num_seen + num_new
+                return [], unfinished
+        self.trials = self._study.get_trials(deepcopy=False)
+        candidates = [*self._open, *range(self._num_seen, len(self.trials))]
+        finished = [n for n in candidates if self.trials[n].state.is_finished()]
+        self._open = [n for n in candidates if not self.trials[n].state.is_finished()]
+        self._num_seen = len(self.trials)
+        return [self.trials[n] for n in finished], [self.trials[n] for n in self._open]

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_search.errors import InputError
-from lora_search.settings.schema import StudyConfig, SweepConfig, redact
+from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.settings.secrets import redact
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries both folders inside

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from lora_search.errors import ConfigError
+from lora_search.settings.secrets import redact
 
 ALL_LINEAR = "all-linear"
 WRITE_OUT = "Write the folder out: neither the shell nor a database expands it here"
@@ -340,12 +341,6 @@ class SweepConfig:
         require(
             not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "must not begin with ~", WRITE_OUT
         )
-
-
-def redact(url: str) -> str:
-    """Return the URL without its password."""
-    without = re.sub(r"(://[^/@]*?:).*@", r"\1***@", url)
-    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd)=)[^&\s]*", r"\1***", without)
 
 
 def as_dict(config: Any) -> Any:

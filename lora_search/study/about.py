@@ -2,16 +2,17 @@
 
 import os
 import platform
-import shlex
 import subprocess
-import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from lora_search.data.preparation import Splits
-from lora_search.settings.schema import SweepConfig, as_dict, redact
-from lora_search.worker.launcher import typed_arguments
+import optuna
+
+from lora_search.data.rows import Splits
+from lora_search.settings.schema import SweepConfig, as_dict
+from lora_search.settings.secrets import redact
 
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 FREE = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the study itself checks the space
@@ -26,13 +27,15 @@ def fingerprint(config: SweepConfig, splits: Splits, dtype: str) -> dict[str, st
     return flat
 
 
-def attributes(config: SweepConfig, sweep_name: str, source: str, splits: Splits) -> dict[str, str]:
+def attributes(
+    config: SweepConfig, sweep_name: str, command: str, source: str, splits: Splits
+) -> dict[str, str]:
     """Return what the study should remember of how it was run; no secrets. All workers say the same."""
     shared = replace(config, launcher=replace(config.launcher, worker=None))
     return {
         "study": config.study.name,
         "sweep": sweep_name,
-        "command": redact(shlex.join(["python", "-m", "lora_search.sweep", *typed_arguments(sys.argv[1:])])),
+        "command": redact(command),
         "base_model": source,
         "base_model_name": config.model.path,
         "max_length": str(splits.max_length),
@@ -58,3 +61,17 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
+
+
+def attributes_of(study: optuna.Study) -> dict[str, str]:
+    return {key: str(value) for key, value in study.user_attrs.items()}
+
+
+def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
+    """Store what is new among the attributes."""
+    if study.metric_names is None:
+        study.set_metric_names(["validation perplexity"])
+    stored = study.user_attrs
+    for key, value in attributes.items():
+        if stored.get(key) != value:
+            study.set_user_attr(key, value)

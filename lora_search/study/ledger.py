@@ -9,38 +9,9 @@ from collections.abc import Mapping
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.search.pruning import RungPruner, Standings, settled
-from lora_search.search.trials import never_began, params_of
+from lora_search.search.pruning import RungPruner, Standings
+from lora_search.search.trials import Cursor, never_began, params_of, settled
 from lora_search.trial import StudySummary
-
-UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
-
-
-class Cursor:
-    """Tells what has finished since the last look, and what is open. Most looks read the open trials only."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self._num_seen = 0
-        self._open: list[int] = []
-        self.trials: list[FrozenTrial] = []  # all by number, as of the last look at all
-
-    def read(self, *, everything: bool) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-        """Return what has finished since the last call, and what is open. Unless it must look at everything,
-        it misses what others have begun and ended between two trials that it knows."""
-        if not everything:
-            unfinished = self._study.get_trials(deepcopy=False, states=UNFINISHED)
-            numbers = [t.number for t in unfinished]
-            num_new = len(numbers) - len(self._open)
-            if numbers == [*self._open, *range(self._num_seen, self._num_seen + num_new)]:
-                self._open, self._num_seen = numbers, self._num_seen + num_new
-                return [], unfinished
-        self.trials = self._study.get_trials(deepcopy=False)
-        candidates = [*self._open, *range(self._num_seen, len(self.trials))]
-        finished = [n for n in candidates if self.trials[n].state.is_finished()]
-        self._open = [n for n in candidates if not self.trials[n].state.is_finished()]
-        self._num_seen = len(self.trials)
-        return [self.trials[n] for n in finished], [self.trials[n] for n in self._open]
 
 
 class Ledger:

@@ -13,7 +13,8 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.search.pruning import PAUSED, Standings
+from lora_search.search.pruning import Standings
+from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.ledger import Ledger
 

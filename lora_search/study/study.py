@@ -16,33 +16,22 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.database.storage import (
-    GRACE_HEARTBEATS,
-    explained_errors,
-    open_storage,
-    quieten_optuna,
-    worker_name,
-)
+from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
+from lora_search.database.storage import explained_errors, open_storage, quieten_optuna
 from lora_search.errors import StudyError
-from lora_search.search.pruning import make_pruner, settled, stopped_by_optuna
+from lora_search.search.pruning import make_pruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
-from lora_search.search.trials import (
-    PROGRESS,
-    attributes_of,
-    describe,
-    progress_after,
-    trial_rows,
-)
-from lora_search.seeds import draw_seed
+from lora_search.search.trials import FINISHED, PROGRESS, progress_after, settled, trial_rows
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import StudyConfig, SweepConfig
-from lora_search.settings.space import Space, largest, trial_settings
-from lora_search.study.claims import FINISHED, Draws
+from lora_search.settings.space import Space, largest
+from lora_search.study.about import attributes_of, describe
+from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import check_fingerprint
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
-from lora_search.study.reclaiming import reclaim
 from lora_search.study.view import StudyView
-from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
+from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun, draw_seed
 
 SUMMARY_SECONDS = 1.0
 

@@ -8,9 +8,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.storage import explained_errors, open_storage, require_database
 from lora_search.errors import ConfigError
-from lora_search.search.pruning import settled
-from lora_search.search.trials import attributes_of, progress_of, trial_rows
+from lora_search.search.trials import progress_of, settled, trial_rows
 from lora_search.settings.schema import StudyConfig
+from lora_search.study.about import attributes_of
 from lora_search.study.ledger import Ledger
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 

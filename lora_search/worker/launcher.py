@@ -18,39 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
-from lora_search.output.ranking import show_perplexity
+from lora_search.output.formatting import show_perplexity
 from lora_search.output.terminal import Progress
-from lora_search.settings.schema import StudyConfig, SweepConfig, redact, require
+from lora_search.settings.schema import StudyConfig, SweepConfig, require
 from lora_search.study.view import StudyView
+from lora_search.worker.command import STORAGE_VARIABLE, Command
 
-STORAGE_VARIABLE = "LORA_SEARCH_STORAGE"
-WORKER_KEY = "launcher.worker="
 LOOK_SECONDS = 1.0  # between two looks at the workers and the study
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """The sweep as it was asked for."""
-
-    sweep: str
-    config_dir: Path | None
-    overrides: tuple[str, ...]
-
-    def for_worker(self, number: int) -> list[str]:
-        """Return the command line of a worker, without the storage URL."""
-        folder = [] if self.config_dir is None else ["-cd", str(self.config_dir)]
-        own = [_without_password(text) for text in self.overrides]
-        storage = f"study.storage=${{oc.env:{STORAGE_VARIABLE}}}"
-        added = [f"{WORKER_KEY}{number}", storage]
-        return [sys.executable, "-m", "lora_search.sweep", "-cn", self.sweep, *folder, *own, *added]
-
-
-def typed_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a command line's arguments without those that `Command.for_worker` added."""
-    added = next((i for i, text in enumerate(arguments) if text.startswith(WORKER_KEY)), len(arguments))
-    return list(arguments[:added])
 
 
 def visible_gpus() -> int:
@@ -302,8 +278,3 @@ def _end_with_parent() -> None:
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _without_password(override: str) -> str:
-    key = override.partition("=")[0].lstrip("+~")
-    return redact(override) if key.startswith("study") else override

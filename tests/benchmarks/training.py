@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from lora_search.model.loading import pick_dtype
+from lora_search.ops.device import pick_dtype
 from lora_search.output.terminal import Progress
 
 ROUNDS, TOKENS_PER_PASS = 3, "1024"

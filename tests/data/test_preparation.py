@@ -10,9 +10,11 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_search.data.preparation import Splits, epoch_order, prepare, split
+from lora_search.data.order import epoch_order
+from lora_search.data.preparation import prepare
 from lora_search.data.reading import load_rows
-from lora_search.data.templates import Row
+from lora_search.data.rows import Row, Splits
+from lora_search.data.splitting import split
 from lora_search.errors import ConfigError, DataError
 from lora_search.model.tiny import make_tiny_tokenizer
 from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig

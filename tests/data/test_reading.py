@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from lora_search.data.reading import load_rows
-from lora_search.data.templates import Row
+from lora_search.data.rows import Row
 from lora_search.errors import DataError
 from lora_search.settings.schema import ColumnsConfig, DataConfig
 

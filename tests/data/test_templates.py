@@ -3,7 +3,8 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_search.data.templates import Pair, Row, render
+from lora_search.data.rows import Pair, Row
+from lora_search.data.templates import render
 from lora_search.errors import ConfigError
 from lora_search.model.tiny import make_tiny_tokenizer
 from lora_search.settings.schema import TemplateConfig

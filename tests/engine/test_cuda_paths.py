@@ -17,7 +17,7 @@ from lora_search.engine.bank import SlotBank
 from lora_search.engine.optim import SlotAdamW
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.slot import Watch
-from lora_search.model.loading import target_layers
+from lora_search.model.targets import target_layers
 from lora_search.ops.attention import NAME, kernel
 from lora_search.ops.lora import AddGrouped
 from lora_search.ops.nll import Head

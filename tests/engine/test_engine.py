@@ -9,8 +9,9 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from lora_search.data.preparation import Example, Splits, epoch_order
-from lora_search.engine.bank import export_peft
+from lora_search.data.order import epoch_order
+from lora_search.data.rows import Example, Splits
+from lora_search.files.peft import export_peft
 from lora_search.model.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.ops.recompute import recompute_layers
 from lora_search.trial import Measurement, TrialRun

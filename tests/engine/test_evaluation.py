@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.evaluation import perplexities, shareable_tokens
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import common_prefix, passes_in_order

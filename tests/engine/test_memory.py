@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_search.engine import build as assembly
 from lora_search.data.preparation import prepare
 from lora_search.data.reading import load_rows
+from lora_search.engine import build as assembly
 from lora_search.engine.build import Room
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.errors import LoraSearchError

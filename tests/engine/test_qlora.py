@@ -9,12 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_search.model import loading as model_module
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.errors import ConfigError
-from lora_search.model.loading import Base, load_base, matches, resolve_model, target_layers
+from lora_search.model import loading as model_module
+from lora_search.model.loading import Base, load_base, resolve_model
+from lora_search.model.targets import matches, target_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
 from tests.conftest import make_run
 from tests.engine.test_engine import losses, mixed_runs, perplexities, plain_perplexity

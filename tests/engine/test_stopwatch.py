@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_search.engine.stopwatch import Lap, Throughput
+from lora_search.ops.device import Lap, Throughput
 
 CPU = torch.device("cpu")
 

@@ -16,17 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from lora_search.errors import ConfigError, ModelError
-from lora_search.model.loading import (
-    Base,
-    load_base,
-    load_tokenizer,
-    max_positions,
-    pick_dtype,
-    resolve_model,
-    target_layers,
-)
+from lora_search.model.loading import Base, load_base, load_tokenizer, max_positions, resolve_model
 from lora_search.model.packing_check import check_packing
+from lora_search.model.targets import target_layers
 from lora_search.model.tiny import make_tiny_model
+from lora_search.ops.device import pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.engine.packed_model import SlotRows, attention_arguments, lay_end_to_end
 from lora_search.ops.attention import NAME
 

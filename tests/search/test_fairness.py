@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lora_search.data.order import DataAxis
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.database.storage import quieten_optuna
 from lora_search.search.pruning import RungPruner, make_pruner, stopped_by_optuna
 from lora_search.settings.schema import PrunerConfig

@@ -10,7 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.storage import quieten_optuna
 from lora_search.errors import ConfigError
-from lora_search.search.pruning import RungPruner, best_until, make_pruner
+from lora_search.search.pruning import RungPruner, make_pruner
+from lora_search.search.trials import best_until
 from lora_search.settings.schema import PrunerConfig
 
 RUNGS = 9

@@ -8,10 +8,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_search.database.storage import quieten_optuna
-from lora_search.search.pruning import PAUSED
 from lora_search.search.sampling import NUM_BEST, NUM_SPREAD, Remembered, make_sampler
-from lora_search.seeds import draw_seed
+from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import SamplerConfig
+from lora_search.trial import draw_seed
 
 SPACE: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-5, 1e-2, log=True),

@@ -13,8 +13,8 @@ from lora_search.data.reading import load_rows
 from lora_search.errors import ConfigError, DataError, LoraSearchError
 from lora_search.model.loading import load_base, resolve_model
 from lora_search.settings.schema import DataConfig, EngineConfig, ModelConfig, StudyConfig, SweepConfig
+from lora_search.study.folder import study_folder
 from lora_search.study.study import SweepStudy
-from lora_search.sweep import study_folder
 from tests.servers import real_postgres, sqlalchemy_uri
 from tests.worker.test_faults import start
 

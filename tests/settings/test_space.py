@@ -5,8 +5,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_search.errors import ConfigError
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SamplerConfig, StudyConfig, SweepConfig
-from lora_search.settings.space import largest, parse_space, possible_targets, trial_settings
+from lora_search.settings.space import largest, parse_space, possible_targets
 
 MIXED = {
     "lora": {"r": "choice(8, 16)", "target_modules": "choice([q_proj,v_proj], all-linear)"},

@@ -11,9 +11,9 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
 from lora_search.database.storage import quieten_optuna
-from lora_search.search.pruning import PAUSED
+from lora_search.search.trials import PAUSED, Cursor
 from lora_search.settings.schema import SamplerConfig
-from lora_search.study.ledger import Cursor, Ledger
+from lora_search.study.ledger import Ledger
 from lora_search.study.study import SweepStudy
 from tests.study.test_study import make_config, measure, open_study
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lora_search.errors import ConfigError
-from lora_search.search.pruning import PAUSED
+from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig
 from lora_search.study.study import SweepStudy
 from lora_search.trial import EndReason, Measurement, Stop, TrialRun

@@ -16,7 +16,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from lora_search.database.storage import worker_name
+from lora_search.database.presence import worker_name
 from lora_search.errors import ConfigError, FingerprintError, LoraSearchError, StudyError
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.settings.space import parse_space

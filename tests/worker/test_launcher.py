@@ -13,19 +13,12 @@ import pytest
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfig, SweepConfig
 from lora_search.study.view import StudyView
-from lora_search.worker.launcher import (
-    STORAGE_VARIABLE,
-    Command,
-    Team,
-    Worker,
-    error_file,
-    num_cores,
-    plan_workers,
-    typed_arguments,
-)
+from lora_search.worker.command import STORAGE_VARIABLE, Command, typed_command
+from lora_search.worker.launcher import Team, Worker, error_file, num_cores, plan_workers
 from tests.processes import postgres_server
 
 ROOT = Path(__file__).parents[2]
+TYPED = "python -m lora_search.sweep"
 SECRET = "postgresql+psycopg://u:hunter2@h/db"
 SMOKE = (
     "-cn",
@@ -91,8 +84,8 @@ def test_a_workers_command_line_holds_no_password_and_its_environment_the_whole_
 def test_what_the_launcher_adds_is_no_part_of_the_command_that_a_study_remembers() -> None:
     command = Command(sweep="smoke", config_dir=None, overrides=("lora.r=8",))
 
-    assert typed_arguments(command.for_worker(0)[3:]) == ["-cn", "smoke", "lora.r=8"]
-    assert typed_arguments(["-cn", "smoke"]) == ["-cn", "smoke"]
+    assert typed_command(["sweep.py", *command.for_worker(0)[3:]]) == f"{TYPED} -cn smoke lora.r=8"
+    assert typed_command(["sweep.py", "-cn", "smoke"]) == f"{TYPED} -cn smoke"
 
 
 def script(folder: Path, number: int, code: str, restarts: int = 1) -> Worker:

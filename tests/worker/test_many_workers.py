@@ -26,8 +26,8 @@ from sqlalchemy import Engine, event
 
 from lora_search.database.storage import open_storage
 from lora_search.output.conclusion import conclude
+from lora_search.search.trials import FINISHED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
-from lora_search.study.study import FINISHED
 from lora_search.study.view import StudyView
 from lora_search.worker.worker import work
 from tests.processes import FORKS, postgres_server

@@ -15,8 +15,9 @@ from sqlalchemy import event
 
 from lora_search.database.drivers import SILENCE_SECONDS
 from lora_search.errors import DatabaseError, StudyError
+from lora_search.search.trials import FINISHED
 from lora_search.settings.schema import SweepConfig
-from lora_search.study.study import FINISHED, SweepStudy
+from lora_search.study.study import SweepStudy
 from lora_search.worker.worker import work
 from tests.database.test_outbox import DisturbedEngine, assert_nothing_is_missing
 from tests.servers import frozen, real_mysql, real_postgres, sqlalchemy_uri

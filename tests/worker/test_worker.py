@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lora_search.worker import worker
 from lora_search.errors import StudyError
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import PrunerConfig
 from lora_search.trial import Measurement, SlotView, TrialRun
+from lora_search.worker import worker
 from lora_search.worker.interrupts import Interrupts
 from lora_search.worker.worker import work
 from tests.study.test_study import RUNGS, make_config, measure, open_study, sign_as, states

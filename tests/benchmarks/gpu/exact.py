@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F
 
-from lora_search.data.preparation import Example, Splits
+from lora_search.data.rows import Example, Splits
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
 from lora_search.model.loading import Base

@@ -3,12 +3,13 @@ predicted against measured memory."""
 
 import torch
 
-from lora_search.data.preparation import Splits
+from lora_search.data.rows import Splits
 from lora_search.engine.autosize import Fit, _fill, _peak_bytes, bytes_per_slot
 from lora_search.engine.build import Room, _fit
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import SlotRows
-from lora_search.model.loading import Base, target_layers
+from lora_search.model.loading import Base
+from lora_search.model.targets import target_layers
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialSettings

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from lora_search.data.preparation import Example
+from lora_search.data.rows import Example
 from lora_search.model.tiny import make_tiny_tokenizer
 from tests.benchmarks.gpu.packed import Figures, large_splits, small_splits
 from tests.benchmarks.gpu.shapes import LORA_BATCH, LORA_R, Q_AND_V, Scale, random_model

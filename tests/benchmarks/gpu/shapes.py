@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from lora_search.data.preparation import Example, Splits
+from lora_search.data.rows import Example, Splits
 from lora_search.model.loading import Base
 from lora_search.ops.attention import NAME
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import ALL_LINEAR, DataConfig, EngineConfig, ModelConfig, SweepConfig
-from lora_search.settings.space import trial_settings
 from lora_search.trial import TrialSettings
 
 RANKS = (8, 16, 32)

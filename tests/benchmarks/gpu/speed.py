@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_search.data.preparation import Splits
+from lora_search.data.rows import Splits
 from lora_search.engine.bank import SlotLinear
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
-from lora_search.engine.stopwatch import Lap, Throughput
 from lora_search.model.loading import Base
+from lora_search.ops.device import Lap, Throughput
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialRun, TrialSettings
 

@@ -1,0 +1,33 @@
+"""Who is at work on a study: the name of a worker process, and whether it still runs."""
+
+import os
+import platform
+from pathlib import Path
+
+GRACE_HEARTBEATS = (
+    4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
+)
+
+
+def worker_name(pid: int) -> str:
+    """Return host:pid:start, unlike any other process's even after the pid is used again."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        started = stat.read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no such process, or no /proc
+        started = "0"
+    return f"{_host()}:{pid}:{started}"
+
+
+def worker_is_dead(name: str) -> bool:
+    """Return whether the worker ran on this host and runs no more; False where that cannot be known."""
+    host, _, rest = name.partition(":")
+    pid = rest.partition(":")[0]
+    known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
+    return known_here and worker_name(int(pid)) != name
+
+
+def _host() -> str:
+    """Return the host's name; containers that share one differ in their space of process ids."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()}/{os.stat(namespace).st_ino}" if namespace.exists() else platform.node()

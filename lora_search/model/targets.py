@@ -1,0 +1,58 @@
+"""Which layers of a model carry adapters, by PEFT's rule for names."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_search.errors import ModelError
+from lora_search.settings.schema import ALL_LINEAR
+
+
+def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return full name -> layer, in model order, for names as PEFT takes them; the output head carries no
+    adapter."""
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    if not linear:
+        raise ModelError(
+            f"lora.target_modules: adapters go on linear layers, and this {model.config.model_type} model "
+            f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
+        )
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return linear
+    for target in target_modules:
+        _check_target(target, modules, linear)
+    return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
+
+
+def matches(name: str, target_modules: Sequence[str]) -> bool:
+    """Return whether a linear layer is meant, by PEFT's rule: the full name or its tail."""
+    if tuple(target_modules) == (ALL_LINEAR,):
+        return True
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:
+    found = [name for name in modules if matches(name, (target,))]
+    if not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ModelError(
+            f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
+        )
+    unfit = next((name for name in found if name not in linear), None)
+    if unfit is not None:
+        kind = type(modules[unfit]).__name__
+        raise ModelError(
+            f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+        )
+
+
+def _layer_kinds(modules: dict[str, nn.Module]) -> str:
+    """Return the kinds of the layers that multiply by a matrix."""
+    plain = (nn.Embedding, nn.Linear)
+    weights = {name: getattr(m, "weight", None) for name, m in modules.items() if not isinstance(m, plain)}
+    matrices = [name for name, w in weights.items() if isinstance(w, torch.Tensor) and w.dim() == 2]
+    return ", ".join(sorted({type(modules[name]).__name__ for name in matrices})) or "of a kind of their own"

@@ -1,0 +1,78 @@
+"""One trial's settings: the sweep's with the trial's parameters laid over, checked by each key's rules."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import UnionType
+from typing import Any, get_args
+
+from lora_search.errors import ConfigError
+from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
+from lora_search.trial import TrialSettings
+
+SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
+FIXED = ("train.evals_per_epoch",)  # all trials must meet at the same rungs
+
+
+def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSettings:
+    """Return what one trial trains: the sweep's settings with its parameters laid over."""
+    lora, optim, train = (_overlay(config, section, params) for section in ("lora", "optim", "train"))
+    assert isinstance(lora, LoraConfig)
+    assert isinstance(optim, OptimConfig)
+    assert isinstance(train, TrainConfig)
+    targets = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules)
+    return TrialSettings(
+        r=lora.r, alpha=lora.alpha_for_rank(lora.r), dropout=lora.dropout,
+        target_modules=targets, use_rslora=lora.use_rslora,
+        lr=optim.lr, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+        max_grad_norm=optim.max_grad_norm, schedule=optim.schedule,  # type: ignore[arg-type]  # checked by OptimConfig
+        warmup_ratio=optim.warmup_ratio, batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps, epochs=train.epochs,
+        evals_per_epoch=train.evals_per_epoch, early_stopping_patience=train.early_stopping_patience,
+    )  # fmt: skip
+
+
+def searchable_keys() -> list[str]:
+    """Return the settings that may differ between the trials of a sweep."""
+    keys = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
+    return [key for key in keys if key not in FIXED]
+
+
+def _overlay(config: SweepConfig, section: str, params: Mapping[str, object]) -> object:
+    mine = {k.partition(".")[2]: _decode(v) for k, v in params.items() if k.startswith(f"{section}.")}
+    for name, value in mine.items():
+        _check_type(f"{section}.{name}", value)
+    return replace(getattr(config, section), **mine)
+
+
+def _check_type(key: str, value: object) -> None:
+    types = _types(key)
+    if object in types:
+        return  # the class itself checks it
+    allowed = (*types, int) if float in types else types
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
+        shown = " or ".join(t.__name__ for t in types if t is not type(None))
+        raise ConfigError(key, value, f"must be of type {shown}")
+
+
+def _types(key: str) -> tuple[type, ...]:
+    """Return the types that the key's field is declared with; object where it is declared with Any."""
+    section, _, name = key.partition(".")
+    declared = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    if isinstance(declared, UnionType):
+        return get_args(declared)
+    return (object,) if declared is Any or not isinstance(declared, type) else (declared,)
+
+
+def _get(config: SweepConfig, key: str) -> object:
+    section, _, name = key.partition(".")
+    value: object = getattr(getattr(config, section), name)
+    return value
+
+
+def _encode(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _decode(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
