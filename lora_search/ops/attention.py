@@ -1,7 +1,7 @@
 """Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
 ever computed.
 
-On CUDA in half precision PyTorch's variable-length kernel, on a CPU `block_attention` for short rows, elsewhere
+On CUDA in half precision PyTorch's variable-length kernel, on a CPU `block_attention` for short rows, else
 one scaled_dot_product_attention per row. Scores that are capped (Gemma 2) are written out row by row, at
 the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
