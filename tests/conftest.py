@@ -1,5 +1,9 @@
-"""Shared parts: tiny random chat models made on the spot, and the settings of one trial."""
+"""Shared parts: tiny random chat models made on the spot, and the settings of one trial; which tests run.
 
+`pytest` runs the fast tests; `pytest --slow` and `pytest FILE` run the slow ones as well.
+"""
+
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +31,27 @@ def make_run(folder: Path, number: int = 0, **changes: object) -> TrialRun:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the slow tests out, unless they are asked for: by --slow, by a file's name or by -m."""
+    names_a_file = any(".py" in argument for argument in config.args)
+    if not (config.option.slow or config.option.markexpr or names_a_file):
+        config.option.markexpr = "not slow"
+    _answer_signals()
+
+
+def _answer_signals() -> None:
+    """Undo what nohup or a shell's & ignores: a process that a test starts would inherit it, and ignore the
+    Ctrl-C that the test sends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            is_interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
