@@ -46,7 +46,7 @@ def main(interrupts: Interrupts | None = None) -> int:
         else:
             _run(arguments, progress, interrupts)
     except LoraSearchError as error:
-        progress.console.print(redact(str(error)), markup=False, style="red", soft_wrap=True)
+        progress.refuse(error)
         return error.exit_code
     except KeyboardInterrupt:
         progress.event("interrupted: nothing is lost, the same command goes on")

@@ -16,7 +16,9 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"engine", "output"},
     {"worker", "training"},
     {"prepare"},
+    {"command_line"},
     {"sweep", "report"},
+    {"cli"},
 ]
 LARGEST_ROOM = 15
 HOMES = {  # library -> the rooms or modules that may import it

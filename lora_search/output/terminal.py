@@ -73,6 +73,10 @@ class Progress:
         elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
         self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
 
+    def refuse(self, error: Exception) -> None:
+        """Print the one message that ends a command."""
+        self.console.print(Text(redact(str(error)), style="red"), soft_wrap=True)
+
     def wait(self, text: str) -> None:
         """Print why nothing happens here, now and then."""
         if self._clock() - self._drawn >= LINE_SECONDS:

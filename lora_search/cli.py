@@ -1,0 +1,47 @@
+"""`lora-search COMMAND ...`: the same as `python -m lora_search.COMMAND ...`. Imports no command but the one
+it runs, so that --help is there at once."""
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from lora_search import __version__
+
+COMMANDS = {  # each is the module lora_search.NAME
+    "sweep": "search hyperparameters: train, prune, resume, conclude",
+    "report": "write runs/<study>/report.html anew, also while the sweep runs",
+}
+USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows what a command takes)"
+
+
+def main() -> int:
+    """Run the command that the command line names; return the exit code."""
+    return run(sys.argv[1:])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command with its arguments; it leaves with its own exit code."""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(help_page())  # noqa: T201 (no library is imported for this page)
+        return 0
+    if name == "--version":
+        print(f"lora-search {__version__}")  # noqa: T201
+        return 0
+    if name not in COMMANDS:
+        there_are = f"There are: {', '.join(COMMANDS)}."
+        print(f"lora-search {name!r}: no such command. {there_are}", file=sys.stderr)  # noqa: T201
+        return 2
+    sys.argv[:] = [sys.argv[0], *arguments[1:]]
+    runpy.run_module(f"lora_search.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def help_page() -> str:
+    """Return the commands, one a line."""
+    lines = [f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join([USAGE, "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What the commands share: how a command line names a study, and how a command ends.
+
+Every command but `sweep` is `run(command, parser)`; a user sees one message and an exit code, no traceback.
+Imports no torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_search.errors import LoraSearchError
+from lora_search.output.terminal import Progress
+from lora_search.settings.composition import DEFAULT_SWEEP, compose_study
+from lora_search.settings.schema import StudyConfig
+from lora_search.worker.interrupts import EXIT_CODE
+
+
+@dataclass(frozen=True)
+class FoundStudy:
+    """Where a study lies: its database and its folder. Neither need exist."""
+
+    config: StudyConfig
+    runs_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir / self.config.name
+
+
+def study_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser for a command that takes a study: study.name=NAME, and study.storage=URL where it is
+    not the default. Options of the command's own may be added."""
+    parser = argparse.ArgumentParser(
+        prog=f"lora-search {command}", description=description, allow_abbrev=False
+    )
+    parser.add_argument("-cn", "--config-name", dest="sweep", default=DEFAULT_SWEEP, metavar="SWEEP",
+                        help="the sweep whose study.name and study.storage count where none is given "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="a folder of your own sweeps")
+    which = "study.name=NAME; study.storage=URL and runs_dir=FOLDER where they are not the default"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=which)
+    return parser
+
+
+def find_study(arguments: argparse.Namespace) -> FoundStudy:
+    """Return the study that a command line names. Raises InputError for what is wrong with it."""
+    study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
+    return FoundStudy(study, Path(runs_dir))
+
+
+def run(command: Callable[[argparse.Namespace, Progress], None], parser: argparse.ArgumentParser) -> int:
+    """Run the command on this process's arguments; return the exit code."""
+    progress = Progress()
+    try:
+        command(parser.parse_intermixed_args(sys.argv[1:]), progress)
+    except LoraSearchError as error:
+        progress.refuse(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_CODE
+    return 0
