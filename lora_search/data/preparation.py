@@ -13,15 +13,17 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.control_tokens import check_control_text
 from lora_search.data.rows import Row, Splits
 from lora_search.data.splitting import (
     cap,
-    identity,
-    normal_question,
     require_both_sides,
     split,
     without_duplicates,
+    words,
 )
+from lora_search.data.templates import Renderer
+from lora_search.data.text import is_indented, normal_answer, question_key
 from lora_search.data.tokens import (
     choose_max_length,
     describe_lengths,
@@ -43,11 +45,14 @@ def prepare(
     unique = without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     counts["further answers kept beside their question"] = len(unique) - len(
-        {normal_question(r.question) for r in unique}
+        {question_key(r.question) for r in unique}
     )
     kept = cap(split(unique, config.data, config.seed), config.data, counts)
     require_both_sides(kept, config)
-    items = {name: tokenize_rows(members, config.template, tokenizer) for name, members in kept.items()}
+    check_control_text(config, [row for part in kept.values() for row in part], tokenizer, counts)
+    renderer = Renderer(config.template, tokenizer)
+    items = {name: tokenize_rows(members, renderer) for name, members in kept.items()}
+    counts += renderer.counts
     max_length = choose_max_length(config.data, [item.example for item in items["train"]], tokenizer)
     fitting = leave_out_long_prompts(items, max_length, config.data, counts)
     cut = {name: truncate(name, members, max_length, tokenizer, counts) for name, members in fitting.items()}
@@ -66,7 +71,9 @@ def prepare(
 
 
 def _hash(rows: Sequence[Row]) -> str:
-    text = json.dumps(sorted(identity(row) for row in rows))
+    """Hash the words of every row, and the lines of answers that are indented."""
+    lines = [(normal_answer(row.response),) if is_indented(row.response) else () for row in rows]
+    text = json.dumps(sorted((*words(row), *more) for row, more in zip(rows, lines, strict=True)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

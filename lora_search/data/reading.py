@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.data.rows import Row
+from lora_search.data.text import is_blank
 from lora_search.errors import DataError
 from lora_search.settings.schema import ColumnsConfig, DataConfig
 
@@ -298,7 +299,9 @@ def _check(record: Record, columns: ColumnsConfig) -> Row | Complaint:
     for part, text in texts.items():
         if complaint := _complain(text, f'{place}: "{getattr(columns, part)}"', part != "context"):
             return complaint
-    return Row(**{part: text.strip() for part, text in texts.items()}, source=record.source)
+    if is_blank(texts["context"]):
+        texts["context"] = ""
+    return Row(**texts, source=record.source)
 
 
 def _complain(value: object, what: str, required: bool) -> Complaint | None:
@@ -307,7 +310,7 @@ def _complain(value: object, what: str, required: bool) -> Complaint | None:
     if not isinstance(value, str):
         remedy = 'Put it in "quotes".' if isinstance(value, int | float) else "Write it as one text."
         return Complaint("wrong type", f"{what} is {type(value).__name__}, not text. {remedy}")
-    if required and not value.strip():
+    if required and is_blank(value):
         return Complaint("empty field", f"{what} is empty.")
     try:
         value.encode()

@@ -1,14 +1,17 @@
 """Which row is trained on and which is judged by: duplicates out, a split that every row keeps.
 
 The split depends on (seed, question) only: a row stays where it is when others are added, and rows that share
-a question never stand on both sides.
+a question are never on both sides. Spellings of one question (composed characters or not, full width,
+zero-width characters) go where the first of them in alphabetical order goes.
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 from lora_search.data.rows import Row
+from lora_search.data.text import normal_answer, normal_question, question_key
 from lora_search.errors import DataError
 from lora_search.settings.schema import DataConfig, SweepConfig
 
@@ -16,8 +19,10 @@ from lora_search.settings.schema import DataConfig, SweepConfig
 def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[Row]]:
     """Return train, validation and test, each in an order of its own that additions do not disturb."""
     parts: dict[str, list[tuple[str, Row]]] = {"train": [], "validation": [], "test": []}
+    spellings = _first_spellings(rows)
     for row in rows:
-        digest = hashlib.sha256(f"{seed}\n{normal_question(row.question)}".encode()).hexdigest()
+        spelling = spellings[question_key(row.question)]
+        digest = hashlib.sha256(f"{seed}\n{spelling}".encode()).hexdigest()
         place = int(digest[:12], 16) / 16**12
         if place < config.validation_fraction:
             parts["validation"].append((digest, row))
@@ -28,26 +33,40 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
     return {name: [row for _, row in sorted(part, key=_split_key)] for name, part in parts.items()}
 
 
-def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str]]:
+def _first_spellings(rows: Sequence[Row]) -> dict[str, str]:
+    """Return question key -> the spelling of it that decides its place."""
+    spellings: dict[str, str] = {}
+    for row in rows:
+        key, spelling = question_key(row.question), normal_question(row.question)
+        spellings[key] = min(spelling, spellings.get(key, spelling))
+    return spellings
+
+
+def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str], str]:
     """Order by the hash's tail: its head decided the split."""
     digest, row = keyed
-    return digest[12:], identity(row)
+    return digest[12:], words(row), row.response
 
 
-def normal_question(text: str) -> str:
-    """Return what makes a question the same question: not its white space, not its capitals."""
-    return " ".join(text.split()).casefold()
-
-
-def identity(row: Row) -> tuple[str, str, str]:
-    """Return what makes a row an exact duplicate: everything but the amount of white space."""
+def words(row: Row) -> tuple[str, str, str]:
+    """Return the row's three texts without the amount of white space."""
     return " ".join(row.instruction.split()), " ".join(row.context.split()), " ".join(row.response.split())
 
 
+def identity(row: Row) -> tuple[str, str, str]:
+    """Return what makes a row an exact duplicate: not the amount of white space, but for line breaks and
+    indentation of the answer; not how its characters are composed."""
+    instruction, context, _ = (unicodedata.normalize("NFC", text) for text in words(row))
+    return instruction, context, normal_answer(row.response)
+
+
 def without_duplicates(rows: Sequence[Row]) -> list[Row]:
+    """Return one row of each identity; of spellings the same one, whatever the order of the rows."""
     unique: dict[tuple[str, str, str], Row] = {}
     for row in rows:
-        unique.setdefault(identity(row), row)
+        key = identity(row)
+        if key not in unique or words(row) < words(unique[key]):
+            unique[key] = row
     return list(unique.values())
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Example, Pair, Row
-from lora_search.data.templates import render
+from lora_search.data.templates import Renderer
 from lora_search.errors import DataError
-from lora_search.settings.schema import DataConfig, TemplateConfig, require
+from lora_search.settings.schema import DataConfig, require
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30
 
@@ -28,10 +28,8 @@ class Item:
     example: Example
 
 
-def tokenize_rows(
-    rows: Sequence[Row], template: TemplateConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Item]:
-    pairs = [render(row, template, tokenizer) for row in rows]
+def tokenize_rows(rows: Sequence[Row], renderer: Renderer) -> list[Item]:
+    tokenizer, pairs = renderer.tokenizer, [renderer.pair(row) for row in rows]
     prompts = _tokenize([pair.prompt for pair in pairs], tokenizer)
     wholes = _tokenize([pair.prompt + pair.completion for pair in pairs], tokenizer)
     return [

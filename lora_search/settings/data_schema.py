@@ -27,6 +27,7 @@ class DataConfig:
     path: str = "???"  # a file or folder of one's own, or construction-faq, the packaged pairs
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     on_bad_row: str = "refuse"  # or skip: leave bad rows out and count them
+    on_control_text: str = "refuse"  # text that spells a control token, as <|im_end|>; keep: it becomes one
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     max_train_examples: int | None = None
@@ -38,6 +39,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.path.strip()), "data.path", self.path, "must name a file or folder")
         require_choice("data.on_bad_row", self.on_bad_row, ("refuse", "skip"))
+        require_choice("data.on_control_text", self.on_control_text, ("refuse", "keep"))
         for key in ("validation_fraction", "test_fraction"):
             value = getattr(self, key)
             low_ok = value > 0 if key == "validation_fraction" else value >= 0

@@ -1,0 +1,50 @@
+"""Text in the data that spells a control token, such as <|im_end|>: the tokenizer would make it one."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.rows import Row
+from lora_search.errors import ConfigError, DataError
+from lora_search.settings.schema import SweepConfig
+
+SHOWN_ROWS = 3
+KEEP = "To train on them as control tokens, set data.on_control_text=keep."
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts that become one token with a meaning of its own."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added} - {""})
+
+
+def check_control_text(
+    config: SweepConfig, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
+) -> None:
+    """Count the rows that spell a control token; raise, with their places, unless they are to be kept."""
+    tokens = control_tokens(tokenizer)
+    if not tokens:
+        return
+    spelled = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    refuse = config.data.on_control_text == "refuse"
+    system = spelled.search(config.template.system_prompt or "")
+    if system is not None and refuse:
+        rule, key = f"spells {system[0]}, a control token of the model", "template.system_prompt"
+        raise ConfigError(key, config.template.system_prompt, rule, f"Take it out. {KEEP}")
+    texts = [{"question": row.question, "answer": row.response} for row in rows]
+    hits = [
+        (row.source, part, hit[0])
+        for row, parts in zip(rows, texts, strict=True)
+        for part, text in parts.items()
+        if (hit := spelled.search(text)) is not None
+    ]
+    num_rows = len({source for source, _, _ in hits})
+    if num_rows and refuse:
+        shown = "\n  ".join(f"{source}: the {part} spells {hit}" for source, part, hit in hits[:SHOWN_ROWS])
+        raise DataError(
+            f"data.on_control_text: {num_rows} rows hold text that becomes a control token of the model:\n  "
+            f"{shown}\nTake it out of the text. {KEEP}"
+        )
+    counts["rows whose text spells a control token (kept)"] = num_rows
