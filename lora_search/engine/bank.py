@@ -26,8 +26,8 @@ def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tupl
     Elsewhere it loops over the groups and waits for their bounds at every call (GroupedBlas.cpp of 2.11 to
     2.13): `AddAdapters` loops without waiting.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return False
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
+        return False  # a capability of 9 is an MI200 or MI300 under ROCm
     is_aligned = all(width % ALIGNED == 0 for shape in shapes for width in shape)
     return is_aligned and torch.cuda.get_device_capability(device)[0] in (9, 10)
 

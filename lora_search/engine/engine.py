@@ -173,7 +173,7 @@ class Engine:
 
     def _explain(self, error: Exception) -> str | None:
         """Return what a trial did wrong, None where memory ran out; raise what ends the whole sweep."""
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
             remedy = "The trials go back; the same command goes on."
             raise LoraSearchError(
                 f"engine.device: the device failed: {first_line(error)}. {remedy}"

@@ -1,22 +1,33 @@
-"""What a device can hold, what a pass takes, and how running out of it shows."""
+"""The device: which one, in which dtype, what it holds, how running out shows, how long a pass takes."""
 
 import ctypes
 import time
 from collections import deque
 from pathlib import Path
 
+import psutil
 import torch
 
 from lora_search.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT_BYTES = 32 * 2**20  # the most that glibc takes
+RECENT_PASSES = 16
+
+
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP, MPS, Triton, whichever class they raise
+    "STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_, CUSPARSE_
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+)
+BFLOAT16_CAPABILITY = (8, 0)  # older NVIDIA GPUs (V100, T4) only emulate it
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether PyTorch ran out of memory: CUDA has a class for it, the CPU only words."""
-    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    """Return whether memory ran out: PyTorch has a class for it, other libraries only words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:
@@ -40,8 +51,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    machine = int(psutil.virtual_memory().available)
     return min([machine, *_cgroup_room()])
 
 
@@ -69,18 +79,27 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the base's dtype; auto takes bfloat16 where the hardware multiplies matrices in it.
 
-    By the hardware and not by a stop-watch: the choice must not flip between two starts of a sweep.
+    It asks the hardware and not a stop-watch: the choice must not flip between two starts of a sweep. Raises
+    ConfigError where bfloat16 is asked of an NVIDIA GPU that only emulates it.
     """
+    if device.type == "cuda":
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+        return gpu_dtype(name, capability)
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # AMX or AVX512-BF16: 2.1 x float32 on Zen 4. Without either oneDNN emulates, up to 8 x slower.
     multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if multiplies else torch.float32
 
 
-RECENT_PASSES = 16
+def gpu_dtype(name: str, capability: tuple[int, int] | None) -> torch.dtype:
+    """Return the dtype on a GPU of that compute capability; None is AMD's, where ROCm has bfloat16."""
+    has_bfloat16 = capability is None or capability >= BFLOAT16_CAPABILITY
+    if name == "bfloat16" and not has_bfloat16:
+        assert capability is not None
+        rule = f"needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+        raise ConfigError("engine.dtype", name, rule, "Use engine.dtype=auto: float32 on this GPU.")
+    return torch.float32 if name == "float32" or not has_bfloat16 else torch.bfloat16
 
 
 class Lap:

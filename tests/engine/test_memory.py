@@ -163,6 +163,34 @@ def test_a_trial_that_never_fits_fails_alone_and_the_others_keep_their_numbers(
     torch.testing.assert_close(losses(curves[0]), losses(expected[0]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_recognised_in_every_form(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_a_pass_repeats_after_an_error_of_the_device_that_only_means_memory(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    engine = build_engine(tiny_llama, SPLITS, slots=2)
+
+    assert engine._explain(torch.AcceleratorError("CUDA error: out of memory")) is None
+    with pytest.raises(LoraSearchError, match="the device failed"):
+        engine._explain(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_what_the_cpu_says_when_memory_ends_is_understood() -> None:
     code = (
         "import resource, torch\n"

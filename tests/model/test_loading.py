@@ -20,7 +20,7 @@ from lora_search.model.loading import Base, load_base, load_tokenizer, max_posit
 from lora_search.model.packing_check import check_packing
 from lora_search.model.targets import target_layers
 from lora_search.model.tiny import make_tiny_model
-from lora_search.ops.device import pick_dtype
+from lora_search.ops.device import gpu_dtype, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
 
@@ -264,6 +264,29 @@ def test_dtype_auto_goes_by_the_hardware() -> None:
     assert pick_dtype("auto", torch.device("cpu")) is (torch.bfloat16 if multiplies else torch.float32)
     assert pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert pick_dtype("float32", torch.device("cpu")) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "expected"),
+    [
+        ("auto", (9, 0), torch.bfloat16),
+        ("auto", (8, 0), torch.bfloat16),
+        ("auto", (7, 5), torch.float32),  # T4
+        ("auto", (7, 0), torch.float32),  # V100
+        ("auto", None, torch.bfloat16),  # ROCm
+        ("float32", (9, 0), torch.float32),
+        ("bfloat16", (9, 0), torch.bfloat16),
+    ],
+)
+def test_the_dtype_on_a_gpu_goes_by_its_compute_capability(
+    name: str, capability: tuple[int, int] | None, expected: torch.dtype
+) -> None:
+    assert gpu_dtype(name, capability) is expected
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused_by_the_right_key() -> None:
+    with pytest.raises(ConfigError, match=r"engine.dtype: needs compute capability 8.0.* has 7.5"):
+        gpu_dtype("bfloat16", (7, 5))
 
 
 def test_the_tokenizer_knows_how_much_the_model_can_read(folder: Path) -> None:
