@@ -73,6 +73,15 @@ PAUSED = (
 )
 
 
+# A trial that goes back is nobody's: in a dead worker's name, whoever claims it next would look dead as well.
+UNSIGNED = {"worker": ""}
+
+
+def is_held_by(trial: FrozenTrial, worker: str) -> bool:
+    """Return whether the trial is RUNNING in this worker's name, or was paused by it."""
+    return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
+
+
 def settled(trial: FrozenTrial) -> FrozenTrial:
     """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
     if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):

@@ -2,10 +2,10 @@
 total."""
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.presence import worker_is_dead
@@ -15,8 +15,18 @@ from lora_search.database.storage import (
     open_storage,
     require_database,
 )
+from lora_search.database.trial_table import TrialTable
 from lora_search.errors import ConfigError
-from lora_search.search.trials import DUPLICATE, FINISHED, PAUSED, SURPLUS, has_run_for, params_of
+from lora_search.search.trials import (
+    DUPLICATE,
+    FINISHED,
+    PAUSED,
+    SURPLUS,
+    UNSIGNED,
+    has_run_for,
+    is_held_by,
+    params_of,
+)
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
 from lora_search.study.ledger import Ledger
@@ -29,27 +39,49 @@ SIGNING_SECONDS = 0.02  # between two looks at a trial that another worker is dr
 class Draws:
     """Draws trials for one worker until the total is reached or the space is exhausted."""
 
-    def __init__(self, config: SweepConfig, space: Space, study: optuna.Study, ledger: Ledger) -> None:
-        self.config, self.space, self.study, self.ledger = config, space, study, ledger
+    def __init__(
+        self, config: SweepConfig, space: Space, study: optuna.Study, table: TrialTable, ledger: Ledger
+    ) -> None:
+        self.config, self.space, self.study, self.table, self.ledger = config, space, study, table, ledger
         self.exhausted = False
 
-    def draw(self, sign: Callable[[optuna.Trial], None]) -> optuna.Trial | None:
-        """Return a RUNNING trial, signed by its worker; None when there is none to be had."""
-        for _ in range(MAX_DUPLICATES_IN_A_ROW):
+    def draw(self, worker: str) -> int | None:
+        """Return the number of a RUNNING trial, signed by the worker; None when there is none to be had."""
+        duplicates = 0
+        while duplicates < MAX_DUPLICATES_IN_A_ROW:
             self.ledger.read(everything=True)
             if not self._has_room(self.ledger.trials):
                 return None
-            with locked_from_the_start():
-                trial = self.study.ask(self.space.distributions)
-            sign(trial)
+            trial = self._ask()
+            if trial is None or not self._sign(trial.number, worker):
+                continue  # this worker was so slow that another took the trial from it
             refusal = self._refusal(trial)
             if refusal is None:
-                return trial
-            self._refuse(trial, refusal)
+                return trial.number
+            self._refuse(trial.number, worker, refusal)
             if refusal.startswith(SURPLUS):
                 return None
-        self._exhaust(f"{MAX_DUPLICATES_IN_A_ROW} draws in a row had been tried before")
+            duplicates += 1
+        self._exhaust(f"{duplicates} draws in a row had been tried before")
         return None
+
+    def _ask(self) -> optuna.Trial | None:
+        """Return the trial that is next, with its parameters; None where another worker has ended it."""
+        try:
+            with locked_from_the_start():
+                return self.study.ask(self.space.distributions)
+        except UpdateFinishedTrialError:
+            return None
+
+    def _sign(self, number: int, worker: str) -> bool:
+        """Make the trial this worker's unless another has signed it, and return whether it is. First its
+        heartbeat, so that a signature is never a silent one's."""
+        self.table.beat(number)
+        with self.table.locked(number) as trial:
+            is_free = trial.seen.state == TrialState.RUNNING and not trial.seen.user_attrs.get("worker")
+            if is_free:
+                trial.write({"worker": worker})
+        return is_free or is_held_by(trial.seen, worker)
 
     def _has_room(self, trials: Sequence[FrozenTrial]) -> bool:
         """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
@@ -82,12 +114,11 @@ class Draws:
             return f"{SURPLUS} another worker took the last place"
         return None
 
-    def _refuse(self, trial: optuna.Trial, why: str) -> None:
+    def _refuse(self, number: int, worker: str, why: str) -> None:
         """End the trial, unless this worker was so slow that another took the trial from it."""
-        self.ledger.read(everything=True)
-        if self.ledger.find(trial.number).state == TrialState.RUNNING:
-            trial.set_user_attr("reason", why)
-            self.study.tell(trial, state=TrialState.FAIL)
+        with self.table.locked(number) as trial:
+            if is_held_by(trial.seen, worker):
+                trial.write({"reason": why}, TrialState.FAIL)
 
     def _wait_for_signatures(self, before: int) -> None:
         """Read the study once the trials of lower numbers have their parameters: a worker signs a trial when
@@ -105,26 +136,16 @@ class Draws:
         self.study.set_user_attr("exhausted", why)
 
 
-def reclaim(
-    config: StudyConfig,
-    study: optuna.Study,
-    storage: RDBStorage,
-    held: Container[int],
-    id_of: Callable[[int], int],
-) -> int:
+def reclaim(config: StudyConfig, study: optuna.Study, table: TrialTable, held: Container[int]) -> int:
     """Put back the trials of dead workers; return how many. Fails those that were put back too often.
 
-    ``held`` are the caller's own; ``id_of`` maps a trial's number to its id in the database.
+    ``held`` are the caller's own.
     """
-    study_id = storage.get_study_id_from_name(study.study_name)
-    # Optuna's public fail_stale_trials would end them for good; only the query behind it is needed.
-    silent = set(storage._get_stale_trial_ids(study_id))
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    silent = table.silent_ids()  # read last: a trial that was silent before it was claimed anew is not
     nobodys = [t for t in running if t.number not in held and not t.user_attrs.get(PAUSED)]
-    stale = [t for t in nobodys if _is_abandoned(config, t, id_of(t.number) in silent)]
-    for trial in stale:
-        _put_back(config, storage, trial, id_of(trial.number))
-    return len(stale)
+    stale = [t for t in nobodys if _is_abandoned(config, t, table.id_of(t.number) in silent)]
+    return sum(_put_back(config, table, trial) for trial in stale)
 
 
 def reclaim_all(config: StudyConfig) -> None:
@@ -138,28 +159,25 @@ def reclaim_all(config: StudyConfig) -> None:
         if config.name not in optuna.get_all_study_names(storage):
             return
         study = optuna.load_study(study_name=config.name, storage=storage)
-        study_id = storage.get_study_id_from_name(config.name)
-        reclaim(
-            config, study, storage, (),
-            lambda number: storage.get_trial_id_from_study_id_trial_number(study_id, number),
-        )  # fmt: skip
+        reclaim(config, study, TrialTable(storage, config.name), held=())
 
 
-def _put_back(config: StudyConfig, storage: RDBStorage, trial: FrozenTrial, trial_id: int) -> None:
-    """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place."""
-    now = storage.get_trial(trial_id)
-    if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
-        return  # another worker was quicker
-    rung, before = now.last_step or 0, now.user_attrs.get("died_at_rung")
-    retries = int(now.user_attrs.get("retries", 0)) + 1 if rung == before else 1
-    is_last = retries > config.max_retries
-    storage.record_heartbeat(trial_id)  # so that no other worker finds it stale as well
-    storage.set_trial_user_attr(trial_id, "retries", retries)
-    storage.set_trial_user_attr(trial_id, "died_at_rung", rung)
-    reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
-    storage.set_trial_user_attr(trial_id, "reason", reason)
-    storage.set_trial_user_attr(trial_id, "worker", "")  # or who draws it next would look dead until it signs
-    storage.set_trial_state_values(trial_id, TrialState.FAIL if is_last else TrialState.WAITING)
+def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> bool:
+    """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place. Return
+    False where another worker was quicker."""
+    with table.locked(stale.number) as trial:
+        attributes, worker = trial.seen.user_attrs, stale.user_attrs.get("worker")
+        if trial.seen.state != TrialState.RUNNING or attributes.get("worker") != worker:
+            return False
+        if attributes.get(PAUSED):
+            return False
+        rung = trial.seen.last_step or 0
+        retries = attributes.get("retries", 0) + 1 if rung == attributes.get("died_at_rung") else 1
+        is_last = retries > config.max_retries
+        reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
+        news = {"retries": retries, "died_at_rung": rung, "reason": reason, **UNSIGNED}
+        trial.write(news, TrialState.FAIL if is_last else TrialState.WAITING)
+    return True
 
 
 def _is_abandoned(config: StudyConfig, trial: FrozenTrial, is_silent: bool) -> bool:

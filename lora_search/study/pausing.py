@@ -6,38 +6,35 @@ kill.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
-import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.trial_table import TrialTable
 from lora_search.search.pruning import Standings
-from lora_search.search.trials import PAUSED
+from lora_search.search.trials import PAUSED, UNSIGNED, is_held_by
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.ledger import Ledger
 
 
 class Pauses:
-    """The paused trials of a study; ``id_of`` maps a trial's number to its id in the database."""
+    """The paused trials of a study."""
 
-    def __init__(
-        self,
-        config: StudyConfig,
-        study: optuna.Study,
-        storage: RDBStorage,
-        ledger: Ledger,
-        trials_folder: Path,
-        id_of: Callable[[int], int],
-    ) -> None:
-        self.config, self.study, self.storage, self.ledger = config, study, storage, ledger
-        self.trials_folder, self.id_of = trials_folder, id_of
+    def __init__(self, config: StudyConfig, table: TrialTable, ledger: Ledger, trials_folder: Path) -> None:
+        self.config, self.table, self.ledger, self.trials_folder = config, table, ledger, trials_folder
 
-    def pause(self, trial: optuna.Trial, reason: str) -> None:
-        """Stop the trial for now; where the budget is spent, the worst of all paused ones is out for good."""
-        trial.set_user_attr("reason", reason)
-        trial.set_user_attr(PAUSED, True)  # last: until then it is an ordinary running trial
+    def pause(self, number: int, worker: str, reason: str) -> bool:
+        """Stop the worker's trial for now, and return whether it was the worker's. Where the budget is spent,
+        the worst of all paused ones is out for good."""
+        with self.table.locked(number) as trial:
+            if not is_held_by(trial.seen, worker):
+                return False
+            trial.write({"reason": reason, PAUSED: True})
+        self._keep_within_budget()
+        return True
+
+    def _keep_within_budget(self) -> None:
         self.ledger.read()
         kept = self._standings.ranked(self._paused())
         sizes = {t.number: checkpoint_bytes(self.trials_folder, t.number) for t in kept}
@@ -52,10 +49,7 @@ class Pauses:
             return
         paused = [t for t in self._paused() if checkpoint_bytes(self.trials_folder, t.number)]
         for trial in self._standings.promotable(self.ledger.open, paused)[:1]:
-            trial_id = self.id_of(trial.number)
-            if self.storage.get_trial(trial_id).state == TrialState.RUNNING:
-                self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
-                self.storage.set_trial_user_attr(trial_id, PAUSED, False)
+            self._move(trial.number, TrialState.WAITING, {PAUSED: False, **UNSIGNED})
 
     def end(self) -> None:
         """Tell all paused trials PRUNED, unless one still runs or waits: its end may lift another."""
@@ -72,9 +66,16 @@ class Pauses:
         return [t for t in self.ledger.open if t.state == TrialState.PRUNED]
 
     def _settle(self, trial: FrozenTrial) -> None:
-        if self.storage.get_trial(self.id_of(trial.number)).state == TrialState.RUNNING:
-            self.study.tell(trial.number, state=TrialState.PRUNED)
-        drop_checkpoint(self.trials_folder, trial.number)
+        if self._move(trial.number, TrialState.PRUNED, {}):
+            drop_checkpoint(self.trials_folder, trial.number)
+
+    def _move(self, number: int, state: TrialState, attributes: Mapping[str, object]) -> bool:
+        """Change a paused trial; return False where another worker has promoted or ended it."""
+        with self.table.locked(number) as trial:
+            is_paused = trial.seen.state == TrialState.RUNNING and bool(trial.seen.user_attrs.get(PAUSED))
+            if is_paused:
+                trial.write(attributes, state)
+        return is_paused
 
 
 def checkpoint_bytes(trials_folder: Path, number: int) -> int:

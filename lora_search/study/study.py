@@ -18,10 +18,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, open_storage, quieten_optuna
+from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
 from lora_search.search.pruning import make_pruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
-from lora_search.search.trials import FINISHED, PROGRESS, progress_after, settled, trial_rows
+from lora_search.search.trials import (
+    FINISHED,
+    PAUSED,
+    PROGRESS,
+    UNSIGNED,
+    is_held_by,
+    progress_after,
+    settled,
+    trial_rows,
+)
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
@@ -46,13 +56,12 @@ class SweepStudy:
         self.ledger = Ledger(study)
         self.trials_folder = folder.resolve() / "trials"
         self.widened: list[str] = []  # ranges of the space that are wider than when the study was made
-        self.draws = Draws(config, space, study, self.ledger)
-        self.held: dict[int, optuna.Trial] = {}
+        self.table = TrialTable(storage, study.study_name)
+        self.draws = Draws(config, space, study, self.table, self.ledger)
+        self.held: dict[int, int] = {}  # number -> last rung; who has measured that is not judged any more
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
-        self._last_rung: dict[int, int] = {}  # of each held trial; who has measured it is not judged any more
-        self._ids: dict[int, int] = {}  # trial number -> its id in the database
         self.worker = worker_name(os.getpid())
-        pauses = Pauses(config.study, study, storage, self.ledger, self.trials_folder, self._id)
+        pauses = Pauses(config.study, self.table, self.ledger, self.trials_folder)
         self.pauses = pauses if config.pruner.resume_paused else None
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
         self._last_heartbeat = self._last_reclaim = -math.inf
@@ -85,6 +94,7 @@ class SweepStudy:
             sweep_study.widened = widened
             sweep_study.reclaim_stale()
             sweep_study._enqueue_default()
+            sweep_study.ledger.read(everything=True)
         return sweep_study
 
     def claim(self, max_trials: int) -> list[TrialRun]:
@@ -100,34 +110,31 @@ class SweepStudy:
 
     def report(self, measurements: Sequence[Measurement]) -> None:
         """Write all measurements; none is judged before all are written. A rung is written once."""
-        self.ledger.read()
-        mine = [m for m in measurements if self._is_mine(self.ledger.find(m.trial_number))]
-        for m in mine:
-            reported = self.ledger.find(m.trial_number).intermediate_values
-            if math.isfinite(m.perplexity) and m.rung not in reported:
-                self.held[m.trial_number].report(m.perplexity, m.rung)
-        for number in dict.fromkeys(m.trial_number for m in mine):  # one write, however many rungs
-            news = [m for m in mine if m.trial_number == number]
-            progress = progress_after(self.ledger.find(number), news)
-            self.held[number].set_user_attr(PROGRESS, progress)
+        for number in dict.fromkeys(m.trial_number for m in measurements):
+            news = [m for m in measurements if m.trial_number == number]
+            with self.table.locked(number) as trial:
+                if is_held_by(trial.seen, self.worker):
+                    rungs = {m.rung: m.perplexity for m in reversed(news) if math.isfinite(m.perplexity)}
+                    for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
+                        trial.report(rung, rungs[rung])
+                    trial.write({PROGRESS: progress_after(trial.seen, news)})
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
         self.ledger.read()
         held = [self.ledger.find(number) for number in self.held]
-        taken = {t.number: "taken over by another worker" for t in held if not self._is_mine(t)}
-        judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self._last_rung[t.number]]
+        taken = {t.number: "taken over by another worker" for t in held if not is_held_by(t, self.worker)}
+        judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self.held[t.number]]
         reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
     def prune(self, stop: Stop) -> str:
         """End a held trial as PRUNED, or pause it; return its state. One that was taken over is let go."""
         self._failures.clear()
-        trial = self.held[stop.trial_number]
-        if self.pauses is None or not self._is_mine(self._frozen(trial)):
-            return self._end(trial, TrialState.PRUNED, stop.reason)
-        self.pauses.pause(trial, stop.reason)
-        del self.held[stop.trial_number]
+        number = stop.trial_number
+        if self.pauses is None or not self.pauses.pause(number, self.worker, stop.reason):
+            return self._end(number, TrialState.PRUNED, stop.reason)
+        del self.held[number]
         return TrialState.PRUNED.name
 
     def finish(self, measurement: Measurement) -> str:
@@ -136,23 +143,25 @@ class SweepStudy:
         A diverged one is PRUNED: the sampler learns from it, and nothing non-finite becomes COMPLETE. It
         counts as a failure all the same, so that a sweep in which every trial diverges ends.
         """
-        trial = self.held[measurement.trial_number]
+        number = measurement.trial_number
         if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
-            state = self._end(trial, TrialState.PRUNED, f"diverged: {measurement.detail}")
-            self._failures.append(f"trial {measurement.trial_number}: diverged: {measurement.detail}")
+            state = self._end(number, TrialState.PRUNED, f"diverged: {measurement.detail}")
+            self._failures.append(f"trial {number}: diverged: {measurement.detail}")
             return state
         self._failures.clear()
-        return self._end(trial, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
+        return self._end(number, TrialState.COMPLETE, measurement.detail, measurement.best_perplexity)
 
     def fail(self, number: int, reason: str) -> str:
         """End a held trial as FAIL and return its state."""
-        state = self._end(self.held[number], TrialState.FAIL, reason)
+        state = self._end(number, TrialState.FAIL, reason)
         self._failures.append(f"trial {number}: {reason}")
         return state
 
     def note_recovery(self, measurement: Measurement) -> None:
         """Store what was wrong with the checkpoint that a held trial went on from."""
-        self.held[measurement.trial_number].set_user_attr("recovery", measurement.recovery)
+        with self.table.locked(measurement.trial_number) as trial:
+            if is_held_by(trial.seen, self.worker):
+                trial.write({"recovery": measurement.recovery})
 
     @property
     def was_silent(self) -> bool:
@@ -162,25 +171,30 @@ class SweepStudy:
 
     def let_go(self) -> list[int]:
         """Forget the held trials that other workers took over; return their numbers."""
-        lost = [n for n, trial in self.held.items() if not self._is_mine(self._frozen(trial))]
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        kept = {t.number for t in running if is_held_by(t, self.worker)}
+        lost = [number for number in self.held if number not in kept]
         for number in lost:
             del self.held[number]
         return lost
 
     def put_back_unheld(self) -> None:
         """Put back what a claim that the database cut short left RUNNING in this worker's name."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number not in self.held and self._is_mine(trial):
-                self.storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
+        for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if left.number not in self.held and is_held_by(left, self.worker):
+                self._put_back(left.number, {})
 
     def hand_back(self, reason: str) -> None:
         """Put every held trial back, for the same command or another worker to continue."""
-        for trial in self.held.values():
-            if self._is_mine(self._frozen(trial)):
-                trial.set_user_attr("reason", reason)
-                trial.set_user_attr("worker", "")
-                self.storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
+        for number in self.held:
+            self._put_back(number, {"reason": reason})
         self.held.clear()
+
+    def _put_back(self, number: int, attributes: Mapping[str, object]) -> None:
+        """Let the trial be claimed again, unless it is another worker's by now, or paused."""
+        with self.table.locked(number) as trial:
+            if is_held_by(trial.seen, self.worker) and not trial.seen.user_attrs.get(PAUSED):
+                trial.write({**attributes, **UNSIGNED}, TrialState.WAITING)
 
     def heartbeat(self) -> None:
         """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
@@ -188,13 +202,13 @@ class SweepStudy:
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
         for number in self.held:
-            self.storage.record_heartbeat(self._id(number))
+            self.table.beat(number)
         self._last_heartbeat, self._last_beat = now, time.time()
 
     def reclaim_stale(self) -> int:
         """Put back the trials of dead workers; return how many. Fails those that were put back too often."""
         self._last_reclaim = time.monotonic()
-        return reclaim(self.config.study, self.study, self.storage, self.held, self._id)
+        return reclaim(self.config.study, self.study, self.table, self.held)
 
     @property
     def is_finished(self) -> bool:
@@ -270,23 +284,22 @@ class SweepStudy:
         if self.pauses is not None:
             self.ledger.read(everything=True)
             self.pauses.promote()
-        trial = self.draws.draw(self._sign)
-        return None if trial is None else self._take(trial)
+        while (number := self.draws.draw(self.worker)) is not None:
+            if (run := self._take(number)) is not None:
+                return run
+        return None
 
-    def _sign(self, trial: optuna.Trial) -> None:
-        """Make the trial this worker's; first its heartbeat, so that a signature is never a silent one's."""
-        self.storage.record_heartbeat(self._id(trial.number))
-        trial.set_user_attr("worker", self.worker)
-
-    def _take(self, trial: optuna.Trial) -> TrialRun:
-        settings = trial_settings(self.config, trial.params)
-        trial.set_user_attr("settings", json.dumps(asdict(settings)))
-        trial.set_user_attr("reason", "")
-        self.held[trial.number], self._last_rung[trial.number] = trial, settings.num_rungs
-        folder = str(self.trials_folder / str(trial.number))
-        seed = draw_seed(self.config.seed, trial.number)
-        known = dict(self._frozen(trial).intermediate_values)
-        return TrialRun(number=trial.number, seed=seed, settings=settings, folder=folder, perplexities=known)
+    def _take(self, number: int) -> TrialRun | None:
+        """Begin a trial that was drawn; None where another worker took it over in the meantime."""
+        with self.table.locked(number) as trial:
+            if not is_held_by(trial.seen, self.worker):
+                return None
+            settings = trial_settings(self.config, trial.seen.params)
+            trial.write({"settings": json.dumps(asdict(settings)), "reason": ""})
+        self.held[number] = settings.num_rungs
+        folder, seed = str(self.trials_folder / str(number)), draw_seed(self.config.seed, number)
+        known = dict(trial.seen.intermediate_values)
+        return TrialRun(number=number, seed=seed, settings=settings, folder=folder, perplexities=known)
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.ledger.standings is not None:
@@ -294,38 +307,24 @@ class SweepStudy:
         stopped = stopped_by_optuna(self.study, judged, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
-    def _is_mine(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == self.worker
-
     def _enqueue_default(self) -> None:
         params = self.space.default_params(self.config)
-        self.ledger.read(everything=True)
-        if self.config.study.first_trial_is_default and params is not None and not self.ledger.trials:
-            self.study.enqueue_trial(params)
+        if self.config.study.first_trial_is_default and params is not None:
+            self.table.enqueue_first(params)
 
-    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return self.storage.get_trial(self._id(trial.number))
-
-    def _id(self, number: int) -> int:
-        if number not in self._ids:
-            study_id = self.storage.get_study_id_from_name(self.study.study_name)
-            self._ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        return self._ids[number]
-
-    def _end(self, trial: optuna.Trial, state: TrialState, reason: str, value: float | None = None) -> str:
+    def _end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> str:
         """End the trial unless another worker took it over; return the name of its state.
 
         It is held until its end is written: what the database refused may be called again.
         """
-        frozen = self._frozen(trial)
-        if is_mine := self._is_mine(frozen):
-            trial.set_user_attr("reason", reason)
-            self.study.tell(trial, value, state=state)
-        self.held.pop(trial.number, None)
-        if not is_mine:
-            return frozen.state.name
+        with self.table.locked(number) as trial:
+            if is_held_by(trial.seen, self.worker):
+                trial.write({"reason": reason}, state, value)
+            else:
+                state = trial.seen.state
+        self.held.pop(number, None)
         if state in FINISHED:
-            drop_checkpoint(self.trials_folder, trial.number)
+            drop_checkpoint(self.trials_folder, number)
         return state.name
 
 

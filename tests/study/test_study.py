@@ -90,7 +90,7 @@ def states(study: SweepStudy) -> Counter[str]:
 
 def sign_as(study: SweepStudy, number: int, worker: str) -> None:
     """Make the trial another worker's."""
-    study.held[number].set_user_attr("worker", worker)
+    study.storage.set_trial_user_attr(study.table.id_of(number), "worker", worker)
 
 
 def work_until_done(folder: Path, storage: str, n_trials: int) -> None:
@@ -198,7 +198,7 @@ ONE_POINT = {"lora": {"r": "choice(8)"}}
 
 def draw_by_hand(study: SweepStudy) -> None:
     """Be another worker that ends drawing and signs."""
-    trial = optuna.Trial(study.study, study._id(0))
+    trial = optuna.Trial(study.study, study.table.id_of(0))
     trial.suggest_categorical("lora.r", (8,))
     trial.set_user_attr("worker", "elsewhere:1:1")
 
