@@ -17,6 +17,7 @@ from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
+from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.ops.device import pick_device
 from lora_search.output.dashboard_note import write_note
@@ -75,6 +76,13 @@ def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
     return [f"data {config.data.path}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]
 
 
+def measure_base(engine: Engine, folder: Path) -> str:
+    """Return the bare base's validation perplexity; keep how it predicts each row."""
+    scores = engine.evaluate_base()
+    write_scores(folder, scores, 0, BASE)
+    return repr(scores.perplexity)
+
+
 def prepare_sweep(
     config: SweepConfig, sweep_name: str, space: Space, progress: Progress
 ) -> tuple[Engine, SweepStudy]:
@@ -104,7 +112,7 @@ def prepare_sweep(
         progress.event(f"study {config.study.name}: widened {change}")
     progress.event(f"study {config.study.name}: {study.standing}")
     is_new = "base_perplexity" not in study.attributes()
-    perplexity = float(study.remember("base_perplexity", lambda: repr(engine.evaluate_base())))
+    perplexity = float(study.remember("base_perplexity", lambda: measure_base(engine, folder)))
     progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
         write_note(study.study, config, space, known["command"], perplexity)

@@ -4,6 +4,7 @@ one.
 Words: a *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -94,6 +95,24 @@ class Measurement:
     ended: EndReason | None = None
     detail: str = ""  # why it ended, for people
     recovery: str = ""  # what was wrong with the checkpoint that the trial went on from
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """How well one adapter, or the bare base, predicts each row of a split, in the split's order."""
+
+    nll_R: np.ndarray  # float64: NLL summed over the row's completion tokens
+    tokens_R: np.ndarray  # int64: how many those are
+
+    @property
+    def mean_nll(self) -> float:
+        """NLL per completion token over all rows."""
+        return float(self.nll_R.sum() / self.tokens_R.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL; infinity where a float overflows."""
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

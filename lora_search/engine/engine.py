@@ -17,7 +17,7 @@ import torch
 from lora_search.data.order import DataAxis
 from lora_search.data.rows import Splits
 from lora_search.engine.bank import SlotBank
-from lora_search.engine.evaluation import perplexities, shareable_tokens
+from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import fill_pass
@@ -26,7 +26,7 @@ from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
 from lora_search.ops.device import Lap, Throughput, give_back_memory, is_out_of_memory
-from lora_search.trial import Measurement, SlotView, TrialRun
+from lora_search.trial import Measurement, RowScores, SlotView, TrialRun
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,9 @@ class Engine:
         taken = fill_pass(queues, self.tokens_per_pass)
         return [(i, slot, slot.take(i, n)) for (i, slot), n in zip(active, taken, strict=True) if n]
 
-    def evaluate_base(self) -> float:
-        """Return the validation perplexity of the bare base."""
-        return self._perplexities([None])[0]
+    def evaluate_base(self) -> RowScores:
+        """Return how the bare base predicts the validation rows."""
+        return self._scores([None])[0]
 
     def views(self) -> list[SlotView]:
         """Return what each busy slot is doing."""
@@ -244,40 +244,42 @@ class Engine:
             for m in self._for_one(slot, partial(self._rungs, index, slot, value)) or ()
         ]
 
-    def _evaluate(self, due: Sequence[tuple[int, Slot]]) -> list[float | None]:
-        """Return validation perplexities, packed, or else one by one; None for who fails alone."""
+    def _evaluate(self, due: Sequence[tuple[int, Slot]]) -> list[RowScores | None]:
+        """Return how each slot predicts the validation rows, packed, or else one by one; None for who fails
+        alone."""
         if len(due) > 1:
             try:
-                return list(self._perplexities([index for index, _ in due]))
+                return list(self._scores([index for index, _ in due]))
             except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
                 logger.warning(
                     "an evaluation failed: %s; its trials run again one by one", self._explain(error)
                 )
-        values = [self._for_one(slot, partial(self._perplexities, [index])) for index, slot in due]
+        values = [self._for_one(slot, partial(self._scores, [index])) for index, slot in due]
         return [value[0] if value else None for value in values]
 
-    def _perplexities(self, slots: Sequence[int | None]) -> list[float]:
+    def _scores(self, slots: Sequence[int | None]) -> list[RowScores]:
         rows = self.splits.validation
         while True:
             try:
                 size, shared = self.tokens_per_pass, self.num_shared
-                return perplexities(self.model, slots, rows, size, shared, self.after_pass)
+                return score_rows(self.model, slots, rows, size, shared, self.after_pass)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             longest = max(len(row.input_ids) for row in rows)
             self._halve_passes(len(rows) if self.tokens_per_pass > longest else 1)
 
-    def _rungs(self, index: int, slot: Slot, perplexity: float) -> list[Measurement]:
+    def _rungs(self, index: int, slot: Slot, scores: RowScores) -> list[Measurement]:
         """Record every rung that the trial's last step passed: more than one where a step spans several."""
         steps = slot.step_records()
+        perplexity = scores.perplexity
         finite = math.isfinite(perplexity) and all(math.isfinite(s.loss + s.grad_norm) for s in steps)
         perplexity = perplexity if finite else math.nan
         slot.last_loss, slot.last_perplexity = sum(s.loss for s in steps) / len(steps), perplexity
         measurements: list[Measurement] = []
         while self._has_reached(slot, slot.position.rung + 1):
             if slot.reach_rung(perplexity):
-                self.keeper.keep_best(index, slot)
+                self.keeper.keep_best(index, slot, scores)
             ended, detail = slot.ending(finite)
             new_steps = () if measurements else steps
             measurements.append(

@@ -1,13 +1,14 @@
-"""Validation perplexity of several slots at once, packed, without gradients."""
+"""The NLL of every row under several slots at once, packed, without gradients."""
 
-import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from lora_search.data.rows import Example
 from lora_search.engine.packed_model import PackedModel, SlotRows, num_completion_tokens
 from lora_search.engine.packing import common_prefix, passes_in_order
+from lora_search.trial import RowScores
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # relative, of a row's NLL
 
@@ -38,17 +39,19 @@ def _error_of_sharing(model: PackedModel, rows: Sequence[Example], num_shared: i
 
 
 @torch.no_grad()
-def perplexities(
+def score_rows(
     model: PackedModel,
     slots: Sequence[int | None],
     rows: Sequence[Example],
     tokens_per_pass: int,
     num_shared: int = 0,
     after_pass: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Return exp(mean NLL over all completion tokens), token-weighted, of each slot on the same rows."""
-    rows = sorted(rows, key=lambda row: len(row.input_ids))  # attention takes rows of like length together
-    sums = [torch.zeros((), dtype=torch.float64, device=model.device) for _ in slots]
+) -> list[RowScores]:
+    """Return the NLL of each row under each slot, rows in the order given; one synchronisation in all."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # like lengths go together
+    place = np.argsort(order)
+    rows = [rows[i] for i in order]
+    parts: list[list[torch.Tensor]] = [[] for _ in slots]
     lengths = [len(row.input_ids) for row in rows]
     for taken in passes_in_order(len(slots), lengths, num_shared, tokens_per_pass):
         packs = [
@@ -56,12 +59,14 @@ def perplexities(
             for i, numbers in taken.items()
         ]
         for i, nll in zip(taken, model.nll(packs), strict=True):
-            sums[i] += nll.sum(dtype=torch.float64)
+            parts[i].append(_sum_rows(nll, [rows[number] for number in taken[i]]))
         after_pass()
-    count = sum(num_completion_tokens(row) for row in rows)
-    return [_exp(total.item() / count) for total in sums]
+    tokens_R = np.array([num_completion_tokens(row) for row in rows], dtype=np.int64)[place]
+    return [RowScores(torch.cat(part).cpu().numpy()[place], tokens_R) for part in parts]
 
 
-def _exp(mean_nll: float) -> float:
-    """Return exp, or infinity where a float overflows."""
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+def _sum_rows(nll_N: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:
+    """Return the sum of each row's tokens, float64 [R]; in the same order on every device."""
+    counts = torch.tensor([num_completion_tokens(row) for row in rows])
+    counts_R = counts.to(nll_N.device, non_blocking=True)
+    return torch.segment_reduce(nll_N.double(), "sum", lengths=counts_R, unsafe=True)

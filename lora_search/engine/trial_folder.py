@@ -22,8 +22,9 @@ from lora_search.engine.slot import Slot
 from lora_search.files.atomic import remove_unfinished
 from lora_search.files.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
 from lora_search.files.peft import export_peft, read_peft
+from lora_search.files.row_scores import write_scores
 from lora_search.files.tensors import DamagedFileError
-from lora_search.trial import TrialRun
+from lora_search.trial import RowScores, TrialRun
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,14 @@ class Keeper:
     base_path: str
     data: str
 
-    def keep_best(self, index: int, slot: Slot) -> None:
-        """Let adapter/ hold the slot's adapter as it is now. Raises WriteError."""
+    def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
+        """Write the slot's adapter as it is now, and its row scores beside it. Raises WriteError."""
         state = self.bank.tensors(self.bank.theta_SP[index], slot.settings.r, slot.names)
         slot.best = {
             name: tensor.clone() for name, tensor in state.items()
         }  # on a CPU they are the bank's own
         self._export(slot.run, slot.names, slot.position, slot.best)
+        write_scores(Path(slot.run.folder), scores, slot.position.best_rung)
 
     def save(self, index: int, slot: Slot) -> None:
         """Write the slot's checkpoint. Raises WriteError."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
+from lora_search.output.certainty import certainty_of
+from lora_search.output.leaderboard import leaderboard
 from lora_search.output.page import write_report
 from lora_search.output.ranking import best_of
-from lora_search.output.terminal import Progress, leaderboard, next_steps
+from lora_search.output.terminal import Progress, next_steps
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialRow
 
@@ -22,7 +24,8 @@ def conclude(
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = float(attributes["base_perplexity"])
-    progress.console.print(leaderboard(rows, base_perplexity))
+    board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
+    progress.console.print(board)
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         write_report(rows, attributes, base_perplexity, folder / "report.html")

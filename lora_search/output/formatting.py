@@ -11,20 +11,32 @@ def short_names(keys: Sequence[str]) -> list[str]:
     return [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
 
 
-def show_change(base_perplexity: float, perplexity: float | None) -> str:
-    """Return the change against the base model: -31.8 % is better."""
+def show_change(base_perplexity: float, perplexity: float | None, error: float = 0.0) -> str:
+    """Return the change against the base model, to the digits that its standard error supports: -31.8 %."""
     if perplexity is None or not math.isfinite(perplexity) or not 0 < base_perplexity < math.inf:
         return "-"
-    return f"{100 * (perplexity / base_perplexity - 1):+.1f} %"
+    return f"{100 * (perplexity / base_perplexity - 1):+.{min(1, percent_places(error))}f} %"
 
 
-def show_perplexity(perplexity: float | None) -> str:
-    """Return four or five significant digits: 8.123, 412.7, 1.30e+06."""
+def show_difference(change: float, error: float) -> str:
+    """Return a relative difference with its standard error, to the digits that it supports: +1.2 ± 0.9 %."""
+    places = percent_places(error)
+    return f"{100 * change:+.{places}f} ± {100 * error:.{places}f} %"
+
+
+def percent_places(error: float) -> int:
+    """Return how many decimals of a percentage its standard error supports, at most 2; 1 for none."""
+    return 1 if error <= 0 else min(2, max(0, math.ceil(-math.log10(100 * error))))
+
+
+def show_perplexity(perplexity: float | None, places: int | None = None) -> str:
+    """Return four or five significant digits: 8.123, 412.7, 1.30e+06; no more decimals than ``places``."""
     if perplexity is None:
         return "-"
     if not math.isfinite(perplexity) or perplexity >= 10_000:
         return f"{perplexity:.2e}"
-    return f"{perplexity:.3f}" if perplexity < 100 else f"{perplexity:.1f}"
+    most = 3 if perplexity < 100 else 1
+    return f"{perplexity:.{most if places is None else min(most, places)}f}"
 
 
 def show_value(value: object) -> str:

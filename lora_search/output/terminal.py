@@ -1,4 +1,4 @@
-"""What a person sees: a live view in a terminal, plain lines elsewhere; the leaderboard, what to type next.
+"""What a person sees: a live view in a terminal, plain lines elsewhere; what to type next.
 
 The program prints here and nowhere else.
 """
@@ -20,17 +20,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.formatting import short_names, show_change, show_perplexity, show_seconds, show_value
-from lora_search.output.ranking import best_of, ranked, searched_keys
+from lora_search.output.formatting import show_perplexity, show_seconds, show_value
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
-from lora_search.trial import SlotView, StudySummary, TrialRow
+from lora_search.trial import SlotView, StudySummary
 
 LIVE_SECONDS = 0.5  # the live view is drawn at most so often
 LINE_SECONDS = 30.0  # and a plain status line printed at most so often
 PLAIN_WIDTH = 140  # of tables that go to a file
-
-STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 
 
 def open_console() -> Console:
@@ -237,39 +234,6 @@ def status_line(
 
 def rung_of(slot: SlotView) -> str:
     return f"rung {slot.rung}/{slot.settings.num_rungs}"
-
-
-def leaderboard(rows: Sequence[TrialRow], base_perplexity: float, limit: int = 20) -> Table:
-    """Return the base model and the best `limit` trials, lowest perplexity first, with what was searched."""
-    keys, best, order = searched_keys(rows), best_of(rows), ranked(rows)
-    table = Table(
-        title="Leaderboard", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
-    for name in ("trial", "perplexity", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in short_names(keys):
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("rungs", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    blanks = ["" for _ in keys]
-    table.add_row("-", show_perplexity(base_perplexity), "", *blanks, "", "base model", style="bold")
-    for row in order[:limit]:
-        table.add_row(*row_cells(row, keys, base_perplexity), style="bold green" if row is best else "")
-    if len(order) > limit:
-        table.caption, table.caption_justify = f"{len(order) - limit} more in the report", "left"
-    return table
-
-
-def row_cells(row: TrialRow, keys: Sequence[str], base_perplexity: float) -> list[RenderableType]:
-    values = [Text(show_value(row.params[key])) if key in row.params else "" for key in keys]
-    return [
-        str(row.number),
-        show_perplexity(row.perplexity),
-        show_change(base_perplexity, row.perplexity),
-        *values,
-        str(len(row.perplexities)),
-        Text(row.state.lower(), style=STATE_STYLES.get(row.state, "")),
-    ]
 
 
 def next_steps(config: SweepConfig, folder: Path, best: str) -> str:

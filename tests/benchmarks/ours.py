@@ -16,7 +16,7 @@ from lora_search.data.reading import load_rows
 from lora_search.data.rows import Splits
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
-from lora_search.engine.evaluation import perplexities
+from lora_search.engine.evaluation import score_rows
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
@@ -61,14 +61,14 @@ def main() -> None:
         engine.admit(runs)
         train = training_rate(engine)
         start = time.perf_counter()
-        perplexities(engine.model, range(slots), splits.validation, tokens, engine.num_shared)
+        score_rows(engine.model, range(slots), splits.validation, tokens, engine.num_shared)
         seconds = time.perf_counter() - start
         result = {
             "train": train,
             "validation": slots * sum(len(row.input_ids) for row in splits.validation) / seconds,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "parameters": sum(p.numel() for p in base.model.parameters()),
-            "base_perplexity": engine.evaluate_base(),
+            "base_perplexity": engine.evaluate_base().perplexity,
         }
         while slots == 1 and engine.free_slots == 0:
             for measurement in engine.advance():

@@ -24,6 +24,7 @@ from lora_search.settings.composition import compose
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.space import parse_space
 from lora_search.study.study import SweepStudy
+from lora_search.trial import RowScores
 from lora_search.worker.worker import work
 
 T = TypeVar("T")
@@ -44,8 +45,8 @@ class TimedEngine(Engine):
     def _step(self, *arguments: Any) -> bool:
         return self._timed(super()._step, *arguments)
 
-    def _perplexities(self, *arguments: Any) -> list[float]:
-        return self._timed(super()._perplexities, *arguments)
+    def _scores(self, *arguments: Any) -> list[RowScores]:
+        return self._timed(super()._scores, *arguments)
 
 
 def sweep(pruner: str, folder: Path) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_exported_adapter_gives_the_same_perplexity_in_plain_peft(tmp_path: Path
 def test_base_perplexity_equals_the_plain_model(tiny_llama: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
 
-    perplexity = build_engine(tiny_llama, SPLITS).evaluate_base()
+    perplexity = build_engine(tiny_llama, SPLITS).evaluate_base().perplexity
 
     assert perplexity == pytest.approx(plain_perplexity(plain, SPLITS.validation), rel=1e-5)
 

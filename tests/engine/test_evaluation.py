@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_search.data.rows import Example
-from lora_search.engine.evaluation import perplexities, shareable_tokens
+from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import common_prefix, passes_in_order
 from tests.conftest import make_run
@@ -43,18 +43,31 @@ def test_sharing_the_beginning_gives_the_same_perplexities(
     for slot in range(3):
         engine.bank.refresh(slot)
 
-    alone = perplexities(engine.model, (0, 2), SPLITS.validation, tokens_per_pass)
-    shared = perplexities(engine.model, (0, 2), SPLITS.validation, tokens_per_pass, engine.num_shared)
+    scores = [
+        score_rows(engine.model, (0, 2), SPLITS.validation, tokens_per_pass, num_shared)
+        for num_shared in (0, engine.num_shared)
+    ]
+    alone, shared = ([row_scores.perplexity for row_scores in kind] for kind in scores)
 
     assert engine.num_shared == len(BEGINNING)
     assert shared == pytest.approx(alone, rel=1e-6)
     assert alone[0] != pytest.approx(alone[1], rel=1e-4)
 
 
+def test_each_row_has_the_score_that_it_has_alone_and_in_its_own_place(tiny_llama: Path) -> None:
+    model = build_engine(tiny_llama, SPLITS).model
+
+    (together,) = score_rows(model, (None,), SPLITS.validation, 10_000, len(BEGINNING))
+
+    alone = [score_rows(model, (None,), [row], 10_000)[0].nll_R.item() for row in SPLITS.validation]
+    assert together.nll_R.tolist() == pytest.approx(alone, rel=1e-5)
+    assert together.tokens_R.tolist() == [7, 2, 10, 3, 5]  # not by length
+
+
 def test_shared_tokens_are_computed_once_per_slot_and_pass(tiny_llama: Path) -> None:
     model = CountingModel(build_engine(tiny_llama, SPLITS).model)
 
-    perplexities(model, (None, None), SPLITS.validation, 10_000, len(BEGINNING))  # type: ignore[arg-type]
+    score_rows(model, (None, None), SPLITS.validation, 10_000, len(BEGINNING))  # type: ignore[arg-type]
 
     assert model.tokens == 2 * (len(BEGINNING) + 9 + 4 + 12 + 5 + 7)
 

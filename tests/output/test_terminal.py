@@ -12,10 +12,10 @@ from rich.console import Console, RenderableType
 
 from lora_search.output.formatting import show_change, show_count, show_perplexity, show_seconds, show_value
 from lora_search.output.ranking import best_of
-from lora_search.output.terminal import Progress, TimeLeft, leaderboard, next_steps
+from lora_search.output.terminal import Progress, TimeLeft, next_steps
 from lora_search.settings.schema import DataConfig, StudyConfig, SweepConfig, TrackerConfig
 from lora_search.trial import SlotView, StudySummary, TrialSettings
-from tests.rows import BASE_PERPLEXITY, BEST, ROWS, make_row
+from tests.rows import BEST, ROWS, make_row
 
 SETTINGS = TrialSettings(
     r=8, alpha=16.0, dropout=0.05, target_modules=("q_proj", "v_proj"), use_rslora=False,
@@ -189,30 +189,6 @@ def test_other_workers_share_the_time_left() -> None:
     assert ours is not None
     assert shared is not None
     assert shared < ours
-
-
-def test_the_leaderboard_starts_with_the_base_model_and_fits_a_terminal() -> None:
-    lines = drawn(leaderboard(ROWS, BASE_PERPLEXITY))
-
-    assert max(map(len, lines)) <= 80
-    assert [line.split() for line in lines[1:4]] == [
-        ["trial", "perplexity", "change", "r", "lr", "target_modules", "rungs", "state"],
-        ["-", "14.200", "base", "model"],
-        ["5", "8.500", "-40.1", "%", "32", "1.42e-3", "all-linear", "12", "complete"],
-    ]
-
-
-def test_the_leaderboard_says_how_many_it_leaves_out() -> None:
-    lines = drawn(leaderboard(ROWS, BASE_PERPLEXITY, limit=3))
-
-    assert len(lines) == 7  # title, head, base, three trials, the rest
-    assert lines[-1] == "13 more in the report"
-
-
-def test_hostile_values_are_shown_as_they_are() -> None:
-    row = replace(BEST, params={"lora.target_modules": "[red]a[/red]"})
-
-    assert "[red]a[/red]" in "\n".join(drawn(leaderboard([row], 12.0)))
 
 
 def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
