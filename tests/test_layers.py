@@ -30,6 +30,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "omegaconf": {"settings.composition"},
     "datasets": {"data.reading"},
     "peft": {"files.peft"},
+    "gguf": {"model.checks"},
     "rich": {"output.terminal", "output.leaderboard"},
     "plotly": {"output.charts", "output.page"},
     "jinja2": {"output.page", "data.templates"},
