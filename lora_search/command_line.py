@@ -5,15 +5,18 @@ Imports no torch.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_search.errors import LoraSearchError
+from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
 from lora_search.settings.composition import DEFAULT_SWEEP, compose_study
 from lora_search.settings.schema import StudyConfig
+from lora_search.settings.secrets import remember_all
 from lora_search.worker.interrupts import EXIT_CODE
 
 
@@ -52,7 +55,16 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
 
 def run(command: Callable[[argparse.Namespace, Progress], None], parser: argparse.ArgumentParser) -> int:
     """Run the command on this process's arguments; return the exit code."""
-    progress = Progress()
+    with guarded_streams() as out:
+        remember_all(sys.argv[1:], os.environ)
+        return exit_code(_answer(command, parser, Progress()), out)
+
+
+def _answer(
+    command: Callable[[argparse.Namespace, Progress], None],
+    parser: argparse.ArgumentParser,
+    progress: Progress,
+) -> int:
     try:
         command(parser.parse_intermixed_args(sys.argv[1:]), progress)
     except LoraSearchError as error:

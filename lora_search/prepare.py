@@ -4,45 +4,30 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 `sweep` imports it only when it is going to train.
 """
 
-import math
 import sys
 import tempfile
 from pathlib import Path
 
-from lora_search.data.control_tokens import control_tokens_of
-from lora_search.data.order import DataAxis
 from lora_search.data.preparation import prepare, write_pairs
 from lora_search.data.reading import load_rows
 from lora_search.data.rows import Splits
-from lora_search.data.tokens import LENGTH, check_vocabulary
+from lora_search.data.tokens import LENGTH
 from lora_search.database.storage import check_storage
-from lora_search.engine.build import Room, build_engine, check_effect, check_outline
+from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
 from lora_search.files.row_scores import BASE, write_scores
-from lora_search.model.loading import Base, load_base, load_tokenizer, resolve_model, untrained_ids
+from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.ops.device import pick_device
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig, require
-from lora_search.settings.space import Space, corners, largest
+from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes, fingerprint
 from lora_search.study.folder import study_folder
 from lora_search.study.study import SweepStudy
 from lora_search.worker.command import typed_command
-
-# Of the difference between two settings, paired over so many validation rows: it falls with their square
-# root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
-STANDARD_ERROR, MEASURED_ROWS = 0.0085, 20
-TOO_COARSE, FINE = (
-    0.02,
-    0.01,
-)  # differences in perplexity: every sweep must see one, good trials have the other
-STEP_KEYS = (
-    "train.batch_size", "train.gradient_accumulation_steps", "train.epochs", "optim.warmup_ratio",
-    "optim.schedule", "optim.lr",
-)  # fmt: skip
 
 
 def check_places(config: SweepConfig) -> None:
@@ -68,35 +53,6 @@ def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
     require(batch_size * steps <= num_train, key, batch_size * steps, rule, "Lower it, or give more data.")
     rungs = config.train.evals_per_epoch
     require(rungs <= num_train, "train.evals_per_epoch", rungs, rule)
-
-
-def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:
-    """Raise ConfigError where some trial of the space would train nothing."""
-    check_effect(corners(config, space, STEP_KEYS), axis)
-
-
-def warn_of_few(num_validation: int) -> list[str]:
-    """Return a warning where chance hides what trials differ by."""
-    unseen = 2 * STANDARD_ERROR * math.sqrt(MEASURED_ROWS / num_validation)
-    if unseen <= TOO_COARSE:
-        return []
-    enough = math.ceil(MEASURED_ROWS * (2 * STANDARD_ERROR / FINE) ** 2)
-    return [
-        f"warning: with {num_validation} validation row(s), perplexities that differ by less than about "
-        f"{unseen:.1%} cannot be told apart; {enough} rows would show {FINE:.0%}. Raise "
-        "data.validation_fraction or data.max_validation_examples, or give more data."
-    ]
-
-
-def warn_of_untrained(base: Base, tokens: dict[int, str]) -> list[str]:
-    """Return a warning where the template writes control tokens that the base never learned."""
-    names = ", ".join(tokens[id] for id in untrained_ids(base.model, list(tokens)))
-    if not names:
-        return []
-    return [
-        f"warning: the base never learned the control tokens {names}: their embeddings are zero, and "
-        "adapters do not change them. Choose the instruct version of the model, or template=inst."
-    ]
 
 
 def describe_search(config: SweepConfig, space: Space) -> list[str]:
@@ -136,20 +92,12 @@ def prepare_sweep(
     check_places(config)
     progress.event(f"base model {config.model.path}: reading")
     source = resolve_model(config.model)
-    room = Room.of_space(config, space)
-    num_embeddings = check_outline(config, room, source)
-    tokenizer = load_tokenizer(source, config.model)
-    splits = prepare(config, rows, tokenizer)
-    examples = (*splits.train, *splits.validation, *splits.test)
-    check_vocabulary(config.model.path, examples, tokenizer, num_embeddings)
-    for line in [*describe_rows(config, splits), *warn_of_few(len(splits.validation))]:
+    splits = prepare(config, rows, load_tokenizer(source, config.model))
+    for line in describe_rows(config, splits):
         progress.event(line)
     check_amount(config, space, len(splits.train))
-    check_rates(config, space, DataAxis(splits.train, config.seed))
     base = load_base(source, config.model, config.engine)
-    for line in warn_of_untrained(base, control_tokens_of(examples, tokenizer)):
-        progress.event(line)
-    engine, sizes = build_engine(config, room, base, splits)
+    engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
     if sizes:
         progress.event(f"engine: {sizes}")
     folder, known = (

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same
 """
 
 import io
+import os
 import sys
 from argparse import Namespace
 from contextlib import closing, redirect_stderr, redirect_stdout
@@ -20,29 +21,43 @@ import hydra
 from hydra._internal.utils import get_args_parser
 
 from lora_search.errors import InputError, LoraSearchError
+from lora_search.output.streams import clean, exit_code, guarded_streams
 from lora_search.output.terminal import Progress
-from lora_search.settings.composition import DEFAULT_SWEEP, SWEEPS, as_override, compose, help_page
+from lora_search.settings.composition import (
+    DEFAULT_SWEEP,
+    SWEEPS,
+    as_override,
+    check_composes,
+    compose,
+    help_page,
+)
 from lora_search.settings.schema import SweepConfig
-from lora_search.settings.secrets import redact
-from lora_search.worker.command import Command
+from lora_search.settings.secrets import redact, remember_all
+from lora_search.worker.command import Command, given_overrides
 from lora_search.worker.launcher import run_workers, told_to_launcher
 
 INFORMING = (
-    "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
+    "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
 )  # fmt: skip
 
 
 def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
-    progress, interrupts = Progress(), interrupts or Interrupts()
-    arguments = _read_arguments()
+    with guarded_streams() as out:
+        remember_all(sys.argv[1:], os.environ)
+        arguments = _read_arguments()
+        code = _answer(arguments, Progress(), interrupts or Interrupts())
+        return exit_code(code, out) if _only_informs(arguments) else code  # a sweep is not what it prints
+
+
+def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> int:
     try:
         _refuse_unsupported(arguments)
         if arguments.help:
             page = help_page(_name(arguments), arguments.overrides, _folder(arguments))
             progress.console.print(page, markup=False, soft_wrap=True)
-        elif any(getattr(arguments, flag, None) for flag in INFORMING):
-            _inform()
+        elif _only_informs(arguments):
+            _inform(arguments)
         else:
             _run(arguments, progress, interrupts)
     except LoraSearchError as error:
@@ -85,7 +100,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
 
     space = parse_space(config)
     check_study(config, space)
-    about = {"model": config.model.path, "data": config.data.path, "seed": config.seed}
+    about = {"model": redact(config.model.path), "data": redact(config.data.path), "seed": config.seed}
     with closing(make_tracker(config, about)) as tracker:
         for line in describe_search(config, space):
             progress.event(line)
@@ -117,37 +132,43 @@ def _folder(arguments: Namespace) -> Path | None:
 
 def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
     name, folder = _name(arguments), _folder(arguments)
-    config = compose(name, arguments.overrides, folder)
+    overrides = given_overrides(arguments.overrides, os.environ)
+    config = compose(name, overrides, folder)
     if config.launcher.name == "local" and config.launcher.worker is None:
-        command = Command(
-            sweep=name, config_dir=folder and folder.resolve(), overrides=tuple(arguments.overrides)
-        )
+        command = Command(sweep=name, config_dir=folder and folder.resolve(), overrides=tuple(overrides))
         run_together(config, command, progress, interrupts)
         return
     with told_to_launcher(config):
         run_sweep(config, name, progress, interrupts)
 
 
+def _only_informs(arguments: Namespace) -> bool:
+    return any(getattr(arguments, flag, None) for flag in INFORMING)
+
+
 def _read_arguments() -> Namespace:
-    """Return what the command line says; what argparse says of it comes without a password."""
-    said, parser = io.StringIO(), get_args_parser()
-    try:
-        with redirect_stderr(said):
-            arguments: Namespace = parser.parse_args()
-    finally:
-        sys.stderr.write(redact(said.getvalue()))
+    """Return what the command line says, with options between the settings too."""
+    arguments: Namespace = get_args_parser().parse_intermixed_args()
     return arguments
 
 
-def _inform() -> None:
-    """Let Hydra answer --cfg, --info and the like, passwords left out."""
-    sys.argv[1:] = [as_override(a) if "=" in a and not a.startswith("-") else a for a in sys.argv[1:]]
-    said = io.StringIO()
+def _inform(arguments: Namespace) -> None:
+    """Let Hydra answer --cfg, --info and the like. Raises InputError for settings that cannot be composed."""
+    check_composes(_name(arguments), arguments.overrides, _folder(arguments), resolve=arguments.resolve)
+    options = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    sys.argv[1:] = [*map(as_override, arguments.overrides), *options]
+    said, faults = io.StringIO(), io.StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(said), redirect_stderr(faults):
             hydra.main(version_base="1.3", config_path=str(SWEEPS), config_name=DEFAULT_SWEEP)(_ignore)()
+    except SystemExit as end:
+        if end.code:
+            lines = [
+                line for line in faults.getvalue().splitlines() if line and "HYDRA_FULL_ERROR" not in line
+            ]
+            raise InputError(f"The settings cannot be shown: {(lines or ['no cause given'])[-1]}") from None
     finally:
-        sys.stdout.write("".join(redact(line) for line in said.getvalue().splitlines(keepends=True)))
+        sys.stdout.write("".join(clean(redact(line)) for line in said.getvalue().splitlines(keepends=True)))
 
 
 def _ignore(_: object) -> None:

@@ -19,11 +19,9 @@ for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lora_search.data.order import DataAxis
-from lora_search.data.preparation import prepare, write_pairs
+from lora_search.data.preparation import prepare
 from lora_search.data.reading import load_rows
-from lora_search.data.tokens import check_vocabulary
-from lora_search.engine.build import Room, build_engine, check_effect, check_outline
+from lora_search.engine.build import Room, build_engine
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.settings.overlay import searchable_keys, trial_settings
@@ -55,12 +53,7 @@ def train(
         for i, trial in enumerate(chosen)
     ]
     rows, source = load_rows(config.data), resolve_model(config.model)
-    num_embeddings = check_outline(config, Room.of(chosen), source)
-    tokenizer = load_tokenizer(source, config.model)
-    splits = prepare(config, rows, tokenizer)
-    check_vocabulary(config.model.path, (*splits.train, *splits.validation), tokenizer, num_embeddings)
-    check_effect(chosen, DataAxis(splits.train, config.seed))
-    write_pairs(splits, place / "data")
+    splits = prepare(config, rows, load_tokenizer(source, config.model), place / "data")
     base = load_base(source, config.model, config.engine)
     engine, _ = build_engine(config, Room.of(chosen), base, splits)
     waiting = list(reversed(runs))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Example, Pair, Row
 from lora_search.data.templates import Renderer
-from lora_search.errors import DataError, ModelError
+from lora_search.errors import DataError
 from lora_search.settings.schema import DataConfig, require
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30
@@ -36,20 +36,6 @@ def tokenize_rows(rows: Sequence[Row], renderer: Renderer) -> list[Item]:
         Item(row.source, pair, _example(pair, prompt, whole, tokenizer))
         for row, pair, prompt, whole in zip(rows, pairs, prompts, wholes, strict=True)
     ]
-
-
-def check_vocabulary(
-    path: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
-) -> None:
-    """Raise ModelError where a token of the rows has no embedding."""
-    largest = max(max(example.input_ids) for example in examples)
-    if largest >= num_embeddings:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise ModelError(
-            f"model.path: {path} has embeddings for {num_embeddings} tokens, and its tokenizer gives "
-            f"{token!r} the id {largest} (from 0). Give model and tokenizer that belong together, or save "
-            "the model after resize_token_embeddings."
-        )
 
 
 def _example(pair: Pair, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:

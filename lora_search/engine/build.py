@@ -1,19 +1,16 @@
 """An engine of the right size for a sweep: which layers carry adapters, how many slots, how large a pass."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_search.data.order import DataAxis
 from lora_search.data.rows import Splits
 from lora_search.engine.autosize import Fit, bytes_per_slot, fit
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
-from lora_search.engine.optim import learning_rate
 from lora_search.engine.packed_model import PackedModel
-from lora_search.errors import ConfigError
-from lora_search.model.loading import Base, load_outline
+from lora_search.model.loading import Base
 from lora_search.model.targets import matches, target_layers
 from lora_search.ops.device import available_bytes
 from lora_search.ops.recompute import recompute_layers
@@ -45,32 +42,6 @@ class Room:
         targets = tuple(possible_targets(config, space))
         max_rank = largest(config, space, "lora.r")
         return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
-
-
-def check_outline(config: SweepConfig, room: Room, source: str) -> int:
-    """Return how many tokens the base knows. Raises ModelError, before weights are read, where the base is
-    not whole, or a layer that a trial may adapt does not exist."""
-    outline = load_outline(source, config.model)
-    for targets in room.targets:
-        target_layers(outline, targets)
-    layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
-    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
-
-
-def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
-    """Raise ConfigError where a trial would train nothing, as the learning rate of all its steps is 0."""
-    for settings in trials:
-        steps = axis.total_steps(settings)
-        if any(learning_rate(settings, step, steps) > 0 for step in range(steps)):
-            continue
-        epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
-        count = f"{len(axis.examples)} training examples in steps of {settings.examples_per_step}, {epochs}"
-        rule = "must leave a step whose learning rate is above 0, as warm-up starts from 0"
-        remedy = (
-            f"There is no other step ({count}): set optim.warmup_ratio=0, lower train.batch_size, raise "
-            "train.epochs, or give more data."
-        )
-        raise ConfigError("optim.warmup_ratio", settings.warmup_ratio, rule, remedy)
 
 
 def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) -> tuple[Engine, str]:

@@ -13,14 +13,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    Group,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from lora_search.output.formatting import show_perplexity, show_seconds, show_value
+from lora_search.output.streams import clean, shorten
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary
@@ -33,9 +43,29 @@ PLAIN_WIDTH = 140  # of tables that go to a file
 def open_console() -> Console:
     """Return the console of standard output; a file gets wide tables and no colours."""
     console = Console(highlight=False)
-    if console.file.isatty():
-        return console
-    return Console(highlight=False, width=PLAIN_WIDTH, force_terminal=False)
+    if not console.file.isatty():
+        console = Console(highlight=False, width=PLAIN_WIDTH, force_terminal=False)
+    console.push_render_hook(CleanPrints())
+    return console
+
+
+class CleanPrints(RenderHook):
+    """Lets no control sequence of a name, a message or a row of data through to the terminal."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [Clean(renderable) for renderable in renderables]
+
+
+class Clean:
+    """Draws something, with the control characters in its texts shown as escapes."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            is_ours = segment.control is not None  # the cursor, moved by rich
+            yield segment if is_ours else Segment(clean(segment.text), segment.style)
 
 
 class Progress:
@@ -68,11 +98,13 @@ class Progress:
     def event(self, text: str) -> None:
         """Print a line that stays: a step of the set-up, a trial pruned, ended, failed."""
         elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
-        self.console.print(elapsed + Text(text), soft_wrap=not self.console.is_interactive)
+        self.console.print(
+            elapsed + Text(clean(shorten(redact(text)))), soft_wrap=not self.console.is_interactive
+        )
 
     def refuse(self, error: Exception) -> None:
         """Print the one message that ends a command."""
-        self.console.print(Text(redact(str(error)), style="red"), soft_wrap=True)
+        self.console.print(Text(clean(shorten(redact(str(error)))), style="red"), soft_wrap=True)
 
     def wait(self, text: str) -> None:
         """Print why nothing happens here, now and then."""
@@ -91,7 +123,7 @@ class Progress:
             self.event(status_line(slots, summary, tokens_per_second, seconds_left))
         else:
             head = heading(now - self._started, seconds_left, summary, tokens_per_second)
-            self._live.update(Group(head, slot_table(slots)), refresh=True)
+            self._live.update(Clean(Group(head, slot_table(slots))), refresh=True)
 
 
 class WarningRelay(logging.Handler):

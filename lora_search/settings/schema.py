@@ -282,10 +282,7 @@ class SweepConfig:
 
 
 def as_dict(config: Any) -> Any:
-    """Return the settings as plain dicts, with the password of the storage URL left out."""
+    """Return the settings as plain dicts, passwords and keys left out."""
     if not is_dataclass(config):
-        return config
-    values = {f.name: as_dict(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, StudyConfig):
-        values["storage"] = redact(config.storage)
-    return values
+        return redact(config) if isinstance(config, str) else config
+    return {f.name: as_dict(getattr(config, f.name)) for f in fields(config)}

@@ -2,7 +2,7 @@
 
 A worker is the same command with `launcher.worker=N`; it works as launcher=inline does and writes to
 runs/<study>/workers/N.log. The parent imports no torch and trains nothing: it shows the study, starts again
-what a signal killed, and passes an interrupt on. The storage URL, which may hold a password, goes by
+what a signal killed, and passes an interrupt on. A worker gets its settings, which may hold passwords, by
 environment: command lines are there for everybody to read.
 """
 
@@ -21,8 +21,9 @@ from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.output.formatting import show_perplexity
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import StudyConfig, SweepConfig, require
+from lora_search.settings.secrets import redact
 from lora_search.study.view import StudyView
-from lora_search.worker.command import STORAGE_VARIABLE, Command
+from lora_search.worker.command import Command
 
 LOOK_SECONDS = 1.0  # between two looks at the workers and the study
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
@@ -37,7 +38,7 @@ def visible_gpus() -> int:
 
 
 def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return each worker's environment: its own GPU, or its share of the cores; and the storage URL.
+    """Return each worker's environment: its own GPU, or its share of the cores.
 
     ``num_gpus`` is 0 where engine.device=cpu. Raises ConfigError where there are more workers than GPUs.
     """
@@ -60,7 +61,7 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
     threads = str(max(1, num_cores() // count))
-    common = {"OMP_NUM_THREADS": threads, **environment, STORAGE_VARIABLE: config.study.storage}
+    common = {"OMP_NUM_THREADS": threads, **environment}
     if num_gpus == 0:
         return [common] * count
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[i]} for i in range(count)]
@@ -243,9 +244,12 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress, check
 def make_team(config: SweepConfig, command: Command, environments: Sequence[Mapping[str, str]]) -> Team:
     """Return the workers, not yet started."""
     folder, restarts = Path(config.runs_dir) / config.study.name / "workers", config.launcher.max_restarts
+    settings = command.environment()
     return Team(
         [
-            Worker(command.for_worker(number), environment, folder / f"{number}.log", restarts)
+            Worker(
+                command.for_worker(number), {**environment, **settings}, folder / f"{number}.log", restarts
+            )
             for number, environment in enumerate(environments)
         ]
     )
@@ -263,7 +267,7 @@ def told_to_launcher(config: SweepConfig) -> Iterator[None]:
         yield
     except LoraSearchError as error:
         path = Path(config.runs_dir) / config.study.name / "workers" / f"{number}.log"
-        error_file(path).write_text(str(error), encoding="utf-8")
+        error_file(path).write_text(redact(str(error)), encoding="utf-8")
         raise
 
 
