@@ -4,35 +4,58 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 `sweep` imports it only when it is going to train.
 """
 
+import math
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_search.data.preparation import prepare, write_pairs
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.preparation import pairs_text, prepare, write_pairs
 from lora_search.data.reading import load_rows
-from lora_search.data.rows import Splits
+from lora_search.data.rows import Row, Splits
+from lora_search.data.serving import write_serving
 from lora_search.data.tokens import LENGTH
 from lora_search.database.storage import check_storage
 from lora_search.engine.build import Room, build_engine
+from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
 from lora_search.files.row_scores import BASE, write_scores
-from lora_search.model.loading import load_base, load_tokenizer, resolve_model
+from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.terminal import Progress
-from lora_search.settings.schema import SweepConfig, require
+from lora_search.settings.schema import ModelConfig, SweepConfig, require
+from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
-from lora_search.study.about import attributes, fingerprint
-from lora_search.study.folder import study_folder
+from lora_search.study.about import attributes
+from lora_search.study.fingerprint import (
+    check_fingerprint,
+    known_so_far,
+    refuse_changes,
+    settings_part,
+    space_part,
+)
+from lora_search.study.folder import claim_folder, find_owned, study_folder
+from lora_search.study.identity import Identity
 from lora_search.study.study import SweepStudy
 from lora_search.worker.command import typed_command
 
+BASE_TOLERANCE = {"float32": 1e-4}  # of a base's perplexity: another device or kernel rounds otherwise
+LOW_PRECISION_TOLERANCE = 5e-3
 
-def check_places(config: SweepConfig) -> None:
-    """Make the study's folder. Raises where it cannot be written to, or the database cannot be used."""
+
+def check_places(config: SweepConfig) -> Identity | None:
+    """Make the study's folder; return the identity of the study if there is one. Raises where the folder is
+    another study's or cannot be written to, or the database cannot be used."""
+    check_storage(config.study)
     folder = Path(config.runs_dir) / config.study.name
+    identity = find_owned(config.study, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -40,7 +63,7 @@ def check_places(config: SweepConfig) -> None:
     except OSError as error:
         rule = f"must be a folder that can be written to ({folder}: {error.strerror})"
         raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.") from None
-    check_storage(config.study)
+    return identity
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
@@ -83,37 +106,101 @@ def measure_base(engine: Engine, folder: Path) -> str:
     return repr(scores.perplexity)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the settings name, read: all but the weights. ``content``: its digests."""
+
+    source: str
+    model: ModelConfig  # at the commit that a hub id names
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    content: dict[str, str]
+
+
+def read_inputs(
+    config: SweepConfig, rows: tuple[list[Row], Counter[str]], identity: Identity | None
+) -> Inputs:
+    """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
+    study was begun with."""
+    source = resolve_model(config.model)
+    model = pin_model(source, config.model, identity.commit if identity else None)
+    tokenizer = load_tokenizer(source, model)
+    splits = prepare(config, rows, tokenizer)
+    content = content_before_loading(config, source, model, tokenizer, splits)
+    return Inputs(source, model, tokenizer, splits, content)
+
+
+def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Identity | None) -> None:
+    """Raise what is wrong with rows and settings, or differs from what the study was begun with, as far as it
+    can be known before the model is loaded."""
+    check_amount(config, space, len(inputs.splits.train))
+    if identity is not None and identity.fingerprint:
+        wanted = {**settings_part(config), **inputs.content, **space_part(space.distributions)}
+        stored = known_so_far(identity.fingerprint, wanted)
+        dtype = {key: stored[key] for key in ("engine.dtype",) if key in stored}
+        check_fingerprint(config.study.name, stored, {**wanted, **dtype})
+
+
+def check_older(
+    config: SweepConfig, identity: Identity | None, engine: Engine, content: Mapping[str, str]
+) -> None:
+    """Raise FingerprintError where a study of a version that stored no digests would go on with another base,
+    or with rows that this version writes otherwise."""
+    if identity is None or not identity.is_older or "content.layers" in identity.fingerprint:
+        return
+    changed = []
+    tolerance = BASE_TOLERANCE.get(content["engine.dtype"], LOW_PRECISION_TOLERANCE)
+    kept = Path(config.runs_dir) / config.study.name / "data" / "train.jsonl"
+    if kept.is_file() and kept.read_text(encoding="utf-8") != pairs_text(engine.splits.pairs["train"]):
+        changed.append("the training rows changed, as the model reads them")
+    if identity.base_perplexity is not None:
+        now = engine.evaluate_base().perplexity
+        if not math.isclose(now, identity.base_perplexity, rel_tol=tolerance):
+            perplexities = f"validation perplexity {identity.base_perplexity:.6g} -> {now:.6g}"
+            changed.append(f"the base model or the validation rows changed: {perplexities}")
+    refuse_changes(config.study.name, changed)
+
+
 def prepare_sweep(
     config: SweepConfig, sweep_name: str, space: Space, progress: Progress
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
     rows = load_rows(config.data)
-    check_places(config)
+    identity = check_places(config)
     progress.event(f"base model {config.model.path}: reading")
-    source = resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model))
-    for line in describe_rows(config, splits):
+    inputs = read_inputs(config, rows, identity)
+    for line in describe_rows(config, inputs.splits):
         progress.event(line)
-    check_amount(config, space, len(splits.train))
-    base = load_base(source, config.model, config.engine)
-    engine, sizes = build_engine(config, Room.of_space(config, space), base, splits)
+    check_inputs(config, space, inputs, identity)
+    base = load_base(inputs.source, inputs.model, config.engine)
+    content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
+    engine, sizes = build_engine(config, Room.of_space(config, space), base, inputs.splits, content)
     if sizes:
         progress.event(f"engine: {sizes}")
-    folder, known = (
-        study_folder(config),
-        attributes(config, sweep_name, typed_command(sys.argv), source, splits),
-    )
-    print_of_it = fingerprint(config, splits, str(base.dtype).removeprefix("torch."))
-    study = SweepStudy.open(config, space, print_of_it, known, folder)
-    with explained_writing(folder):
-        write_pairs(splits, folder / "data")  # now that no other sweep's lie there
-    for change in study.widened:
-        progress.event(f"study {config.study.name}: widened {change}")
+    check_older(config, identity, engine, content)
+    study = open_study(config, sweep_name, space, inputs, content)
+    for change in study.changes:
+        progress.event(f"study {config.study.name}: changed {change}")
+    generation = base.model.generation_config.to_diff_dict()
+    write_serving(study.folder / "tokenizer", inputs.tokenizer, config.template, generation)
     progress.event(f"study {config.study.name}: {study.standing}")
     is_new = "base_perplexity" not in study.attributes()
-    perplexity = float(study.remember("base_perplexity", lambda: measure_base(engine, folder)))
+    perplexity = float(study.remember("base_perplexity", lambda: measure_base(engine, study.folder)))
     progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
-        write_note(study.study, config, space, known["command"], perplexity)
+        write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)
     return engine, study
+
+
+def open_study(
+    config: SweepConfig, sweep_name: str, space: Space, inputs: Inputs, content: Mapping[str, str]
+) -> SweepStudy:
+    """Return the study, its folder claimed and the rows written there: no other study's lie in it."""
+    command, folder = typed_command(sys.argv), study_folder(config)
+    known = attributes(config, sweep_name, command, inputs.source, inputs.splits, content)
+    study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder)
+    claim_folder(folder, config.study.name, study.identity)
+    with explained_writing(folder):
+        write_pairs(inputs.splits, folder / "data")
+    return study

@@ -10,6 +10,7 @@ from lora_search.command_line import find_study, run, study_parser
 from lora_search.errors import StudyError
 from lora_search.output.page import write_report
 from lora_search.output.terminal import Progress
+from lora_search.study.folder import find_owned
 from lora_search.study.study import SweepStudy
 
 
@@ -22,6 +23,7 @@ def report(arguments: argparse.Namespace, progress: Progress) -> None:
     """Write the report and say where it is."""
     found = find_study(arguments)
     rows, attributes = SweepStudy.read(found.config)
+    find_owned(found.config, found.folder)
     if "base_perplexity" not in attributes:
         raise StudyError(f"study.name: {found.config.name!r} has measured nothing yet. Run the sweep first.")
     path = found.folder / "report.html"

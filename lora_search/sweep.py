@@ -74,10 +74,11 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     from lora_search.output.conclusion import conclude
     from lora_search.settings.space import parse_space
     from lora_search.study.claims import reclaim_all
-    from lora_search.study.folder import study_folder
+    from lora_search.study.folder import find_owned, study_folder
     from lora_search.study.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
+    find_owned(config.study, Path(config.runs_dir) / config.study.name)
     study_folder(config)
     try:
         with interrupts.after_the_pass():

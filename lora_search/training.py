@@ -22,8 +22,9 @@ from pathlib import Path
 from lora_search.data.preparation import prepare
 from lora_search.data.reading import load_rows
 from lora_search.engine.build import Room, build_engine
+from lora_search.engine.content import content_before_loading, content_of
 from lora_search.errors import ConfigError
-from lora_search.model.loading import load_base, load_tokenizer, resolve_model
+from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.settings.overlay import searchable_keys, trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import Measurement, TrialRun, draw_seed
@@ -53,9 +54,13 @@ def train(
         for i, trial in enumerate(chosen)
     ]
     rows, source = load_rows(config.data), resolve_model(config.model)
-    splits = prepare(config, rows, load_tokenizer(source, config.model), place / "data")
-    base = load_base(source, config.model, config.engine)
-    engine, _ = build_engine(config, Room.of(chosen), base, splits)
+    model = pin_model(source, config.model)
+    tokenizer = load_tokenizer(source, model)
+    splits = prepare(config, rows, tokenizer, place / "data")
+    before = content_before_loading(config, source, model, tokenizer, splits)
+    base = load_base(source, model, config.engine)
+    content = content_of(before, base, model, tokenizer)
+    engine, _ = build_engine(config, Room.of(chosen), base, splits, content)
     waiting = list(reversed(runs))
     while waiting or engine.free_slots < len(engine.slots):
         engine.admit([waiting.pop() for _ in range(min(engine.free_slots, len(waiting)))])

@@ -57,6 +57,7 @@ class TrialRun:
     seed: int
     settings: TrialSettings
     folder: str  # absolute; holds adapter/ and checkpoint/
+    study_id: str = ""  # of the study that it belongs to; empty where it belongs to none
     perplexities: Mapping[int, float] = field(
         default_factory=dict
     )  # rung -> what the study has of it already

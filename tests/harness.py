@@ -9,6 +9,7 @@ from lora_search.data.rows import Example, Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
+from lora_search.files.peft import BaseRecord
 from lora_search.model.loading import load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
@@ -42,14 +43,16 @@ def build_engine(
     config = ModelConfig(path=str(folder))
     base = load_base(resolve_model(config), config, EngineConfig(device=device, dtype=dtype))
     layers = target_layers(base.model, ("all-linear",))
+    names = tuple(name for name, _ in base.model.named_modules())
     bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped)
+    record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(base.model, bank),
         bank,
         splits,
         data_seed=0,
         tokens_per_pass=tokens_per_pass,
-        base_path=str(folder),
+        base=record,
         resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.control_tokens import check_control_text
-from lora_search.data.rows import Row, Splits
+from lora_search.data.rows import Pair, Row, Splits
 from lora_search.data.splitting import (
     cap,
     require_both_sides,
@@ -77,13 +77,16 @@ def _hash(rows: Sequence[Row]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def pairs_text(pairs: Sequence[Pair]) -> str:
+    """Return one line of JSON for each pair."""
+    lines = [json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in pairs]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def write_pairs(splits: Splits, folder: Path) -> None:
     """Write the text that the model sees to ``folder``/{train,validation,test}.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in splits.pairs.items():
-        lines = [
-            json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in members
-        ]
         fresh = folder / f"{name}.{os.getpid()}.new"  # each worker writes the same
-        fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fresh.write_text(pairs_text(members), encoding="utf-8")
         fresh.replace(folder / f"{name}.jsonl")

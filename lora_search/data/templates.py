@@ -177,10 +177,9 @@ class Renderer:
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Render the tokenizer's template, with its own objections as a ConfigError."""
         try:
-            source = self.tokenizer.get_chat_template()
             text = self.tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=STRFTIME_NOW + source if "strftime_now" in source else source,
+                chat_template=dated_template(self.tokenizer),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -204,13 +203,22 @@ class Renderer:
         return str(self.tokenizer.eos_token)
 
     def _inst(self, row: Row) -> Pair:
-        first_ids = self.tokenizer("a")["input_ids"][:1]
-        starts_with_bos = self.tokenizer.bos_token_id is not None and first_ids == [
-            self.tokenizer.bos_token_id
-        ]
-        bos = self.tokenizer.bos_token if starts_with_bos else ""
+        bos = first_token(self.tokenizer)
         system = f"{self.template.system_prompt}\n\n" if self.template.system_prompt else ""
         return Pair(f"{bos}[INST] {system}{row.question} [/INST]", f" {row.response}{self._end_token()}")
+
+
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the tokenizer's own chat template; one that writes the date writes the fixed one."""
+    source: str = tokenizer.get_chat_template()
+    return STRFTIME_NOW + source if "strftime_now" in source else source
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer begins every text with; empty where there is none."""
+    first_ids = tokenizer("a")["input_ids"][:1]
+    starts_with_bos = tokenizer.bos_token_id is not None and first_ids == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if starts_with_bos else ""
 
 
 def _both_ends(text: str) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from lora_search.data.rows import Splits
 from lora_search.engine.autosize import Fit, bytes_per_slot, fit
 from lora_search.engine.bank import SlotBank
+from lora_search.engine.content import base_record
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.model.loading import Base
@@ -44,12 +45,16 @@ class Room:
         return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
 
 
-def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) -> tuple[Engine, str]:
+def build_engine(
+    config: SweepConfig, room: Room, base: Base, splits: Splits, content: Mapping[str, str]
+) -> tuple[Engine, str]:
     """Return an engine of that room, and how its size was chosen ("": it was set).
 
-    Raises ModelError where a target does not exist.
+    ``content``: what the numbers depend on, as digests, for what the engine keeps. Raises ModelError where a
+    target does not exist.
     """
     layers: dict[str, nn.Linear] = {}
+    record = base_record(config, base, splits, content)  # before the adapters go on
     for targets in room.targets:
         layers |= target_layers(base.model, targets)
     everything = target_layers(base.model, (ALL_LINEAR,))
@@ -64,7 +69,7 @@ def build_engine(config: SweepConfig, room: Room, base: Base, splits: Splits) ->
         splits,
         data_seed=config.seed,
         tokens_per_pass=chosen.tokens_per_pass,
-        base_path=base.source,
+        base=record,
         resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
     )
     return engine, chosen.note

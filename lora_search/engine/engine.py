@@ -25,6 +25,7 @@ from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
+from lora_search.files.peft import BaseRecord
 from lora_search.ops.device import Lap, Throughput, give_back_memory, is_out_of_memory
 from lora_search.trial import Measurement, RowScores, SlotView, TrialRun
 
@@ -45,14 +46,14 @@ class Engine:
         *,
         data_seed: int,
         tokens_per_pass: int,
-        base_path: str,
+        base: BaseRecord,
         resolve_targets: Callable[[tuple[str, ...]], tuple[str, ...]],
     ) -> None:
         self.model, self.bank, self.splits = model, bank, splits
         self.num_shared = shareable_tokens(model, splits.validation)
         self.axis = DataAxis(splits.train, data_seed)
         self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP)
-        self.keeper = Keeper(bank, self.optimizer, base_path, splits.data_hash)
+        self.keeper = Keeper(bank, self.optimizer, base)
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
         self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]

@@ -21,9 +21,10 @@ from lora_search.engine.optim import SlotAdamW
 from lora_search.engine.slot import Slot
 from lora_search.files.atomic import remove_unfinished
 from lora_search.files.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
-from lora_search.files.peft import export_peft, read_peft
+from lora_search.files.peft import BaseRecord, export_peft, read_peft
 from lora_search.files.row_scores import write_scores
 from lora_search.files.tensors import DamagedFileError
+from lora_search.model.targets import exact_targets
 from lora_search.trial import RowScores, TrialRun
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,11 @@ START = Position(
 
 @dataclass(frozen=True)
 class Keeper:
-    """Writes and reads the folders of trials for one engine. ``data`` names what they all train on."""
+    """Writes and reads the folders of trials for one engine. ``base`` says what they all train on."""
 
     bank: SlotBank
     optimizer: SlotAdamW
-    base_path: str
-    data: str
+    base: BaseRecord
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's adapter as it is now, and its row scores beside it. Raises WriteError."""
@@ -61,7 +61,7 @@ class Keeper:
         }
         if slot.position.best_rung not in (0, slot.position.rung):
             state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
-        save_checkpoint(_checkpoints(slot.run), slot.position, state, self._origin(slot.run))
+        save_checkpoint(_checkpoints(slot.run), slot.position, state, self._origins(slot.run)[0])
 
     def resume(
         self, index: int, run: TrialRun, names: Sequence[str]
@@ -71,7 +71,7 @@ class Keeper:
             kind: self.bank.tensors(row_P, run.settings.r, names) for kind, row_P in self._rows(index).items()
         }
         found, troubles = load_checkpoint(
-            _checkpoints(run), self._origin(run), lambda found: _check_shapes(found, expected)
+            _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)
         )
         position, state = found or (START, {})
         for kind, row_P in self._rows(index).items() if found else ():
@@ -111,15 +111,19 @@ class Keeper:
             weights, note = read_peft(_adapter(run))
         except DamagedFileError:
             return None
-        return weights if (note.get("rung"), note.get("origin")) == (rung, self._origin(run)) else None
+        is_it = note.get("rung") == rung and note.get("origin") in self._origins(run)
+        return weights if is_it else None
 
     def _export(self, run: TrialRun, names: Sequence[str], position: Position, best: Tensors) -> None:
         note = {
-            "origin": self._origin(run),
+            "origin": self._origins(run)[0],
+            "digest": self.base.digest,
+            "study_id": run.study_id,
             "rung": position.best_rung,
             "perplexity": position.best_perplexity,
         }
-        export_peft(best, run.settings, names, self.base_path, _adapter(run), note)
+        targets = exact_targets(names, self.base.module_names)
+        export_peft(best, run.settings, targets, self.base, _adapter(run), note)
 
     def _rows(self, index: int) -> dict[str, torch.Tensor]:
         banks = {
@@ -129,11 +133,21 @@ class Keeper:
         }
         return {kind: bank_SP[index] for kind, bank_SP in banks.items()}
 
-    def _origin(self, run: TrialRun) -> str:
-        """Name what decides a trial's numbers: a folder may hold the files of a study that is gone."""
-        model = (Path(self.base_path).name, str(self.bank.used_SP.dtype))
-        text = json.dumps([asdict(run.settings), run.seed, self.data, *model], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def _origins(self, run: TrialRun) -> tuple[str, str]:
+        """Name the study and what decides a trial's numbers: a folder may hold the files of a study that is
+        gone. New files get the first name; those of older versions have the second."""
+        here = [asdict(run.settings), run.seed, run.study_id, self.base.digest]
+        return _digest(here), self._origin_before_studies_had_ids(run)
+
+    def _origin_before_studies_had_ids(self, run: TrialRun) -> str:
+        """LEGACY: the origin by the formula of versions that knew no study id; only ever read, never written.
+        The study has compared what they did not know (`prepare.check_older`)."""
+        model = (Path(self.base.path).name, str(self.bank.used_SP.dtype))
+        return _digest([asdict(run.settings), run.seed, self.base.data_hash, *model])
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _checkpoints(run: TrialRun) -> Path:

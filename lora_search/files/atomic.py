@@ -27,7 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
     with explained_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            permissions = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(permissions)  # safetensors lets nobody else read what it writes
             sync(temporary)
             temporary.replace(path)
         finally:

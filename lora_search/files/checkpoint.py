@@ -3,7 +3,7 @@
 A file that is damaged, or is not this trial's, is put aside and named, never used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,9 +49,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, origin: str = "", check: Callable[[Checkpoint], None] = lambda _: None
+    folder: Path, origins: Sequence[str] = ("",), check: Callable[[Checkpoint], None] = lambda _: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that is whole, and what was wrong with newer ones.
+    """Return the newest whole checkpoint of one of the origins, and what was wrong with newer ones.
 
     ``check`` raises DamagedFileError for one that does not fit. Files that a killed process left
     half-written are removed.
@@ -60,7 +60,7 @@ def load_checkpoint(
     troubles: list[str] = []
     for path in _newest_first(folder):
         try:
-            found = _read(path, origin)
+            found = _read(path, origins)
             check(found)
         except DamagedFileError as error:
             troubles.append(f"{path.name} {error}")
@@ -71,10 +71,10 @@ def load_checkpoint(
     return None, troubles
 
 
-def _read(path: Path, origin: str) -> Checkpoint:
+def _read(path: Path, origins: Sequence[str]) -> Checkpoint:
     state, note = read_sealed(path)
-    if note.get("origin") != origin:
-        raise DamagedFileError("belongs to a trial with other settings or data")
+    if note.get("origin") not in origins:
+        raise DamagedFileError("belongs to another study, or to a trial with other settings, data or base")
     try:
         fields = note["position"]
         curve = tuple((int(seen), float(perplexity)) for seen, perplexity in fields["curve"])

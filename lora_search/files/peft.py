@@ -1,8 +1,10 @@
 """Adapters in PEFT's format: written in one go, sealed, read back."""
 
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,18 @@ from lora_search.trial import TrialSettings
 PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseRecord:
+    """What an adapter says of the base it was trained on. ``digest``: of everything that its numbers depend
+    on, but its settings and seed; ``data_hash``: of the rows."""
+
+    path: str  # a folder, or a hub id
+    revision: str | None = None  # the commit of a hub id
+    module_names: tuple[str, ...] = ()
+    digest: str = ""
+    data_hash: str = ""
+
+
 def lora_scaling(settings: TrialSettings) -> float:
     """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), as PEFT does."""
     return settings.alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
@@ -24,20 +38,21 @@ def lora_scaling(settings: TrialSettings) -> float:
 def export_peft(
     state: Mapping[str, torch.Tensor],
     settings: TrialSettings,
-    names: Sequence[str],
-    base_path: str,
+    targets: Sequence[str] | str,
+    base: BaseRecord,
     folder: Path,
     note: Mapping[str, object] | None = None,
 ) -> None:
     """Write a folder that plain ``PeftModel.from_pretrained`` loads; the weights change in one go, sealed
-    with the note."""
+    with the note. ``targets`` names the layers by PEFT's rules: a list of names, or one expression."""
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
         lora_dropout=settings.dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,
-        base_model_name_or_path=base_path,
+        base_model_name_or_path=base.path,
+        revision=base.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
@@ -53,12 +68,16 @@ def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _write_config(config: PeftLoraConfig, folder: Path) -> None:
-    """Let PEFT write beside the folder, so that a full disk leaves the old file as it was."""
+    """Let PEFT write beside the folder, so that a full disk leaves the old file as it was. It lists layers in
+    the order of a set, which changes from one process to the next: here they are sorted."""
     fresh = folder.with_name(f"{folder.name}{TEMPORARY}")
     with explained_writing(folder):
         config.save_pretrained(str(fresh))
         for path in fresh.iterdir():
-            old, content = folder / path.name, path.read_bytes()
+            values = json.loads(path.read_bytes())
+            if isinstance(values["target_modules"], list):
+                values["target_modules"].sort()
+            old, content = folder / path.name, json.dumps(values, indent=2, sort_keys=True).encode()
             if not old.exists() or old.read_bytes() != content:  # of a trial's rungs only the first differs
                 write_file(old, content)
         shutil.rmtree(fresh)

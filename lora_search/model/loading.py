@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_search.errors import ConfigError, ModelError
 from lora_search.model.packing_check import check_packing
-from lora_search.model.sources import check_missing, find_source, location
+from lora_search.model.sources import check_missing, find_source, location, pinned
 from lora_search.ops.attention import NAME as ATTENTION
 from lora_search.ops.device import keep_freed_memory, pick_device, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
@@ -70,6 +70,13 @@ def resolve_model(config: ModelConfig) -> str:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return _explained(config, lambda: find_source(config))
+
+
+def pin_model(source: str, config: ModelConfig, commit: str | None = None) -> ModelConfig:
+    """Return the settings to load a resolved model by: for a hub id they name its commit.
+
+    ``commit`` is the one that the study was begun with."""
+    return _explained(config, lambda: pinned(source, config, commit))
 
 
 def load_tokenizer(source: str, config: ModelConfig) -> PreTrainedTokenizerBase:

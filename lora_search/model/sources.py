@@ -6,17 +6,14 @@ What is not there, or is no base, is one ModelError before any weight is read.
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import io
 import json
-import os
-import shutil
 import ssl
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -25,6 +22,7 @@ from huggingface_hub import constants as hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_search.errors import ModelError
+from lora_search.model.cache import cached, file_digest
 from lora_search.model.tiny import make_tiny_model
 from lora_search.settings.schema import ModelConfig
 
@@ -36,7 +34,7 @@ HUB_SECONDS = 5.0  # huggingface_hub alone repeats its requests for 47 s where n
 def find_source(config: ModelConfig) -> str:
     """Return a local folder or a hub id; packaged and GGUF models are converted into the cache first."""
     if config.path == TINY:
-        return str(_cached("tiny-llama-1", make_tiny_model))
+        return str(cached("tiny-llama-1", make_tiny_model))
     path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
     if path.suffix == ".gguf":
         return _converted_gguf(path)
@@ -56,6 +54,36 @@ def location(source: str, config: ModelConfig) -> str:
     if Path(source).is_dir() or _hub_answers(hub.ENDPOINT):
         return source
     return str(_cached_snapshot(config))
+
+
+def is_hub_id(source: str) -> bool:
+    """Return whether a resolved source is a name on the hub, no folder of this machine."""
+    return not Path(source).is_dir()
+
+
+def pinned(source: str, config: ModelConfig, commit: str | None = None) -> ModelConfig:
+    """Return the settings with the commit of a hub id as their revision: the given one, or the one that the
+    revision names now. A folder has none."""
+    if not is_hub_id(source):
+        return config
+    return replace(config, revision=commit or _commit(source, config))
+
+
+def _commit(source: str, config: ModelConfig) -> str:
+    """Return the commit that the revision names: as the hub says, or its cache while the hub is away."""
+    if _hub_answers(hub.ENDPOINT):
+        return Path(
+            huggingface_hub.hf_hub_download(source, "config.json", revision=config.revision)
+        ).parent.name
+    return _cached_snapshot(config).name
+
+
+def folder_of(source: str, config: ModelConfig) -> Path | None:
+    """Return the folder with the files of a resolved model; None where the hub has still to send them."""
+    if not is_hub_id(source):
+        return Path(source)
+    found = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=config.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def check_missing(path: str, missing_keys: Collection[str]) -> None:
@@ -91,9 +119,10 @@ def _cached_snapshot(config: ModelConfig) -> Path:
     if isinstance(found, str):
         return Path(found).parent
     offline = huggingface_hub.is_offline_mode()
+    at = f" at revision {config.revision}" if config.revision else ""
     why = "HF_HUB_OFFLINE is set" if offline else f"{hub.ENDPOINT} cannot be reached"
     raise ModelError(
-        f"model.path: {config.path} is no folder here and not in the hub's cache, and {why}. "
+        f"model.path: {config.path} is no folder here and not in the hub's cache{at}, and {why}. "
         "Check the name and the network, or give a model folder."
     )
 
@@ -125,28 +154,8 @@ def _packaged_gguf() -> Path:
 def _converted_gguf(path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id.")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return str(_cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
-
-
-def _cached(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the cache folder of that name, made first where missing; two processes may race, both win."""
-    root = Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser()
-    target = root / name
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=root))
-    try:
-        make(temporary)
-        temporary.replace(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    digest = file_digest(path)[:16]
+    return str(cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

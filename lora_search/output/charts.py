@@ -19,6 +19,7 @@ LOOKS = {
     "BEST": ("best", "#009E73", "star", 1.0, 3.5),
     "COMPLETE": ("complete", "#0072B2", "circle", 0.85, 1.8),
     "RUNNING": ("running", "#56B4E9", "circle-open", 0.85, 1.8),
+    "WAITING": ("waiting", "#E69F00", "square-open", 0.85, 1.8),
     "PRUNED": ("pruned", "#D55E00", "x", 0.4, 1.4),
     "FAIL": ("failed", "#CC79A7", "diamond", 0.4, 1.4),
 }

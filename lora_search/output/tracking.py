@@ -113,15 +113,22 @@ class WandbTracker:
         Path(run.folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder
         is_online = self._config.name == "wandb"
         name = f"{self._study_name}-{run.number}"
+        run_id = f"{self._study_name}-{run.study_id}-{run.number}" if run.study_id else name
         live = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
             dir=run.folder,
-            id=name,
+            id=run_id,
             name=name,
             group=self._study_name,
             job_type="trial",
-            config={**asdict(run.settings), **self._extra, "trial": run.number, "trial_seed": run.seed},
+            config={
+                **asdict(run.settings),
+                **self._extra,
+                "trial": run.number,
+                "trial_seed": run.seed,
+                "study_id": run.study_id,
+            },
             resume="allow" if is_online else None,  # offline the id is enough: `wandb sync` joins the parts
             reinit="create_new",
             settings=quiet_settings(is_online),

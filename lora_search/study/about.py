@@ -1,5 +1,6 @@
-"""What a study knows of how it was run: the settings that must stay the same, and what helps to repeat it."""
+"""What a study knows of how it was run, to repeat it."""
 
+import json
 import os
 import platform
 import subprocess
@@ -13,24 +14,23 @@ import optuna
 from lora_search.data.rows import Splits
 from lora_search.settings.schema import SweepConfig, as_dict
 from lora_search.settings.secrets import redact
+from lora_search.study.fingerprint import flat
 
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
-FREE = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the study itself checks the space
-
-
-def fingerprint(config: SweepConfig, splits: Splits, dtype: str) -> dict[str, str]:
-    """Return what must stay the same under one study name; the dtype that `auto` came to."""
-    flat = {"data_hash": splits.data_hash, "engine.dtype": dtype}
-    for section, value in as_dict(config).items():
-        if section not in FREE:
-            flat |= _flat(section, value)
-    return flat
 
 
 def attributes(
-    config: SweepConfig, sweep_name: str, command: str, source: str, splits: Splits
+    config: SweepConfig,
+    sweep_name: str,
+    command: str,
+    source: str,
+    splits: Splits,
+    content: Mapping[str, str],
 ) -> dict[str, str]:
-    """Return what the study should remember of how it was run; no secrets. All workers say the same."""
+    """Return what the study should remember of how it was run; no secrets. All workers say the same.
+
+    ``content``: the digests of what the settings name.
+    """
     shared = replace(config, launcher=replace(config.launcher, worker=None))
     return {
         "study": config.study.name,
@@ -38,20 +38,15 @@ def attributes(
         "command": redact(command),
         "base_model": source,
         "base_model_name": config.model.path,
+        "base_revision": content.get("content.commit", ""),
+        "base_weights": content.get("content.weights", ""),
         "max_length": str(splits.max_length),
         "git_commit": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        **_flat("data", splits.counts),
-        **{f"setting/{k}": v for k, v in _flat("sweep", as_dict(shared)).items()},
+        **flat("data", splits.counts),
+        "settings": json.dumps(as_dict(shared)),  # with their types
+        **{f"setting/{k}": v for k, v in flat("sweep", as_dict(shared)).items()},
         **{f"version/{name}": version(name) for name in LIBRARIES},
-    }
-
-
-def _flat(prefix: str, value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {prefix: str(value)}
-    return {
-        key: text for name, child in value.items() for key, text in _flat(f"{prefix}.{name}", child).items()
     }
 
 

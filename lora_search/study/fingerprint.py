@@ -1,10 +1,15 @@
-"""What must stay the same under one study name: every setting that changes a trial's numbers, and the space.
-A range of numbers may widen, as Optuna allows it; choices may not change."""
+"""What must stay the same under one study name: every setting that changes a trial's numbers, the space, and
+the content of what they name (`content.*` and `data_hash`: weights, tokenizer, template, rows, layers).
 
+A range of numbers may widen, as Optuna allows it; choices may not change. Where rows come from may change as
+long as they are the same rows.
+"""
+
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 
-from optuna import Study
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -15,46 +20,115 @@ from optuna.distributions import (
 )
 
 from lora_search.errors import FingerprintError
+from lora_search.settings.schema import SweepConfig, as_dict
 
 ATTRIBUTE = "fingerprint"
+FREE_SECTIONS = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the space has its own rule
+SPACE, CONTENT = "space.", "content."
 FREE = (
-    "Free to change: study.* but its name, engine.* but its dtype, tracker, launcher, runs_dir. "
-    "A range in the space may widen (not narrow); choices may not change."
+    "Free to change: study.* but its name, engine.* but its dtype, tracker, launcher, runs_dir, and where "
+    "the rows lie, if they are the same. A range in the space may widen (not narrow); choices may not change."
 )
+CAUSES = {  # what people would say has changed
+    "data_hash": "the rows of data.path changed",
+    "content.weights": "the weights of model.path changed",
+    "content.config": "config.json of model.path changed",
+    "content.code": "the Python code of model.path changed (model.trust_remote_code)",
+    "content.tokenizer": "the tokenizer of model.path changed",
+    "content.chat_template": "the chat template of model.path changed",
+    "content.layers": "the layers of model.path that can carry adapters changed",
+}
+EFFECTS = {  # each has a cause above, or a setting: named only where none of those changed
+    "content.train": "the training rows changed, as the model reads them",
+    "content.validation": "the validation rows changed, as the model reads them",
+    "content.test": "the test rows changed, as the model reads them",
+}
+DIGESTED = (  # what a checkpoint's and an adapter's origin is made of; never changes, or all would be lost
+    "content.weights", "content.config", "content.code", "content.tokenizer", "content.train",
+    "content.validation", "content.test", "content.layers", "content.float32_matmul", "engine.dtype",
+    "model.quantization",
+)  # fmt: skip
+CUTS_ROWS = (
+    "data.validation_fraction", "data.test_fraction", "data.max_train_examples",
+    "data.max_validation_examples", "data.max_length", "data.max_length_percentile",
+    "data.max_length_choices",
+)  # fmt: skip
 
 
-def check_fingerprint(
-    study: Study, settings: Mapping[str, str], distributions: Mapping[str, BaseDistribution]
-) -> list[str]:
-    """Store the fingerprint of a new study, or that a range has widened; return what has, for people.
+def settings_part(config: SweepConfig) -> dict[str, str]:
+    """Return the settings that change a trial's numbers."""
+    sections = {k: value for k, value in as_dict(config).items() if k not in FREE_SECTIONS}
+    return {key: text for name, value in sections.items() for key, text in flat(name, value).items()}
 
-    Raises FingerprintError where the study was made with other settings.
+
+def space_part(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
+    """Return what is searched, as Optuna writes it."""
+    return {f"{SPACE}{key}": distribution_to_json(d) for key, d in distributions.items()}
+
+
+def flat(prefix: str, value: object) -> dict[str, str]:
+    """Return dotted key -> value as text."""
+    if not isinstance(value, dict):
+        return {prefix: str(value)}
+    return {
+        key: text for name, child in value.items() for key, text in flat(f"{prefix}.{name}", child).items()
+    }
+
+
+def digest_of(fingerprint: Mapping[str, str]) -> str:
+    """Return one digest of everything that a trial's numbers depend on, but its own settings and its seed."""
+    parts = {key: fingerprint[key] for key in DIGESTED if key in fingerprint}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_fingerprint(study_name: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Return what may have changed and has, for people: ranges that widened, places of the same rows.
+
+    Raises FingerprintError where the study was made with other settings or inputs. What the study of an older
+    version does not know is taken as it is today, a setting only at its default.
     """
-    space = {f"space.{key}": distribution_to_json(d) for key, d in distributions.items()}
-    fingerprint = {**settings, **space}
-    stored: dict[str, str] = study.user_attrs.get(ATTRIBUTE, {})
-    if stored == fingerprint:
-        return []
-    keys = [key for key in sorted({*stored, *fingerprint}) if stored.get(key) != fingerprint.get(key)]
-    changes = {key: f"{key}: {_words(key, stored)} -> {_words(key, fingerprint)}" for key in keys}
-    if stored:
-        _refuse(study.study_name, [changes[key] for key in keys if not _widens(key, stored, fingerprint)])
-    study.set_user_attr(ATTRIBUTE, fingerprint)
-    return list(changes.values()) if stored else []
+    known = {**_defaults(stored, wanted), **stored}
+    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+    keys = [key for key in keys if key in stored or not key.startswith(CONTENT)]
+    free = [key for key in keys if _widens(key, known, wanted) or _leads_to_same_rows(key, stored, wanted)]
+    refused = [key for key in keys if key not in free]
+    if set(refused) - EFFECTS.keys():
+        refused = [key for key in refused if key not in EFFECTS]
+    refuse_changes(study_name, [_words(key, known, wanted) for key in refused])
+    return [_words(key, known, wanted) for key in free if key in stored]
 
 
-def _refuse(study_name: str, changes: list[str]) -> None:
+def known_so_far(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of a stored fingerprint that can be compared before the model is loaded."""
+    return {key: value for key, value in stored.items() if key in wanted or not key.startswith(CONTENT)}
+
+
+def _defaults(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """Return the defaults of settings that a version before them did not store."""
+    return {k: v for k, v in settings_part(SweepConfig()).items() if k in wanted and k not in stored}
+
+
+def refuse_changes(study_name: str, changes: list[str]) -> None:
+    """Raise FingerprintError where there are changes."""
     if changes:
         listed = "\n  ".join(changes)
         raise FingerprintError(
-            f"study.name: {study_name!r} was started with other settings:\n  {listed}\n"
+            f"study.name: {study_name!r} was started with other settings or inputs:\n  {listed}\n"
             f"Choose a new study.name, or put these back. {FREE}"
         )
 
 
+def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Return whether the key says where rows come from, and the rows are the same."""
+    if not key.startswith("data.") or key in CUTS_ROWS:
+        return False
+    contents = [k for k in ("data_hash", *EFFECTS) if k in stored]
+    return bool(contents) and all(stored[k] == wanted.get(k) for k in contents)
+
+
 def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Return whether the key is a range that still holds every value it held."""
-    if not key.startswith("space.") or key not in stored or key not in wanted:
+    if not key.startswith(SPACE) or key not in stored or key not in wanted:
         return False
     old, new = json_to_distribution(stored[key]), json_to_distribution(wanted[key])
     both_float = isinstance(old, FloatDistribution) and isinstance(new, FloatDistribution)
@@ -68,9 +142,19 @@ def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> b
     return old.step is None or abs(math.remainder(old.low - new.low, old.step)) < 1e-9 * old.step
 
 
-def _words(key: str, fingerprint: Mapping[str, str]) -> str:
+def _words(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """Return the change as people would say it."""
+    if key in CAUSES:
+        return CAUSES[key]
+    if key in EFFECTS:
+        return f"{EFFECTS[key]} (their order, a library, or this version of lora_search)"
+    name = "the commit of model.path" if key == "content.commit" else key.removeprefix(CONTENT)
+    return f"{name}: {_value(key, stored)} -> {_value(key, wanted)}"
+
+
+def _value(key: str, fingerprint: Mapping[str, str]) -> str:
     """Return the value as people read it."""
-    if key not in fingerprint or not key.startswith("space."):
+    if key not in fingerprint or not key.startswith(SPACE):
         return fingerprint.get(key, "not set")
     distribution = json_to_distribution(fingerprint[key])
     if isinstance(distribution, CategoricalDistribution):

@@ -1,10 +1,18 @@
-"""runs/<study>/: where a sweep writes."""
+"""runs/<study>/: where a sweep writes, and the file in it that says whose folder it is."""
 
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_search.errors import ConfigError
-from lora_search.files.atomic import explained_writing
-from lora_search.settings.schema import SweepConfig
+from lora_search.files.atomic import TEMPORARY, explained_writing, sync
+from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.study.identity import Identity, find_identity
+
+MARKER = "study.json"  # the id of the study
+RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # what a study leaves in its folder
 
 
 def study_folder(config: SweepConfig) -> Path:
@@ -19,3 +27,86 @@ def study_folder(config: SweepConfig) -> Path:
     with explained_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def find_owned(config: StudyConfig, folder: Path) -> Identity | None:
+    """Return the identity of the study that the settings name, None where there is none yet.
+
+    Raises ConfigError where the folder holds the results of another one. Makes nothing.
+    """
+    seen = _look(folder)  # first: whoever marks the folder has made its study before
+    identity = find_identity(config)
+    _judge(folder, seen, identity)
+    return identity
+
+
+def check_owner(folder: Path, identity: Identity) -> None:
+    """Raise ConfigError where the folder holds the results of another study."""
+    _judge(folder, _look(folder), identity)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a folder shows of its owner."""
+
+    has_results: bool
+    is_marked: bool
+    owner: str | None  # None where the marker is damaged
+
+
+def _look(folder: Path) -> Seen:
+    has_results = any(
+        os.path.lexists(folder / name) for name in RESULTS
+    )  # first: the marker comes before them
+    is_marked = os.path.lexists(folder / MARKER)
+    return Seen(has_results, is_marked, _owner(folder / MARKER) if is_marked else None)
+
+
+def _judge(folder: Path, seen: Seen, identity: Identity | None) -> None:
+    """Raise ConfigError unless the folder is the study's, or free.
+
+    One without a marker is an older version's: only a study of such a version goes on in it.
+    """
+    if not seen.is_marked:
+        if seen.has_results and (identity is None or not identity.is_older):
+            raise _not_ours(folder, "holds the results of a study that is not in study.storage", identity)
+    elif seen.owner is None:
+        raise _not_ours(folder, f"has a damaged {MARKER}", identity)
+    elif identity is None:
+        raise _not_ours(folder, "belongs to a study that is not in study.storage")
+    elif seen.owner != identity.id:
+        words = f"(id {seen.owner}, not {identity.id})" if identity.id else f"(id {seen.owner})"
+        raise _not_ours(folder, f"belongs to another study of that name {words}")
+
+
+def claim_folder(folder: Path, study_name: str, identity: Identity) -> None:
+    """Mark the folder as the study's. Raises ConfigError where it is another's; the first of two gets it."""
+    check_owner(folder, identity)
+    marker = folder / MARKER
+    if marker.exists():
+        return
+    fresh = folder / f"{MARKER}.{os.getpid()}{TEMPORARY}"
+    with explained_writing(folder):
+        fresh.write_text(json.dumps({"study": study_name, "id": identity.id}), encoding="utf-8")
+        sync(fresh)
+        with suppress(FileExistsError):
+            os.link(fresh, marker)
+        fresh.unlink()
+    check_owner(folder, identity)
+
+
+def _owner(marker: Path) -> str | None:
+    """Return the id in the marker; None where it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads(marker.read_text(encoding="utf-8"))["id"]
+        return owner if isinstance(owner, str) else None
+    return None
+
+
+def _not_ours(folder: Path, why: str, unsure: Identity | None = None) -> ConfigError:
+    """Return the error with its ways out. ``unsure``: the study whose folder it may be after all."""
+    rule = f"must not lead into another study's folder, and {folder} {why}"
+    remedy = f"Choose another study.name or runs_dir, give that study's study.storage, or delete {folder}."
+    if unsure is not None and unsure.id is not None:
+        remedy += f' If it is this study\'s, write {{"id": "{unsure.id}"}} to {folder / MARKER}.'
+    return ConfigError("study.name", folder.name, rule, remedy)

@@ -37,7 +37,8 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
 from lora_search.study.claims import Draws, reclaim
-from lora_search.study.fingerprint import check_fingerprint
+from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
+from lora_search.study.identity import Identity, give_identity
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
 from lora_search.study.view import StudyView
@@ -50,12 +51,19 @@ class SweepStudy:
     """This worker's hold on the study."""
 
     def __init__(
-        self, config: SweepConfig, space: Space, storage: RDBStorage, study: optuna.Study, folder: Path
+        self,
+        config: SweepConfig,
+        space: Space,
+        storage: RDBStorage,
+        study: optuna.Study,
+        folder: Path,
+        identity: Identity,
     ) -> None:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
         self.ledger = Ledger(study)
         self.trials_folder = folder.resolve() / "trials"
-        self.widened: list[str] = []  # ranges of the space that are wider than when the study was made
+        self.identity = identity
+        self.changes: list[str] = []  # what may differ from when the study was made, and does
         self.table = TrialTable(storage, study.study_name)
         self.draws = Draws(config, space, study, self.table, self.ledger)
         self.held: dict[int, int] = {}  # number -> last rung; who has measured that is not judged any more
@@ -88,10 +96,14 @@ class SweepStudy:
                 sampler=sampler,
                 pruner=pruner,
             )
-            widened = check_fingerprint(study, fingerprint, space.distributions)
+            wanted = {**fingerprint, **space_part(space.distributions)}
+            identity = give_identity(storage, config.study.name, wanted)
+            changes = check_fingerprint(config.study.name, identity.fingerprint, wanted)
+            if identity.fingerprint != wanted:
+                study.set_user_attr(ATTRIBUTE, wanted)
             describe(study, attributes)
-            sweep_study = cls(config, space, storage, study, folder)
-            sweep_study.widened = widened
+            sweep_study = cls(config, space, storage, study, folder, identity)
+            sweep_study.changes = changes
             sweep_study.reclaim_stale()
             sweep_study._enqueue_default()
             sweep_study.ledger.read(everything=True)
@@ -299,7 +311,14 @@ class SweepStudy:
         self.held[number] = settings.num_rungs
         folder, seed = str(self.trials_folder / str(number)), draw_seed(self.config.seed, number)
         known = dict(trial.seen.intermediate_values)
-        return TrialRun(number=number, seed=seed, settings=settings, folder=folder, perplexities=known)
+        return TrialRun(
+            number=number,
+            seed=seed,
+            settings=settings,
+            folder=folder,
+            study_id=self.identity.id or "",
+            perplexities=known,
+        )
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.ledger.standings is not None:

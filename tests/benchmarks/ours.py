@@ -52,7 +52,7 @@ def main() -> None:
     splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
     base = load_base(source, config.model, config.engine)
     settings = [trial_settings(config, {})] * slots
-    engine, _ = build_engine(config, Room.of(settings), base, splits)
+    engine, _ = build_engine(config, Room.of(settings), base, splits, {})
     with tempfile.TemporaryDirectory() as folder:
         runs = [
             TrialRun(number=i, seed=i, settings=s, folder=str(Path(folder) / str(i)))

@@ -59,7 +59,7 @@ def sweep(pruner: str, folder: Path) -> dict[str, float]:
     source = resolve_model(config.model)
     splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
     base = load_base(source, config.model, config.engine)
-    engine, _ = build_engine(config, Room.of_space(config, space), base, splits)
+    engine, _ = build_engine(config, Room.of_space(config, space), base, splits, {})
     engine.__class__ = TimedEngine
     assert isinstance(engine, TimedEngine)
     study = SweepStudy.open(config, space, {"bench": pruner}, {}, folder / name)

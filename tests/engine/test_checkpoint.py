@@ -121,10 +121,12 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_another_trials_checkpoint_is_never_used(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, replace(START, rung=1), STATE, origin="seed 1")
 
-    found, troubles = load_checkpoint(tmp_path, origin="seed 2")
+    found, troubles = load_checkpoint(tmp_path, ["seed 2"])
 
     assert found is None
-    assert troubles == ["rung-00001.safetensors belongs to a trial with other settings or data"]
+    assert troubles == [
+        "rung-00001.safetensors belongs to another study, or to a trial with other settings, data or base"
+    ]
 
 
 def test_a_file_that_was_never_sealed_is_damaged(tmp_path: Path) -> None:
@@ -304,5 +306,5 @@ def test_a_new_trial_takes_nothing_from_a_folder_that_another_study_left(
 
     curve = train_all(build(tiny_llama), [make_run(tmp_path, lr=9e-3)])[0]
 
-    assert "belongs to a trial with other settings or data" in curve[0].recovery
+    assert "belongs to another study, or to a trial with other settings, data or base" in curve[0].recovery
     assert perplexities(curve).tolist() == perplexities(expected).tolist()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lora_search.data.order import epoch_order
 from lora_search.data.rows import Example, Splits
-from lora_search.files.peft import export_peft
+from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.model.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.ops.recompute import recompute_layers
 from lora_search.trial import Measurement, TrialRun
@@ -175,7 +175,7 @@ def test_trajectory_equals_a_plain_peft_loop(tiny_llama: Path, tmp_path: Path, u
     slot = engine.slots[0]
     assert slot is not None
     start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings.r, slot.names)
-    export_peft(start, run.settings, slot.names, str(tiny_llama), tmp_path / "start")
+    export_peft(start, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start")
     expected = plain_peft_losses(tiny_llama, tmp_path / "start", run, splits)
 
     curve = train_all(build_engine(tiny_llama, splits), [run])[0]

@@ -78,7 +78,7 @@ def smoke_sweep(folder: Path, device: type[PackedModel]) -> tuple[list[TrialRow]
     space, source = parse_space(config), resolve_model(config.model)
     splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
     base = load_base(source, config.model, config.engine)
-    engine, _ = assembly.build_engine(config, Room.of_space(config, space), base, splits)
+    engine, _ = assembly.build_engine(config, Room.of_space(config, space), base, splits, {})
     engine.model.__class__ = device
     study = SweepStudy.open(config, space, {}, {}, folder)
     work(study, engine, NoTracker(), quiet()[0])

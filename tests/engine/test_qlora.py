@@ -13,6 +13,7 @@ from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.errors import ConfigError
+from lora_search.files.peft import BaseRecord
 from lora_search.model import loading as model_module
 from lora_search.model.loading import Base, load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
@@ -42,7 +43,7 @@ def quantized_engine(folder: Path, *, slots: int = 1, tokens_per_pass: int = 64)
         SPLITS,
         data_seed=0,
         tokens_per_pass=tokens_per_pass,
-        base_path=str(folder),
+        base=BaseRecord(path=str(folder)),
         resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
     )
 

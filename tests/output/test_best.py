@@ -57,7 +57,7 @@ def test_settings_hold_the_sweeps_settings_with_the_trials_laid_over(tmp_path: P
         "lora.target_modules": "all-linear",
     }
     assert stored["settings"]["lora.r"] == 32
-    assert stored["settings"]["lora.dropout"] == "0.05"
+    assert stored["settings"]["lora.dropout"] == 0.05
 
 
 def test_a_new_best_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import optuna
 import pytest
 from optuna.distributions import (
     BaseDistribution,
@@ -11,39 +10,52 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lora_search.database.storage import quieten_optuna
 from lora_search.errors import FingerprintError
-from lora_search.study.fingerprint import check_fingerprint
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.fingerprint import check_fingerprint, settings_part, space_part
 
 LR = FloatDistribution(1e-4, 1e-3, log=True)
 RANK = IntDistribution(8, 32, step=8)
+ALL = {**settings_part(SweepConfig()), "data_hash": "x", "content.train": "y"}
 CHOICE = CategoricalDistribution([4, 8])
 
 
+class Study:
+    """What a study keeps: its fingerprint, as `SweepStudy.open` does."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, str] = {}
+
+    def check(self, settings: Mapping[str, str], distributions: Mapping[str, BaseDistribution]) -> list[str]:
+        wanted = {**settings, **space_part(distributions)}
+        changes = check_fingerprint("faq", self.stored or wanted, wanted)
+        self.stored = wanted
+        return changes
+
+
 @pytest.fixture
-def study() -> optuna.Study:
-    quieten_optuna()
-    return optuna.create_study(study_name="faq")
+def study() -> Study:
+    return Study()
 
 
-def begin(study: optuna.Study, distributions: Mapping[str, BaseDistribution]) -> list[str]:
-    return check_fingerprint(study, {"seed": "0", "data_hash": "x"}, distributions)
+def begin(study: Study, distributions: Mapping[str, BaseDistribution]) -> list[str]:
+    return study.check(ALL, distributions)
 
 
-def test_the_same_settings_go_on(study: optuna.Study) -> None:
+def test_the_same_settings_go_on(study: Study) -> None:
     assert begin(study, {"optim.lr": LR, "lora.r": RANK}) == []
     assert begin(study, {"lora.r": RANK, "optim.lr": LR}) == []
 
 
-def test_every_changed_key_is_named_with_the_ways_out(study: optuna.Study) -> None:
+def test_every_changed_key_is_named_with_the_ways_out(study: Study) -> None:
     begin(study, {"optim.lr": LR})
 
     with pytest.raises(FingerprintError) as caught:
-        check_fingerprint(study, {"seed": "1", "data_hash": "x", "train.epochs": "3"}, {"optim.lr": LR})
+        study.check({**ALL, "seed": "1", "train.epochs": "5"}, {"optim.lr": LR})
 
     lines = str(caught.value).splitlines()
-    assert lines[0] == "study.name: 'faq' was started with other settings:"
-    assert lines[1:3] == ["  seed: 0 -> 1", "  train.epochs: not set -> 3"]
+    assert lines[0] == "study.name: 'faq' was started with other settings or inputs:"
+    assert lines[1:3] == ["  seed: 0 -> 1", "  train.epochs: 3 -> 5"]
     assert lines[3].startswith("Choose a new study.name, or put these back. Free to change: study.*")
     assert caught.value.exit_code == 2
 
@@ -57,7 +69,7 @@ def test_every_changed_key_is_named_with_the_ways_out(study: optuna.Study) -> No
     ],
 )
 def test_a_range_may_widen_and_then_holds(
-    study: optuna.Study, old: BaseDistribution, new: BaseDistribution, words: str
+    study: Study, old: BaseDistribution, new: BaseDistribution, words: str
 ) -> None:
     begin(study, {"key": old})
 
@@ -80,7 +92,7 @@ def test_a_range_may_widen_and_then_holds(
     ],
 )
 def test_other_choices_scales_and_steps_are_refused(
-    study: optuna.Study, old: BaseDistribution, new: BaseDistribution
+    study: Study, old: BaseDistribution, new: BaseDistribution
 ) -> None:
     begin(study, {"key": old})
 
@@ -88,7 +100,7 @@ def test_other_choices_scales_and_steps_are_refused(
         begin(study, {"key": new})
 
 
-def test_a_key_that_is_newly_searched_or_no_longer_is_refused(study: optuna.Study) -> None:
+def test_a_key_that_is_newly_searched_or_no_longer_is_refused(study: Study) -> None:
     begin(study, {"optim.lr": LR})
 
     with pytest.raises(FingerprintError, match=r"space.lora.r: not set -> 8 to 32 in steps of 8"):

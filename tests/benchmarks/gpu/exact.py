@@ -58,7 +58,7 @@ def exactness(scale: Scale, dtype: torch.dtype) -> Figures:
 def train(base: Base, splits: Splits, room: list[TrialSettings], slots: int, folder: Path) -> Curves:
     """Return what every trial measured, so many of them at once."""
     release_memory(base.device)
-    engine, _ = build_engine(sweep_config(slots, 4096), Room.of(room), base, splits)
+    engine, _ = build_engine(sweep_config(slots, 4096), Room.of(room), base, splits, {})
     waiting = [
         TrialRun(number=i, seed=i, settings=s, folder=str(folder / str(i))) for i, s in enumerate(room)
     ]

@@ -72,7 +72,7 @@ def engine_for(
     """Yield an engine with room for these trials, the first of which train; the base is bare again after."""
     strip_adapters(base.model)
     release_memory(base.device)
-    engine, _ = build_engine(config, Room.of(room), base, splits)
+    engine, _ = build_engine(config, Room.of(room), base, splits, {})
     try:
         with tempfile.TemporaryDirectory() as folder:
             engine.admit(

@@ -1,0 +1,34 @@
+"""What the data of a sweep is, as digests: the tokens of every split, and the template that wrote them."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.rows import Example, Splits
+from lora_search.settings.schema import TemplateConfig
+
+
+def data_content(
+    splits: Splits, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Return what of the data a trial's numbers depend on."""
+    content = {
+        "data_hash": splits.data_hash,
+        "content.train": _examples(splits.train),
+        "content.validation": _examples(splits.validation),
+        "content.test": _examples(splits.test),
+    }
+    if template.name == "chat":
+        content["content.chat_template"] = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+    return content
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    """Return a digest of token ids and prompt lengths, in their order: an epoch's order is made from it."""
+    digest = hashlib.sha256()
+    for example in examples:
+        ids = np.array([len(example.input_ids), example.num_prompt_tokens, *example.input_ids], dtype="<i8")
+        digest.update(ids.tobytes())
+    return digest.hexdigest()

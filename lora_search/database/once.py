@@ -1,0 +1,26 @@
+"""What a study is given once: of several starts at the same moment the first one writes, the others read."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import StudyUserAttributeModel
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+
+def write_once(storage: RDBStorage, study_id: int, values: Mapping[str, object]) -> dict[str, Any]:
+    """Store the attributes that the study lacks, all in one transaction; return all that it has then.
+
+    The table holds one row for each study and key, so the second of two writers gets an IntegrityError.
+    """
+    attributes: dict[str, Any] = storage.get_study_user_attrs(study_id)
+    lacking = {key: value for key, value in values.items() if key not in attributes}
+    if not lacking:
+        return attributes
+    with suppress(IntegrityError), Session(storage.engine) as session, session.begin():
+        for key, value in lacking.items():
+            session.add(StudyUserAttributeModel(study_id=study_id, key=key, value_json=json.dumps(value)))
+    return storage.get_study_user_attrs(study_id)

@@ -1,0 +1,40 @@
+"""Everything that a trial's numbers depend on, but its settings and its seed, as digests."""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.content import data_content
+from lora_search.data.rows import Splits
+from lora_search.files.peft import BaseRecord
+from lora_search.model.digest import base_content, layers_content
+from lora_search.model.loading import Base
+from lora_search.settings.schema import ModelConfig, SweepConfig
+from lora_search.study.fingerprint import digest_of
+
+
+def content_before_loading(
+    config: SweepConfig, source: str, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits
+) -> dict[str, str]:
+    """Return what is known before the model is loaded; ``model`` names the commit of a hub id."""
+    return base_content(source, model, tokenizer) | data_content(splits, config.template, tokenizer)
+
+
+def content_of(
+    before: Mapping[str, str], base: Base, model: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Return all of it; the weights too where they came from the hub, and the dtype that `auto` came to."""
+    weights = {} if "content.weights" in before else base_content(base.source, model, tokenizer)
+    dtype = {"engine.dtype": str(base.dtype).removeprefix("torch.")}
+    return {**before, **weights, **layers_content(base.model), **dtype}
+
+
+def base_record(config: SweepConfig, base: Base, splits: Splits, content: Mapping[str, str]) -> BaseRecord:
+    """Return what the adapters say of the base; it carries none yet."""
+    return BaseRecord(
+        path=base.source,
+        revision=content.get("content.commit"),
+        module_names=tuple(name for name, _ in base.model.named_modules()),
+        digest=digest_of({**content, "model.quantization": str(config.model.quantization)}),
+        data_hash=splits.data_hash,
+    )

@@ -1,0 +1,89 @@
+"""What is worked out once on a machine: models made or converted, and the digests of large files."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from lora_search.errors import WriteError
+from lora_search.files.atomic import write_file
+
+SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of its clock
+
+
+def cache_folder() -> Path:
+    """Return where this machine keeps what it worked out: LORA_SEARCH_CACHE, or a folder of the user's."""
+    return Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser()
+
+
+def cached(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the cache folder of that name, made first where missing; two processes may race, both win."""
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    temporary = target.with_name(f"{name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        make(temporary)
+        _share(temporary)
+        temporary.replace(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _share(folder: Path) -> None:
+    """Give each file the permissions that the folder got: safetensors lets nobody else read its files."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read once: until its size or one of its times changes.
+
+    Raises OSError.
+    """
+    before = _state(path)
+    note = cache_folder() / "digests" / f"{hashlib.sha256(before[0].encode()).hexdigest()}.json"
+    known = _read_note(note, before)
+    if known is not None:
+        return known
+    begun = time.time()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _state(path) == before and begun - max(before[2:4]) / 1e9 > SETTLED_SECONDS:
+        with suppress(OSError, WriteError):  # a cache that takes nothing costs time only
+            write_file(
+                note, json.dumps({"file": before, "sha256": digest, "seal": _seal(before, digest)}).encode()
+            )
+    return digest
+
+
+def _state(path: Path) -> tuple[str, int, int, int, int]:
+    """Return what changes with the content: `cp -p` keeps the first time, nothing sets the second."""
+    real = path.resolve()
+    status = real.stat()
+    return str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _read_note(note: Path, state: tuple[str, int, int, int, int]) -> str | None:
+    """Return the digest noted for a file in this state; None where there is no note, or a damaged one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(note.read_bytes())
+        digest = stored["sha256"]
+        if tuple(stored["file"]) == state and stored["seal"] == _seal(state, digest):
+            return str(digest)
+    return None
+
+
+def _seal(state: tuple[str, int, int, int, int], digest: str) -> str:
+    return hashlib.sha256(json.dumps([*state, digest]).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""Which study this is: a unique id, made with the study, and what was true when it was begun.
+
+A name is not enough: two databases may each hold a study of one name, and a study may be deleted and begun
+anew.
+"""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.storages import RDBStorage
+
+from lora_search.database.once import write_once
+from lora_search.database.storage import explained_errors, open_storage, require_database
+from lora_search.errors import ConfigError
+from lora_search.settings.schema import StudyConfig
+from lora_search.study.fingerprint import ATTRIBUTE
+
+ID, OLDER = "study_id", "begun_without_id"
+ID_DIGITS = 12  # 48 bits
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a study says of itself. ``is_older``: a version that gave studies no id began it."""
+
+    id: str | None = None
+    is_older: bool = False
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    base_perplexity: float | None = None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a hub id was resolved to when the study was begun."""
+        return self.fingerprint.get("content.commit")
+
+
+def read_identity(attributes: Mapping[str, Any]) -> Identity:
+    """Return the identity from a study's attributes."""
+    has_begun = ATTRIBUTE in attributes
+    return Identity(
+        id=attributes.get(ID),
+        is_older=OLDER in attributes or (has_begun and ID not in attributes),
+        fingerprint=attributes.get(ATTRIBUTE, {}),
+        base_perplexity=float(measured) if (measured := attributes.get("base_perplexity")) else None,
+    )
+
+
+def find_identity(config: StudyConfig) -> Identity | None:
+    """Return the identity of the study that the settings name; None where there is none. Makes nothing."""
+    try:
+        require_database(config)
+    except ConfigError:
+        return None
+    storage = open_storage(config)
+    with explained_errors(config):
+        try:
+            study_id = storage.get_study_id_from_name(config.name)
+        except KeyError:
+            return None
+        return read_identity(storage.get_study_user_attrs(study_id))
+
+
+def give_identity(storage: RDBStorage, study_name: str, fingerprint: Mapping[str, str]) -> Identity:
+    """Give a new study its id and fingerprint, an older one its id; return what it has, whoever gave it."""
+    study_id = storage.get_study_id_from_name(study_name)
+    before = storage.get_study_user_attrs(study_id)
+    mark = {OLDER: True} if read_identity(before).is_older else {}
+    write_once(storage, study_id, {ID: uuid.uuid4().hex[:ID_DIGITS], **mark})
+    return read_identity(write_once(storage, study_id, {ATTRIBUTE: dict(fingerprint)}))
