@@ -7,7 +7,6 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 import math
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.preparation import pairs_text, prepare, write_pairs
-from lora_search.data.reading import load_rows
-from lora_search.data.rows import Row, Splits
+from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.tokens import LENGTH
 from lora_search.database.storage import check_storage
@@ -30,6 +28,8 @@ from lora_search.model.loading import load_base, load_tokenizer, pin_model, reso
 from lora_search.ops.device import pick_device
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.terminal import Progress
+from lora_search.reading.load import load_rows
+from lora_search.reading.rows import Loaded
 from lora_search.settings.schema import ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
@@ -96,7 +96,7 @@ def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
     rows = ", ".join(f"{count} {key}" for key, count in splits.counts.items() if not is_length[key])
     lengths = [f"{key.removeprefix(LENGTH)} {n}" for key, n in splits.counts.items() if is_length[key]]
     chosen = f"rows are cut at {splits.max_length} tokens (data.max_length={config.data.max_length})"
-    return [f"data {config.data.path}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]
+    return [f"data {config.data.name}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]
 
 
 def measure_base(engine: Engine, folder: Path) -> str:
@@ -117,9 +117,7 @@ class Inputs:
     content: dict[str, str]
 
 
-def read_inputs(
-    config: SweepConfig, rows: tuple[list[Row], Counter[str]], identity: Identity | None
-) -> Inputs:
+def read_inputs(config: SweepConfig, rows: Loaded, identity: Identity | None) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
     study was begun with."""
     source = resolve_model(config.model)
@@ -168,6 +166,8 @@ def prepare_sweep(
     pick_device(config.engine.device)
     rows = load_rows(config.data)
     identity = check_places(config)
+    for note in rows.notes:
+        progress.event(note)
     progress.event(f"base model {config.model.path}: reading")
     inputs = read_inputs(config, rows, identity)
     for line in describe_rows(config, inputs.splits):

@@ -101,7 +101,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
 
     space = parse_space(config)
     check_study(config, space)
-    about = {"model": redact(config.model.path), "data": redact(config.data.path), "seed": config.seed}
+    about = {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
     with closing(make_tracker(config, about)) as tracker:
         for line in describe_search(config, space):
             progress.event(line)

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_search.data.preparation import prepare
-from lora_search.data.reading import load_rows
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
+from lora_search.reading.load import load_rows
 from lora_search.settings.overlay import searchable_keys, trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import Measurement, TrialRun, draw_seed

@@ -19,7 +19,7 @@ PRELOADED = (
     "prepare",
     "engine.engine",
     "model.loading",
-    "data.reading",
+    "reading.load",
     "output.page",
     "study.study",
     "worker.worker",

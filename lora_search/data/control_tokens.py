@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.rows import Row
 from lora_search.errors import ConfigError, DataError
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import SweepConfig
 
 SHOWN_ROWS = 3
@@ -33,11 +33,10 @@ def check_control_text(
     if system is not None and refuse:
         rule, key = f"spells {system[0]}, a control token of the model", "template.system_prompt"
         raise ConfigError(key, config.template.system_prompt, rule, f"Take it out. {KEEP}")
-    texts = [{"question": row.question, "answer": row.response} for row in rows]
     hits = [
         (row.source, part, hit[0])
-        for row, parts in zip(rows, texts, strict=True)
-        for part, text in parts.items()
+        for row in rows
+        for part, text in _texts(row)
         if (hit := spelled.search(text)) is not None
     ]
     num_rows = len({source for source, _, _ in hits})
@@ -48,3 +47,10 @@ def check_control_text(
             f"{shown}\nTake it out of the text. {KEEP}"
         )
     counts["rows whose text spells a control token (kept)"] = num_rows
+
+
+def _texts(row: Row) -> list[tuple[str, str]]:
+    """Return what a row says, and who says it; a conversation is looked at as one text."""
+    if row.messages:
+        return [("conversation", row.messages), ("list of tools", row.tools)]
+    return [("question", row.question), ("answer", row.response)]

@@ -4,6 +4,7 @@ Pure arithmetic over (number of examples, seed): the same for every trial, whate
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from lora_search.trial import TrialSettings
 class DataAxis:
     """The training examples in the order of a sweep's seed."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     seed: int
 
     def batch(self, examples_seen: int, settings: TrialSettings) -> list[Example]:

@@ -7,23 +7,22 @@ a question never stand on both sides. Costs two tokenizations of the data, once 
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.control_tokens import check_control_text
-from lora_search.data.rows import Pair, Row, Splits
+from lora_search.data.rows import Pair, Splits
 from lora_search.data.splitting import (
     cap,
+    remove_leakage,
     require_both_sides,
     split,
     without_duplicates,
     words,
 )
 from lora_search.data.templates import Renderer
-from lora_search.data.text import is_indented, normal_answer, question_key
 from lora_search.data.tokens import (
     choose_max_length,
     describe_lengths,
@@ -31,23 +30,31 @@ from lora_search.data.tokens import (
     tokenize_rows,
     truncate,
 )
+from lora_search.errors import DataError
+from lora_search.reading.rows import Loaded, Row
+from lora_search.reading.text import is_indented, normal_answer, question_key
 from lora_search.settings.schema import SweepConfig
 
 
 def prepare(
     config: SweepConfig,
-    loaded: tuple[list[Row], Counter[str]],
+    loaded: Loaded,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
 ) -> Splits:
     """Clean, split, render, tokenize; write the pairs to ``folder`` where one is given."""
-    rows, counts = loaded[0], loaded[1].copy()
+    rows, counts = loaded.rows, loaded.counts.copy()
+    if any(row.messages for row in rows):  # until their losses are masked
+        raise DataError("data.path: conversations of several turns cannot be trained on yet.")
     unique = without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     counts["further answers kept beside their question"] = len(unique) - len(
         {question_key(r.question) for r in unique}
     )
-    kept = cap(split(unique, config.data, config.seed), config.data, counts)
+    parts = split(unique, config.data, config.seed)
+    if any(row.split for row in unique):
+        remove_leakage(parts, config.data, counts)
+    kept = cap(parts, config.data, counts)
     require_both_sides(kept, config)
     check_control_text(config, [row for part in kept.values() for row in part], tokenizer, counts)
     renderer = Renderer(config.template, tokenizer)
@@ -71,10 +78,18 @@ def prepare(
 
 
 def _hash(rows: Sequence[Row]) -> str:
-    """Hash the words of every row, and the lines of answers that are indented."""
-    lines = [(normal_answer(row.response),) if is_indented(row.response) else () for row in rows]
-    text = json.dumps(sorted((*words(row), *more) for row, more in zip(rows, lines, strict=True)))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Hash the words of every row in order, the lines of answers that are indented, the user's own splits."""
+    keys = sorted((*words(row), *_further(row)) for row in rows)
+    digest = hashlib.sha256()
+    for number, key in enumerate(keys):
+        digest.update(f"{', ' if number else '['}{json.dumps(key)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _further(row: Row) -> tuple[str, ...]:
+    lines = (normal_answer(row.response),) if is_indented(row.response) else ()
+    return (*lines, f"split {row.split}", f"group {row.group}") if row.split or row.group else lines
 
 
 def pairs_text(pairs: Sequence[Pair]) -> str:

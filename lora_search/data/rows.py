@@ -1,20 +1,7 @@
-"""What data becomes on its way: rows as they were read, pairs of text, examples in tokens, splits."""
+"""What rows become: pairs of text, examples in tokens, splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question with its answer, and where it came from ("faq.jsonl:17")."""
-
-    instruction: str
-    context: str
-    response: str
-    source: str
-
-    @property
-    def question(self) -> str:
-        return f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
 
 
 @dataclass(frozen=True)
@@ -35,9 +22,9 @@ class Example:
 class Splits:
     """What is trained on and what it is judged by. ``data_hash``: of the rows, whatever their order."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     max_length: int
     data_hash: str
     counts: dict[str, int]

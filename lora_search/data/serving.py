@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.rows import Row
 from lora_search.data.templates import dated_template, first_token, render
 from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 # Conditions on `messages` are its own: a conversation that brings a system message keeps it.

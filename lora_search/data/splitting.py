@@ -6,40 +6,92 @@ zero-width characters) go where the first of them in alphabetical order goes.
 """
 
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from lora_search.data.rows import Row
-from lora_search.data.text import normal_answer, normal_question, question_key
 from lora_search.errors import DataError
+from lora_search.reading.rows import Row
+from lora_search.reading.text import normal_answer, normal_question, question_key
 from lora_search.settings.schema import DataConfig, SweepConfig
+
+SHOWN_ROWS = 3
 
 
 def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[Row]]:
-    """Return train, validation and test, each in an order of its own that additions do not disturb."""
+    """Return train, validation and test, each in an order of its own that additions do not disturb.
+
+    Splits that the user made stay as they are; what they lack is taken out of the other rows.
+    """
     parts: dict[str, list[tuple[str, Row]]] = {"train": [], "validation": [], "test": []}
-    spellings = _first_spellings(rows)
+    own = {row.split for row in rows}
+    to_validation = 0.0 if "validation" in own else config.validation_fraction
+    to_test = 0.0 if "test" in own else config.test_fraction
+    sides = _sides(rows)
     for row in rows:
-        spelling = spellings[question_key(row.question)]
-        digest = hashlib.sha256(f"{seed}\n{spelling}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{seed}\n{sides[_side_key(row)]}".encode()).hexdigest()
         place = int(digest[:12], 16) / 16**12
-        if place < config.validation_fraction:
+        if row.split in ("validation", "test"):
+            parts[row.split].append((digest, row))
+        elif place < to_validation:
             parts["validation"].append((digest, row))
-        elif place < config.validation_fraction + config.test_fraction:
+        elif place < to_validation + to_test:
             parts["test"].append((digest, row))
         else:
             parts["train"].append((digest, row))
     return {name: [row for _, row in sorted(part, key=_split_key)] for name, part in parts.items()}
 
 
-def _first_spellings(rows: Sequence[Row]) -> dict[str, str]:
-    """Return question key -> the spelling of it that decides its place."""
-    spellings: dict[str, str] = {}
+def _side_key(row: Row) -> bytes:
+    return hashlib.blake2b(question_key(row.question).encode(), digest_size=16).digest()
+
+
+def _sides(rows: Sequence[Row]) -> dict[bytes, str]:
+    """Return question -> the text that decides its place: its first spelling, or that of its group. Groups
+    that share a question are one group."""
+    spellings: dict[bytes, str] = {}
+    group_of: dict[bytes, str] = {}
+    joined: dict[str, str] = {}  # group -> a group before it in alphabetical order that it belongs to
     for row in rows:
-        key, spelling = question_key(row.question), normal_question(row.question)
+        key, spelling = _side_key(row), normal_question(row.question)
         spellings[key] = min(spelling, spellings.get(key, spelling))
-    return spellings
+        if row.group:
+            first, second = sorted((_root(row.group, joined), _root(group_of.get(key, row.group), joined)))
+            if first != second:
+                joined[second] = first
+            group_of[key] = first
+    return {key: _root(group_of[key], joined) if key in group_of else text for key, text in spellings.items()}
+
+
+def _root(group: str, joined: dict[str, str]) -> str:
+    while group in joined:
+        group = joined[group]
+    return group
+
+
+def remove_leakage(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -> None:
+    """Take out of each of the user's splits what a later one asks as well, or raise DataError."""
+    for name, others in (("train", ("validation", "test")), ("validation", ("test",))):
+        judged = {_asked(row): row for other in others for row in parts[other]}
+        leaking = [row for row in parts[name] if _asked(row) in judged]
+        if leaking and config.on_leakage == "refuse":
+            shown = [f"{row.source} and {judged[_asked(row)].source}" for row in leaking[:SHOWN_ROWS]]
+            raise DataError(
+                f"data.on_leakage: {len(leaking)} of {len(parts[name])} {name} rows ask what "
+                f"{' or '.join(others)} rows ask as well:\n  " + "\n  ".join(shown) + "\n"
+                "Mend the splits, or leave such rows out of the first with data.on_leakage=remove."
+            )
+        parts[name] = [row for row in parts[name] if _asked(row) not in judged]
+        counts[f"{name} left out: asked in {' or '.join(others)} as well"] += len(leaking)
+
+
+def _asked(row: Row) -> bytes:
+    """Return what a row asks: of a conversation, all questions."""
+    texts = [row.question]
+    if row.messages:
+        texts = [turn["content"] for turn in row.turns if turn["role"] == "user"]
+    return hashlib.blake2b(question_key("\n".join(texts)).encode(), digest_size=16).digest()
 
 
 def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str], str]:
@@ -49,8 +101,13 @@ def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str], str]:
 
 
 def words(row: Row) -> tuple[str, str, str]:
-    """Return the row's three texts without the amount of white space."""
-    return " ".join(row.instruction.split()), " ".join(row.context.split()), " ".join(row.response.split())
+    """Return the row's texts without the amount of white space; of a conversation all of it."""
+    return _spaced(row.instruction), _spaced(row.messages + row.tools or row.context), _spaced(row.response)
+
+
+def _spaced(text: str) -> str:
+    spaced = " ".join(text.split())
+    return text if text == spaced else spaced  # no second copy of a million texts
 
 
 def identity(row: Row) -> tuple[str, str, str]:
@@ -61,18 +118,19 @@ def identity(row: Row) -> tuple[str, str, str]:
 
 
 def without_duplicates(rows: Sequence[Row]) -> list[Row]:
-    """Return one row of each identity; of spellings the same one, whatever the order of the rows."""
-    unique: dict[tuple[str, str, str], Row] = {}
+    """Return one row of each identity; of spellings the same one, whatever the order of the rows. The user's
+    splits are looked at one by one."""
+    unique: dict[bytes, Row] = {}
     for row in rows:
-        key = identity(row)
+        text = json.dumps((*identity(row), row.split))
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key not in unique or words(row) < words(unique[key]):
             unique[key] = row
     return list(unique.values())
 
 
 def cap(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -> dict[str, list[Row]]:
-    caps = {"train": config.max_train_examples, "validation": config.max_validation_examples}
-    kept = {name: members[: caps.get(name)] for name, members in parts.items()}
+    kept = {name: members[: config.cap(name)] for name, members in parts.items()}
     for name, members in parts.items():
         counts[f"{name} left out by cap"] = len(members) - len(kept[name])
     return kept

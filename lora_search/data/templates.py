@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.rows import Pair, Row
+from lora_search.data.rows import Pair
 from lora_search.errors import ConfigError
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 Message = dict[str, str]  # {"role": "user", "content": "Why?"}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.rows import Example, Pair, Row
+from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
 from lora_search.errors import DataError
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import DataConfig, require
 
 LONGEST = 100_000  # tokenizers without a limit report 10**30

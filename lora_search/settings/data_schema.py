@@ -1,55 +1,116 @@
 """The settings of `data`: what is read, how it is split, how long a row may be."""
 
+import codecs
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_search.settings.rules import require, require_choice
+
+AUTO = "auto"
+PACKAGED = "construction-faq"  # data.path of the packaged pairs
+FORMATS = (
+    AUTO, "messages", "sharegpt", "prompt_completion", "alpaca", "instruction_response", "question_answer",
+)  # fmt: skip
+VALIDATION_ROWS = 1000  # what auto comes to: more rows cost time at every rung and separate few trials more
+PARTS = ("instruction", "context", "response", "messages", "system", "tools")
+OPTIONAL = ("context", "system", "tools")
 
 
 @dataclass(kw_only=True)
 class ColumnsConfig:
-    """Which column of the file holds which part. `context` may be absent from the file."""
+    """Which column holds which part; auto knows the usual names, null (of an optional part) takes none."""
 
-    instruction: str = "instruction"
-    context: str | None = "context"
-    response: str = "response"
+    instruction: str = AUTO
+    context: str | None = AUTO
+    response: str = AUTO
+    messages: str = AUTO  # the turns of a conversation
+    system: str | None = AUTO
+    tools: str | None = AUTO
+    ignore: list[str] = field(default_factory=list)  # columns that hold text and are left out on purpose
 
     def __post_init__(self) -> None:
-        names = [name for name in (self.instruction, self.context, self.response) if name is not None]
-        for key in ("instruction", "context", "response"):
-            name = getattr(self, key)
-            require(name != "", f"data.columns.{key}", name, "must name a column of the file")
+        chosen = self.chosen()
+        for part, name in chosen.items():
+            key = f"data.columns.{part}"
+            require(name != "", key, name, "must name a column of the file")
             rule = "must be another column than the other parts"
-            require(names.count(name) <= 1, f"data.columns.{key}", name, rule)
+            require(list(chosen.values()).count(name) <= 1, key, name, rule)
+        turns, rule = chosen.get("messages"), "excludes data.columns.instruction, context and response"
+        others = {"instruction", "context", "response"} & chosen.keys()
+        require(turns is None or not others, "data.columns.messages", turns, rule, "Give one or the other")
+
+    def chosen(self) -> dict[str, str]:
+        """Return part -> column for the parts that the user named."""
+        names = {part: getattr(self, part) for part in PARTS}
+        return {part: name for part, name in names.items() if name not in (AUTO, None)}
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    path: str = "???"  # a file or folder of one's own, or construction-faq, the packaged pairs
+    path: Any = "???"  # a file, a folder, a hub data set, a URL, construction-faq, or a list of them
+    validation_path: Any = None  # rows to judge by, used as they are; null takes them out of data.path
+    test_path: Any = None
+    subset: str | None = None  # the configuration of a hub data set, or the sheet of an Excel file
+    split: str | None = None  # of a hub or saved data set, to train on; null knows the usual names
+    revision: str | None = None  # of a hub data set: a commit, branch or tag
+    format: str = AUTO  # how a row is laid out; auto looks at the columns
+    encoding: str = AUTO  # of text files; auto knows UTF-8 and UTF-16
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    weights: list[float] = field(default_factory=list)  # how often an epoch shows each path's rows
+    group_by: str | None = None  # a column: rows that share its value never stand on both sides
     on_bad_row: str = "refuse"  # or skip: leave bad rows out and count them
     on_control_text: str = "refuse"  # text that spells a control token, as <|im_end|>; keep: it becomes one
+    on_leakage: str = "refuse"  # of own splits that share questions; or remove: from the training rows
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
-    max_train_examples: int | None = None
-    max_validation_examples: int | None = None
-    max_length: int | str = "auto"  # tokens per row, or auto: the percentile below of the training rows
+    max_train_examples: int | str | None = AUTO  # auto and null: all; auto of the packaged pairs: the demo's
+    max_validation_examples: int | str | None = AUTO  # auto: 1000, and the demo's of the packaged pairs
+    demo_train_examples: int | None = None  # caps of the packaged pairs alone
+    demo_validation_examples: int | None = None
+    max_length: int | str = AUTO  # tokens per row, or auto: the percentile below of the training rows
     max_length_percentile: float = 99.0
     max_length_choices: list[int] = field(default_factory=list)  # auto takes the smallest that is enough
 
     def __post_init__(self) -> None:
-        require(bool(self.path.strip()), "data.path", self.path, "must name a file or folder")
+        for key in ("path", "validation_path", "test_path"):
+            value = getattr(self, key)
+            is_list = isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
+            is_path = isinstance(value, str) and bool(value.strip())
+            optional = key != "path" and value is None
+            require(is_path or (is_list and bool(value)) or optional, f"data.{key}", value,
+                    "must name a file or folder, or a list of them")  # fmt: skip
         require_choice("data.on_bad_row", self.on_bad_row, ("refuse", "skip"))
         require_choice("data.on_control_text", self.on_control_text, ("refuse", "keep"))
+        require_choice("data.on_leakage", self.on_leakage, ("refuse", "remove"))
+        require_choice("data.format", self.format, FORMATS)
+        require(_is_encoding(self.encoding), "data.encoding", self.encoding, "must be a text encoding",
+                "Try utf-8, cp1252 or utf-16")  # fmt: skip
+        for key in ("subset", "split", "revision", "group_by"):
+            text = getattr(self, key)
+            require(text is None or bool(text.strip()), f"data.{key}", text, "must not be empty", "Try null")
+        self._check_split()
+        self._check_sizes()
+
+    def _check_split(self) -> None:
         for key in ("validation_fraction", "test_fraction"):
             value = getattr(self, key)
             low_ok = value > 0 if key == "validation_fraction" else value >= 0
             require(low_ok and value < 1, f"data.{key}", value, "must lie between 0 and 1", "Try 0.1")
         total = self.validation_fraction + self.test_fraction
         require(total < 1, "data.validation_fraction + data.test_fraction", total, "must be below 1")
-        for key in ("max_train_examples", "max_validation_examples"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"data.{key}", value, "must be at least 1, or null for all")
-        is_length = self.max_length == "auto" or (isinstance(self.max_length, int) and self.max_length >= 8)
+        weights, key = self.weights, "data.weights"
+        require(all(0 < w <= 100 for w in weights), key, weights, "must be numbers above 0, at most 100")
+        rule = f"must be as many as the paths of data.path, {len(self.paths)}"
+        require(len(weights) in (0, len(self.paths)), key, weights, rule, "Give one number a path")
+
+    def _check_sizes(self) -> None:
+        for key in (
+            "max_train_examples", "max_validation_examples", "demo_train_examples", "demo_validation_examples"
+        ):  # fmt: skip
+            cap = getattr(self, key)
+            fits = cap is None or (cap == AUTO and key.startswith("max")) or _at_least(cap, 1)
+            require(fits, f"data.{key}", cap, "must be at least 1, or null for all")
+        is_length = self.max_length == AUTO or _at_least(self.max_length, 8)
         require(is_length, "data.max_length", self.max_length, "must be a number of tokens >= 8, or auto")
         percentile = self.max_length_percentile
         require(0 < percentile <= 100, "data.max_length_percentile", percentile, "must lie in (0, 100]")
@@ -58,4 +119,45 @@ class DataConfig:
             all(c >= 8 for c in choices), key, choices, "must be numbers of tokens >= 8", "Try [512,1024]"
         )
         rule = "are for data.max_length=auto only"
-        require(not choices or self.max_length == "auto", key, choices, rule, "Set data.max_length=auto")
+        require(not choices or self.max_length == AUTO, key, choices, rule, "Set data.max_length=auto")
+
+    @property
+    def paths(self) -> list[str]:
+        return _as_list(self.path)
+
+    @property
+    def name(self) -> str:
+        """Return what data.path says, for people."""
+        return ", ".join(self.paths)
+
+    def own(self, split: str) -> list[str]:
+        """Return the paths of a split of the user's own."""
+        return _as_list({"validation": self.validation_path, "test": self.test_path}[split])
+
+    def cap(self, split: str) -> int | None:
+        """Return how many rows of a split are used at most; None for all."""
+        cap, demo, usual = {
+            "train": (self.max_train_examples, self.demo_train_examples, None),
+            "validation": (self.max_validation_examples, self.demo_validation_examples, VALIDATION_ROWS),
+            "test": (None, None, None),
+        }[split]
+        if cap != AUTO:
+            return None if cap is None else int(cap)
+        return demo if demo is not None and self.paths == [PACKAGED] else usual
+
+
+def _as_list(paths: Any) -> list[str]:
+    if paths is None:
+        return []
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _at_least(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return name == AUTO or bool(codecs.lookup(name)._is_text_encoding)
+    except (LookupError, ValueError):
+        return False

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 from lora_search.data.preparation import prepare
-from lora_search.data.reading import load_rows
 from lora_search.data.rows import Splits
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
 from lora_search.engine.evaluation import score_rows
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
+from lora_search.reading.load import load_rows
 from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
 from lora_search.trial import TrialRun

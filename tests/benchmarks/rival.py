@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_search.data.preparation import prepare, write_pairs
-from lora_search.data.reading import load_rows
 from lora_search.model.loading import load_tokenizer, resolve_model
+from lora_search.reading.load import load_rows
 from lora_search.settings.composition import compose
 from tests.benchmarks.ours import BATCH, tokens_of
 

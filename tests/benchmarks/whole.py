@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_search.data.preparation import prepare
-from lora_search.data.reading import load_rows
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.engine import Engine
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.output.terminal import Progress
 from lora_search.output.tracking import make_tracker
+from lora_search.reading.load import load_rows
 from lora_search.settings.composition import compose
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.space import parse_space

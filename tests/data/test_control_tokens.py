@@ -7,9 +7,9 @@ import pytest
 
 from lora_search.data.control_tokens import check_control_text
 from lora_search.data.preparation import prepare
-from lora_search.data.rows import Row
 from lora_search.errors import ConfigError, DataError
 from lora_search.model.tiny import make_tiny_tokenizer
+from lora_search.reading.rows import Loaded, Row
 from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig
 
 ROWS = [Row(f"Question {i}?", "", f"Answer {i}.", f"faq.jsonl:{i + 1}") for i in range(40)]
@@ -33,7 +33,7 @@ def test_a_text_that_spells_a_control_token_is_refused_with_its_place(
     rows = [*ROWS[:3], replace(ROWS[3], **{part: text}), *ROWS[4:]]
 
     with pytest.raises(DataError) as refusal:
-        prepare(settings(), (rows, Counter()), make_tiny_tokenizer())
+        prepare(settings(), Loaded(rows), make_tiny_tokenizer())
 
     assert str(refusal.value).startswith(
         "data.on_control_text: 1 rows hold text that becomes a control token"
@@ -46,7 +46,7 @@ def test_a_text_that_spells_a_control_token_is_refused_with_its_place(
 def test_it_may_be_kept_and_is_counted(part: str, text: str, message: str) -> None:
     rows = [*ROWS[:3], replace(ROWS[3], **{part: text}), *ROWS[4:]]
 
-    splits = prepare(settings("keep"), (rows, Counter()), make_tiny_tokenizer())
+    splits = prepare(settings("keep"), Loaded(rows), make_tiny_tokenizer())
 
     assert splits.counts["rows whose text spells a control token (kept)"] == 1
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_search.data.order import epoch_order
 from lora_search.data.preparation import prepare
-from lora_search.data.reading import load_rows
-from lora_search.data.rows import Row, Splits
+from lora_search.data.rows import Splits
 from lora_search.data.splitting import split
 from lora_search.errors import ConfigError, DataError
 from lora_search.model.tiny import make_tiny_tokenizer
+from lora_search.reading.load import load_rows
+from lora_search.reading.rows import Loaded, Row
 from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig
 
 NAMES = ("train", "validation", "test")
@@ -39,7 +39,7 @@ def prepared(
     config: SweepConfig | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Splits:
-    return prepare(config or settings(), (rows, Counter()), tokenizer or make_tiny_tokenizer(), folder)
+    return prepare(config or settings(), Loaded(rows), tokenizer or make_tiny_tokenizer(), folder)
 
 
 def written(folder: Path, name: str) -> list[dict[str, str]]:

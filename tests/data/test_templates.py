@@ -3,10 +3,11 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_search.data.rows import Pair, Row
+from lora_search.data.rows import Pair
 from lora_search.data.templates import Renderer, render
 from lora_search.errors import ConfigError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 ROW = Row("Why?", "", "So.", "faq.jsonl:1")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lora_search.data.preparation import prepare
-from lora_search.data.reading import load_rows
 from lora_search.engine import build as assembly
 from lora_search.engine.build import Room
 from lora_search.engine.packed_model import PackedModel, SlotRows
@@ -18,6 +17,7 @@ from lora_search.errors import LoraSearchError
 from lora_search.model.loading import load_base, load_tokenizer, resolve_model
 from lora_search.ops.device import available_bytes, is_out_of_memory
 from lora_search.output.tracking import NoTracker
+from lora_search.reading.load import load_rows
 from lora_search.settings.composition import compose
 from lora_search.settings.space import parse_space
 from lora_search.study.study import SweepStudy

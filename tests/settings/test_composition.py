@@ -124,7 +124,14 @@ BAD = [
         "study.storage: must not name a folder by ~, got 'sqlite:///~/x.db'",
     ),
     ("seed=-1", "seed: must lie in [0, 2**31), got -1"),
-    ("data.columns.response=instruction", "data.columns.instruction: must be another column than the other"),
+    ("data.columns={instruction: q, response: q}", "data.columns.instruction: must be another column than"),
+    ("data.columns={messages: m, response: q}", "data.columns.messages: excludes data.columns.instruction"),
+    ("data.format=csv", "data.format: must be one of auto, messages, sharegpt"),
+    ("data.encoding=utf-9", "data.encoding: must be a text encoding, got 'utf-9'. Try utf-8"),
+    ("data.weights=[1,2]", "data.weights: must be as many as the paths of data.path, 1, got"),
+    ("data.path=[]", "data.path: must name a file or folder, or a list of them, got []"),
+    ("data.group_by=''", "data.group_by: must not be empty"),
+    ("data.on_leakage=keep", "data.on_leakage: must be one of refuse, remove"),
     ("data.columns.instruction=''", "data.columns.instruction: must name a column of the file, got ''"),
     ("data.max_length=auto1", "data.max_length: must be a number of tokens >= 8, or auto, got 'auto1'"),
     ("data.max_length_percentile=0", "data.max_length_percentile: must lie in (0, 100], got 0.0"),
@@ -162,3 +169,13 @@ def test_a_missing_folder_of_sweeps_is_named(tmp_path: Path) -> None:
 def test_a_missing_sweep_is_answered_with_those_that_there_are(own_folder: Path) -> None:
     with pytest.raises(InputError, match="-cn theirs: no such sweep. There are: construction_faq, .*, mine;"):
         compose("theirs", [], own_folder)
+
+
+def test_the_demos_caps_do_not_hold_for_rows_of_ones_own() -> None:
+    demo = compose("construction_faq", []).data
+    own = compose("construction_faq", ["data.path=mine.jsonl"]).data
+
+    assert (demo.cap("train"), demo.cap("validation")) == (64, 20)
+    assert (own.cap("train"), own.cap("validation")) == (None, 1000)
+    assert compose("construction_faq", ["data.max_train_examples=402"]).data.cap("train") == 402
+    assert compose("construction_faq", ["data.max_validation_examples=null"]).data.cap("validation") is None

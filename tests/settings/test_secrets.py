@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_search.data.reading import load_rows
 from lora_search.errors import ConfigError, DataError, LoraSearchError
 from lora_search.model.loading import load_base, resolve_model
+from lora_search.reading.load import load_rows
 from lora_search.settings.schema import DataConfig, EngineConfig, ModelConfig, StudyConfig, SweepConfig
 from lora_search.study.folder import study_folder
 from lora_search.study.study import SweepStudy

@@ -4,9 +4,9 @@ import unicodedata
 
 import pytest
 
-from lora_search.data.rows import Row
 from lora_search.data.splitting import split, without_duplicates
-from lora_search.data.text import is_blank, normal_question, question_key
+from lora_search.reading.rows import Row
+from lora_search.reading.text import is_blank, normal_question, question_key
 from lora_search.settings.schema import DataConfig
 
 INVISIBLE = ["", " \t\n", "\u200b", "\u200b\u200c\u200d\u2060\ufeff", "\u00ad", "\u3164", "\u2800",

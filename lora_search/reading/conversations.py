@@ -1,0 +1,170 @@
+"""From a list of messages, as chats and tool calls are kept, to one row with roles as templates know them.
+
+Reads OpenAI's role/content, ShareGPT's from/value, content in parts, tool calls with JSON text.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lora_search.reading.rows import Complaint, Record, Row
+
+ROLES = {
+    "user": "user", "human": "user", "system": "system", "developer": "system", "assistant": "assistant",
+    "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "bard": "assistant",
+    "bing": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+    "function_call": "function_call", "tool_call": "function_call",
+}  # fmt: skip
+KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "weight")
+MAY_FOLLOW = {  # who may speak after whom; what a template makes of anything else is anybody's guess
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant", "user"),
+}
+
+Turn = dict[str, Any]
+
+
+class _BrokenTurnError(Exception):
+    """What is wrong with a message: reason, and the rest of the sentence."""
+
+
+def conversation_row(
+    messages: Sequence[object], record: Record, *, system: str | None = None, tools: object = None
+) -> Row | Complaint:
+    """Return the row of a conversation, or why it cannot be used. What follows the last answer goes."""
+    try:
+        turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
+        if system and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, {"role": "system", "content": system})
+        while turns and turns[-1]["role"] != "assistant":
+            turns.pop()
+        if not turns:
+            return Complaint("no answer", f"{record.place} has no message of the assistant to learn from.")
+        _check_order(turns)
+        offered = _tools(tools)
+    except _BrokenTurnError as error:
+        reason, rule = error.args
+        return Complaint(reason, f"{record.place}: {rule}")
+    first = next(turn["content"] for turn in turns if turn["role"] == "user")
+    last = turns[-1]["content"]
+    is_plain = [turn["role"] for turn in turns] == ["user", "assistant"] and not offered
+    if is_plain and all(set(turn) == {"role", "content"} for turn in turns):
+        return Row(first, "", last, record.source)
+    text = json.dumps(turns, ensure_ascii=False)
+    return Row(first, "", last, record.source, messages=text, tools=offered)
+
+
+def _turn(message: object, number: int) -> Turn:
+    if not isinstance(message, dict):
+        raise _BrokenTurnError("wrong type", f"message {number} is {type(message).__name__}, not an object.")
+    said = message.get("role", message.get("from"))
+    role = ROLES.get(said.lower()) if isinstance(said, str) else None
+    if role is None:
+        known = "system, user, assistant, tool"
+        raise _BrokenTurnError("unknown role", f"message {number} has the role {said!r}; known are {known}.")
+    content = _content(message.get("content", message.get("value")), number)
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": [_call(content, number)]}
+    turn: Turn = {"role": role, "content": content}
+    turn |= {key: message[key] for key in KEPT if message.get(key) not in (None, [], "")}
+    if turn.get("weight") not in (None, 0, 1, 0.0, 1.0):
+        raise _BrokenTurnError(
+            "wrong type", f"message {number} has the weight {turn['weight']!r}, not 0 or 1."
+        )
+    if turn.get("weight") == 1:
+        del turn["weight"]
+    if "tool_calls" in turn:
+        turn["tool_calls"] = _calls(turn["tool_calls"], number)
+    if not turn["content"].strip() and not {"tool_calls"} & turn.keys() and role != "tool":
+        raise _BrokenTurnError("empty field", f"message {number} ({role}) is empty.")
+    return turn
+
+
+def _content(content: object, number: int) -> str:
+    """Return the text of a message; parts of text are joined, pictures refused."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content}
+        if kinds - {"text"}:
+            other = ", ".join(sorted(map(str, kinds - {"text"})))
+            raise _BrokenTurnError(
+                "wrong type", f"message {number} holds {other}; only text can be trained on."
+            )
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(content, str):
+        kind = type(content).__name__
+        raise _BrokenTurnError("wrong type", f"message {number} has content of type {kind}, not text.")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        rule = f"message {number} holds half a character (a lone surrogate)."
+        raise _BrokenTurnError("broken text", rule) from None
+    return content
+
+
+def _calls(calls: object, number: int) -> list[Turn]:
+    """Return tool calls with arguments as an object, as templates take them; OpenAI keeps JSON text."""
+    if not isinstance(calls, list):
+        raise _BrokenTurnError("wrong type", f"message {number} has tool_calls that are no list.")
+    return [_call(call, number) for call in calls]
+
+
+def _call(call: object, number: int) -> Turn:
+    if isinstance(call, str):
+        try:
+            call = json.loads(call)
+        except ValueError:
+            call = None
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _BrokenTurnError("wrong type", f"message {number} has a tool call without a name.")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise _BrokenTurnError(
+                "wrong type", f"message {number} calls {function['name']} with arguments that are not JSON."
+            ) from None
+    if isinstance(arguments, dict):  # Arrow fills in what the other calls have
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+    made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    identity = call.get("id") if isinstance(call, dict) else None
+    return {"id": identity, **made} if identity else made
+
+
+def _tools(tools: object) -> str:
+    """Return the tools on offer as JSON, or ""."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise _BrokenTurnError("wrong type", "its tools are not JSON.") from None
+    if not tools:
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _BrokenTurnError("wrong type", "its tools are no list of objects.")
+    return json.dumps([_without_nulls(tool) for tool in tools], ensure_ascii=False)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a tool's schema without what Arrow filled in from the other rows'."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(child) for key, child in value.items() if child is not None}
+    return [_without_nulls(child) for child in value] if isinstance(value, list) else value
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    before = ""
+    for number, turn in enumerate(turns, start=1):
+        role = turn["role"]
+        if role not in MAY_FOLLOW[before]:
+            who = {"": "the beginning", "call": "a tool call"}.get(before, f"one of the {before}")
+            rule = f"message {number} is of the {role}, after {who}."
+            raise _BrokenTurnError("order of turns", rule)
+        before = "call" if turn.get("tool_calls") else role

@@ -1,0 +1,140 @@
+"""Data sets of the `datasets` library: what save_to_disk wrote, the hub and its cache, files behind URLs.
+
+A hub data set is read at one commit, which the study knows. Without a network the library's cache answers.
+Whatever is missing, gated or broken is one DataError.
+"""
+
+import contextlib
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_search.errors import DataError
+from lora_search.reading.rows import Record
+from lora_search.settings.data_schema import DataConfig
+from lora_search.settings.secrets import redact
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SECONDS = 5.0  # the library alone repeats its requests for a minute where no name server answers
+BATCH = 1000
+
+
+def library() -> Any:
+    """Return the library, quiet: it is slow to import, and draws bars and logs what we report ourselves."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    return datasets
+
+
+def is_hub_id(text: str) -> bool:
+    return HUB_ID.fullmatch(text) is not None and not text.startswith(".")
+
+
+def is_saved(folder: Path) -> bool:
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def load_saved(folder: Path, key: str) -> Mapping[str, Any]:
+    """Return split -> table of a folder that save_to_disk wrote; "" for a data set without splits."""
+    datasets = library()
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition(" Detail:")[0].rstrip(". ")
+        message = f"{key}: {folder} cannot be read: {reason}. Save it again with save_to_disk."
+        raise DataError(message) from None
+    return saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
+
+
+def load_hub(path: str, config: DataConfig, key: str) -> tuple[Mapping[str, Any], str]:
+    """Return split -> table of a hub data set, and the commit that it is of; offline, from the cache."""
+    datasets = library()
+    try:
+        if _hub_answers(datasets.config.HF_ENDPOINT):
+            found = datasets.load_dataset(path, name=config.subset, revision=config.revision)
+        else:
+            found = _from_cache(path, config, datasets)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+        raise DataError(_not_there(path, key, str(error))) from None
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        said = redact(str(error)).strip().splitlines() or [type(error).__name__]
+        remedy = (
+            "Check the name, data.subset and data.revision; without a network only what is cached is there."
+        )
+        raise DataError(
+            f"{key}: the hub data set {path} cannot be read: {said[0].rstrip('.')}. {remedy}"
+        ) from None
+    first = next(iter(found.values()))
+    return found, Path(first.cache_files[0]["filename"]).parent.name if first.cache_files else ""
+
+
+def _from_cache(path: str, config: DataConfig, datasets: Any) -> Any:
+    from datasets.packaged_modules.cache.cache import Cache
+
+    pinned = config.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.revision)
+    version = {"version": "0.0.0", "hash": config.revision} if pinned else {"version": "auto", "hash": "auto"}
+    name = path.partition("/")[2]
+    try:
+        subset = config.subset or ("default" if pinned else None)
+        builder = Cache(dataset_name=name, repo_id=path, config_name=subset, **version)
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"it is not in the cache, and {datasets.config.HF_ENDPOINT} does not answer"
+        ) from error
+
+
+def _hub_answers(endpoint: str) -> bool:
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+def _not_there(path: str, key: str, said: str) -> str:
+    if "gated" in said:
+        remedy = (
+            f"Ask for access at https://huggingface.co/datasets/{path}, then log in with `hf auth login`."
+        )
+        return f"{key}: the hub data set {path} is gated. {remedy}"
+    if "Revision" in said:
+        return f"data.revision: {said}"
+    reason = (
+        "it is not in the cache, and the hub does not answer"
+        if "cache" in said
+        else "the hub has no such data"
+    )
+    return f"{key}: {path} is no file or folder here, nor a hub data set that can be read: {reason}."
+
+
+def table_records(table: Any, name: str) -> Iterator[Record]:
+    """Yield the rows of a table, a thousand at a time."""
+    number = 0
+    for batch in table.data.to_reader(max_chunksize=BATCH) if table._indices is None else [table.to_list()]:
+        for content in batch if isinstance(batch, list) else batch.to_pylist():
+            number += 1
+            yield Record(f"row {number} of {name}", f"{name}:{number}", content)
+
+
+def fetch(url: str, key: str) -> Path:
+    """Return the local copy of a file behind a URL, downloaded once into the library's cache."""
+    datasets = library()
+    try:
+        with contextlib.redirect_stderr(None):
+            return Path(datasets.DownloadManager().download(url))
+    except (OSError, ValueError, RuntimeError) as error:
+        said = redact(str(error)).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{key}: {redact(url)} cannot be downloaded: {said[0].rstrip('.')}.") from None

@@ -1,0 +1,345 @@
+"""How a row is laid out: which columns hold question, context and answer, or the messages of a conversation.
+
+Names that leave no doubt are recognised without any setting. What cannot be known is refused, with all that
+is missing at once and the likeliest columns; text that nothing uses is refused as well.
+"""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_search.errors import DataError
+from lora_search.reading.conversations import conversation_row
+from lora_search.reading.rows import Complaint, Record, Row
+from lora_search.reading.text import is_blank
+from lora_search.settings.data_schema import AUTO, OPTIONAL, DataConfig
+
+Content = dict[str, Any]
+
+LAYOUTS: tuple[
+    tuple[str, dict[str, str], dict[str, str]], ...
+] = (  # name, required, optional: part -> column
+    ("messages", {"messages": "messages"}, {}),
+    ("sharegpt", {"messages": "conversations"}, {}),
+    ("messages", {"messages": "conversation"}, {}),
+    ("messages", {"messages": "chat"}, {}),
+    ("prompt_completion", {"instruction": "prompt", "response": "completion"}, {}),
+    ("instruction_response", {"instruction": "instruction", "response": "response"}, {"context": "context"}),
+    ("alpaca", {"instruction": "instruction", "response": "output"}, {"context": "input"}),
+    ("question_answer", {"instruction": "question", "response": "answer"}, {"context": "context"}),
+)
+USUAL = {  # further names; where exactly one of each is there, that is the layout too
+    "instruction": ("instruction", "question", "prompt", "query", "q", "user", "human", "input"),
+    "response": ("response", "answer", "output", "completion", "a", "reply", "assistant", "target", "gpt"),
+}
+CONTEXTS = ("context", "input", "passage", "background", "document")
+TEXTUAL = {  # names of what a model should have seen, unless the user says otherwise -> the part it could be
+    **dict.fromkeys(CONTEXTS, "context"), "system": "system", "system_prompt": "system", "tools": "tools",
+    "functions": "tools", "history": "", "reasoning": "", "thinking": "", "explanation": "", "rationale": "",
+}  # fmt: skip
+PROSE, DISTINCT = 60, 0.5  # mean characters, share of different values: such a column is text, not a label
+PARTS = {"instruction": "question", "response": "answer", "messages": "messages"}
+
+
+@dataclass
+class Layout:
+    """One file's layout: ``columns`` maps part to column. Counts what it meets and does not use."""
+
+    name: str
+    columns: dict[str, str]
+    config: DataConfig
+    unused: Counter[str] = field(default_factory=Counter)
+    prose: tuple[str, ...] = ()  # further columns that hold text
+
+    def describe(self) -> str:
+        return f"{self.name}: {', '.join(self.columns.values())}"
+
+    def row(self, record: Record) -> Row | Complaint:
+        """Return the row that a record holds, or why it cannot be used."""
+        content = record.content
+        if isinstance(content, Complaint):
+            return content
+        if not isinstance(content, dict):
+            return _no_object(record)
+        missing = [
+            self.columns[part] for part in PARTS if part in self.columns and self.columns[part] not in content
+        ]
+        if missing:
+            return _missing(record, missing)
+        made = self._conversation(record) if self._is_conversation(content) else self._pair(record)
+        if isinstance(made, Row):
+            self._note_unused(content, made)
+        return made
+
+    def _is_conversation(self, content: Content) -> bool:
+        """Return whether there are messages, or a system text or tools beside question and answer."""
+        if "messages" in self.columns or isinstance(content[self.columns["instruction"]], list):
+            return True
+        return any(content.get(self.columns.get(part, "")) for part in ("system", "tools"))
+
+    def _pair(self, record: Record) -> Row | Complaint:
+        texts = {"instruction": "", "context": "", "response": ""}
+        for part in ("instruction", "context", "response"):
+            value = record.content.get(self.columns.get(part, ""))
+            if part == "context" and value is None:
+                continue
+            if complaint := complain(value, f'{record.place}: "{self.columns[part]}"', part != "context"):
+                return complaint
+            texts[part] = value
+        if is_blank(texts["context"]):
+            texts["context"] = ""
+        return Row(texts["instruction"], texts["context"], texts["response"], record.source)
+
+    def _conversation(self, record: Record) -> Row | Complaint:
+        content = record.content
+        system, tools = (content.get(self.columns.get(part, "")) for part in ("system", "tools"))
+        if system is not None and (complaint := complain(system, f'{record.place}: "system"', False)):
+            return complaint
+        messages = self._messages(record)
+        if isinstance(messages, Complaint):
+            return messages
+        return conversation_row(messages, record, system=system, tools=tools)
+
+    def _messages(self, record: Record) -> list[object] | Complaint:
+        if "messages" in self.columns:
+            column = self.columns["messages"]
+            value = _parsed(record.content[column])
+            if isinstance(value, list):
+                return value
+            rule = f'{record.place}: "{column}" is {type(value).__name__}, not a list of messages.'
+            return Complaint("wrong type", rule)
+        joined: list[object] = []
+        for part, role in (("instruction", "user"), ("response", "assistant")):
+            value = record.content[self.columns[part]]
+            joined += value if isinstance(value, list) else [{"role": role, "content": value}]
+        return joined
+
+    def _note_unused(self, content: Content, row: Row) -> None:
+        used = None
+        for name in content.keys() & (TEXTUAL.keys() | set(self.prose)):
+            if name in self.columns.values() or name in self.config.columns.ignore or not content[name]:
+                continue
+            if TEXTUAL.get(name) and getattr(self.config.columns, TEXTUAL[name]) is None:
+                continue
+            value = content[name]
+            used = used or f"{row.question}\n{row.response}\n{row.messages}"
+            if not isinstance(value, str) or (not is_blank(value) and not _repeats(value, row, used)):
+                self.unused[name] += 1
+
+    def check_unused(self, place: str, num_rows: int) -> None:
+        """Raise DataError where the rows hold text that nothing uses."""
+        if not self.unused:
+            return
+        listed = ", ".join(f'"{name}" ({count} of {num_rows} rows)' for name, count in self.unused.items())
+        proposals = [f"data.columns.{TEXTUAL[n]}={n}" for n in self.unused if TEXTUAL.get(n)][:1]
+        ignore = f"data.columns.ignore=[{','.join(self.unused)}]"
+        remedy = f"Set {proposals[0]} to use it, or" if proposals else "Leave it out on purpose: set"
+        raise DataError(f"{place} holds text that nothing uses: {listed}. {remedy} {ignore}.")
+
+
+def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Layout:
+    """Return the layout of rows that begin like these. DataError: all that is missing, with a proposal."""
+    rows = [content for content in contents if isinstance(content, dict)]
+    keys = list(dict.fromkeys(key for row in rows for key in row if isinstance(key, str)))
+    chosen = config.columns.chosen()
+    for part, column in chosen.items():
+        if rows and column not in keys:
+            remedy = f" or set data.columns.{part}=null" if part in OPTIONAL else ""
+            near = difflib.get_close_matches(column, keys, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Name the column{remedy}."
+            raise DataError(f"data.columns.{part}: no row has {column!r} (keys: {_list(keys)}). {hint}")
+    name, columns = _known(rows, keys, config, chosen)
+    needed = {"messages"} if "messages" in columns else {"instruction", "response"}
+    if keys and not needed <= columns.keys():
+        raise DataError(_unknown(rows, keys, columns, place, config))
+    if not needed <= columns.keys():  # no row that can be read: each is complained of by itself
+        columns = {"instruction": "instruction", "response": "response"}
+    columns |= _extras(keys, columns, config)
+    prose = [
+        key for key in keys if key not in columns.values() and key not in TEXTUAL and _is_prose(rows, key)
+    ]
+    return Layout(name, columns, config, prose=tuple(prose))
+
+
+def _known(
+    rows: Sequence[Content], keys: Sequence[str], config: DataConfig, chosen: dict[str, str]
+) -> tuple[str, dict[str, str]]:
+    """Return the layout that most rows have; of several, the first. The user's columns come before."""
+    if chosen.keys() & {"messages", "instruction", "response"}:
+        return "columns as set", _completed(keys, chosen)
+    folded = {key.strip().lower(): key for key in reversed(keys)}
+    best, most = ("", dict[str, str]()), (0, False)
+    for name, required, optional in LAYOUTS:
+        if config.format not in (AUTO, name) or not all(column in folded for column in required.values()):
+            continue
+        columns = {part: folded[column] for part, column in required.items()}
+        if "messages" in columns and not _holds_lists(rows, columns["messages"]):
+            continue
+        fits = [all(column in row for column in columns.values()) for row in rows]
+        fitting = (sum(fits), fits[0])  # of as many, the one that the first row has
+        if fitting > most:
+            context = {part: folded[column] for part, column in optional.items() if column in folded}
+            keep = {} if config.columns.context is None else context
+            best, most = (name, columns | keep | chosen), fitting
+    if most[0] or config.format != AUTO:
+        return best
+    return "question and answer", _completed(keys, chosen)
+
+
+def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
+    """Return the chosen columns, and for question and answer the one column of a usual name."""
+    columns = dict(chosen)
+    if "messages" in columns:
+        return columns
+    for part, names in USUAL.items():
+        found = [key for key in keys if key.strip().lower() in names and key not in columns.values()]
+        if part == "instruction" and len(found) > 1:  # "input" asks only where nothing else does
+            found = [key for key in found if key.strip().lower() != "input"]
+        if part not in columns and len(found) == 1:
+            columns[part] = found[0]
+    return columns
+
+
+def _extras(keys: Sequence[str], columns: dict[str, str], config: DataConfig) -> dict[str, str]:
+    """Return system and tools where a column is called just that."""
+    return {
+        part: part
+        for part in ("system", "tools")
+        if part in keys and part not in columns and getattr(config.columns, part) == AUTO
+    }
+
+
+def _unknown(
+    rows: Sequence[Content], keys: Sequence[str], columns: dict[str, str], place: str, config: DataConfig
+) -> str:
+    """Return what is missing, all of it, and what to set."""
+    wanted = next((required for name, required, _ in LAYOUTS if name == config.format), None)
+    if wanted is not None:
+        absent = ", ".join(column for column in wanted.values() if column not in keys)
+        return f"data.format: {config.format} needs the columns {absent} (there are: {_list(keys)})."
+    missing = [part for part in ("instruction", "response") if part not in columns]
+    parts = " and ".join(f"no {PARTS[part]}" for part in missing)
+    if all(isinstance(row.get(key), str | None) for row in rows[:1] for key in keys) and _is_sentence(keys):
+        first = "; ".join(keys)[:60]
+        return (
+            f"{place} does not name its columns in its first line ({first}). "
+            "Put a line above it, e.g. question,answer."
+        )
+    if len(keys) == 1 and any(mark in keys[0] for mark in ",;|\t:"):
+        return f"{place} has one column only, {keys[0]!r}. Separate columns by commas, semicolons or tabs."
+    taken, proposals = set(columns.values()), []
+    for part in missing:
+        guess = _propose(part, rows, [key for key in keys if key not in taken])
+        taken.add(guess)
+        proposals.append(f"data.columns.{part}={guess}")
+    return (
+        f"{place} has {parts} that could be recognised (columns: {_list(keys)}). Set {' '.join(proposals)}."
+    )
+
+
+def _propose(part: str, rows: Sequence[Content], keys: Sequence[str]) -> str:
+    """Return the column that most likely holds this part: by its name, else by its text; or NAME."""
+    texts = [key for key in keys if any(isinstance(row.get(key), str) and row[key].strip() for row in rows)]
+    usual = [key for key in texts if key.lower() in USUAL[part]]
+    near = [
+        key for name in USUAL[part][:4] for key in difflib.get_close_matches(name, texts, n=1, cutoff=0.75)
+    ]
+    if usual or near:
+        return [*usual, *near][0]
+
+    def asks(key: str) -> tuple[float, float]:
+        values = [row[key].strip() for row in rows if isinstance(row.get(key), str)]
+        return sum(v.endswith("?") for v in values) / len(values), -sum(map(len, values)) / len(values)
+
+    if not texts:
+        return "NAME"
+    if part == "instruction":
+        asking = [key for key in texts if asks(key)[0] > 0.5]
+        longest = max(texts, key=lambda key: -asks(key)[1])
+        others = [key for key in texts if key != longest]
+        return max(asking, key=asks) if asking else (others or texts)[0]
+    return max(texts, key=lambda key: -asks(key)[1])
+
+
+def complain(value: object, what: str, required: bool) -> Complaint | None:
+    if value is None:
+        return Complaint("missing field", f"{what} is missing or null.")
+    if not isinstance(value, str):
+        remedy = 'Put it in "quotes".' if isinstance(value, int | float) else "Write it as one text."
+        return Complaint("wrong type", f"{what} is {type(value).__name__}, not text. {remedy}")
+    if required and is_blank(value):
+        return Complaint("empty field", f"{what} is empty.")
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError:
+        return Complaint("broken text", f"{what} holds half a character (a lone surrogate) or is not UTF-8.")
+    return None
+
+
+def _no_object(record: Record) -> Complaint:
+    kind = type(record.content).__name__
+    message = f'{record.place} is a {kind}, not an object like {{"instruction": ..., "response": ...}}.'
+    if isinstance(record.content, list) and ".jsonl:" in record.source:
+        message += " Name the file .json if it is one list."
+    return Complaint("not an object", message)
+
+
+def _missing(record: Record, missing: Sequence[str]) -> Complaint:
+    names = " and ".join(f'no "{name}"' for name in missing)
+    free = [key for key in record.content if key not in missing]
+    pairs = [(name, next(iter(_alike(name, free)), None)) for name in missing]
+    hints = [f'"{near}" to "{name}"' for name, near in pairs if near]
+    remedy = f"Rename {' and '.join(hints)}" if hints else "Write it"
+    return Complaint(
+        "missing field",
+        f"{record.place} has {names} (keys: {_list(free)}). {remedy} as the other rows have it.",
+    )
+
+
+def _alike(name: str, keys: Sequence[str]) -> list[str]:
+    part = next((part for part, names in USUAL.items() if name.lower() in names), None)
+    usual = [key for key in keys if part and str(key).lower() in USUAL[part]]
+    return usual or difflib.get_close_matches(name, [str(key) for key in keys], n=1)
+
+
+def _list(keys: Iterable[object]) -> str:
+    return ", ".join(map(str, keys))
+
+
+def _parsed(value: object) -> object:
+    """Return a list that is written out as JSON in a text cell."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _holds_lists(rows: Sequence[Content], key: str) -> bool:
+    return any(isinstance(_parsed(row.get(key)), list) for row in rows)
+
+
+def _repeats(value: str, row: Row, used: str) -> bool:
+    """Return whether the text is in the row already, or is a rendering of it."""
+    text = value.strip()
+    return text in used or (row.response.strip() in text and row.instruction.strip() in text)
+
+
+def _is_sentence(keys: Sequence[str]) -> bool:
+    return any(len(key) > 30 or key.rstrip().endswith(("?", ".")) for key in keys)
+
+
+def _is_prose(rows: Sequence[Content], key: str) -> bool:
+    """Return whether every row has a text of its own under this key: longer than labels or links."""
+    values = [row.get(key) for row in rows]
+    if not rows or not all(isinstance(value, str) and value.strip() for value in values):
+        return False
+    texts = [str(value) for value in values]
+    is_linked = all(text.startswith(("http://", "https://")) for text in texts)
+    is_long = sum(map(len, texts)) / len(texts) >= PROSE
+    return is_long and not is_linked and len(set(texts)) >= DISTINCT * len(texts)

@@ -1,0 +1,79 @@
+"""From what the settings name to rows. What cannot be used is refused, or skipped with a count; nothing is
+dropped in silence."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import chain, islice
+
+from lora_search.errors import DataError
+from lora_search.reading.layouts import Layout, recognise
+from lora_search.reading.rows import Complaint, Loaded, Record, Row
+from lora_search.reading.sources import Found, Source, find_sources
+from lora_search.settings.data_schema import DataConfig
+
+SHOWN_COMPLAINTS = 3
+PEEKED = 1000  # records that show how a file is laid out
+
+
+def load_rows(config: DataConfig, found: Found | None = None) -> Loaded:
+    """Return the usable rows, and counts of what was read and skipped. DataError: file, line, remedy."""
+    found = found or find_sources(config)
+    counts, notes, rows = found.counts.copy(), list[str](), list[Row]()
+    for source in found.sources:
+        layout = _read(source, config, rows, counts)
+        notes.append(f"{source.name}{f' ({source.split})' if source.split else ''}: {layout.describe()}")
+    for split in ("train", "validation", "test"):
+        own = [row for row in rows if row.split == split]
+        if own:
+            counts[f"rows of the user's own {split} split"] = len(own)
+    return Loaded(rows, +counts, tuple(dict.fromkeys(notes)), found.revisions)
+
+
+def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[str]) -> Layout:
+    """Append a source's rows; return its layout. All complaints are counted, a few shown."""
+    records = source.records()
+    peeked = list(islice(records, PEEKED))
+    if not peeked:
+        remedy = "Give a file with one question and answer per line."
+        raise DataError(f"{source.key}: {source.name} is empty. {remedy}")
+    place = f"{source.key}: {source.name}"
+    layout = recognise([record.content for record in peeked], config, place)
+    before, num_read, shown = len(rows), 0, list[Complaint]()
+    complaints: Counter[str] = Counter()
+    for record in chain(peeked, records):
+        num_read += 1
+        row = _row(record, layout, source, config)
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            complaints[row.reason] += 1
+            shown += [row] if len(shown) < SHOWN_COMPLAINTS else []
+    del peeked
+    num_good = len(rows) - before
+    if complaints and (config.on_bad_row == "refuse" or not num_good):
+        raise DataError(
+            f"{source.key}: {complaints.total()} of {num_read} rows cannot be used:\n  "
+            + "\n  ".join(complaint.message for complaint in shown)
+            + ("\nMend them, or leave such rows out with data.on_bad_row=skip." if num_good else "")
+        )
+    layout.check_unused(place, num_read)
+    counts["rows read"] += num_read
+    counts.update({f"bad rows skipped ({reason})": number for reason, number in complaints.items()})
+    return layout
+
+
+def _row(record: Record, layout: Layout, source: Source, config: DataConfig) -> Row | Complaint:
+    row = layout.row(record)
+    if isinstance(row, Complaint):
+        return row
+    changes: dict[str, object] = {}
+    if config.group_by is not None and not source.split:
+        group = record.content.get(config.group_by)
+        if group in (None, ""):
+            return Complaint("missing field", f'{record.place} has no "{config.group_by}" (data.group_by).')
+        changes["group"] = str(group)
+    if source.split:
+        changes["split"] = source.split
+    if source.weight != 1.0:
+        changes["weight"] = source.weight
+    return replace(row, **changes) if changes else row  # type: ignore[arg-type]

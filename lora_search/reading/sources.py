@@ -1,0 +1,208 @@
+"""What data.path and its kin name: files, folders, saved and hub data sets, URLs, and which split each is of.
+
+Splits that the user made are kept: files or splits called train, validation and test are used as such.
+"""
+
+import difflib
+import hashlib
+import importlib.resources
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_search.errors import DataError
+from lora_search.reading.encodings import DataFile
+from lora_search.reading.files import SUFFIXES, check_file, read_file, suffix_of
+from lora_search.reading.hub import fetch, is_hub_id, is_saved, load_hub, load_saved, table_records
+from lora_search.reading.rows import Record
+from lora_search.settings.data_schema import PACKAGED, DataConfig
+from lora_search.settings.secrets import redact
+
+SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation",
+    "val": "validation", "dev": "validation", "eval": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+IN_FOLDERS = tuple(suffix for suffix in SUFFIXES if ".txt" not in suffix)  # notes are no data
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or table: where its rows come from, what they are for, what its bytes are."""
+
+    key: str  # the setting that named it
+    name: str
+    digest: str
+    records: Callable[[], Iterator[Record]]
+    split: str = ""  # train, validation or test where the user split the rows; "" where they are split here
+    weight: float = 1.0
+
+
+@dataclass
+class Found:
+    """All that the settings name."""
+
+    sources: list[Source] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    revisions: dict[str, str] = field(default_factory=dict)
+
+
+def find_sources(config: DataConfig) -> Found:
+    """Return every source, checked but not read. DataError: what is not there, or not what its name says."""
+    found = Found()
+    for path, weight in zip(config.paths, config.weights or [1.0] * len(config.paths), strict=True):
+        found.sources += _find(path, "data.path", "", weight, config, found)
+    for split in ("validation", "test"):
+        for path in config.own(split):
+            found.sources += _find(path, f"data.{split}_path", split, 1.0, config, found)
+    if not any(source.split in ("", "train") for source in found.sources):
+        raise DataError(f"data.path: {redact(config.name)} holds no rows to train on, only other splits.")
+    return found
+
+
+def _find(path: str, key: str, split: str, weight: float, config: DataConfig, found: Found) -> list[Source]:
+    """Return the sources under one path; with no split asked for, as many splits as it has."""
+    if "://" in path:
+        fetched = fetch(path, key)
+        return [
+            _file(fetched, key, config, split, weight, name=redact(path).partition("?")[0].rpartition("/")[2])
+        ]
+    local = _local(path, key)
+    if local is None:
+        tables, commit = load_hub(path, config, key)
+        found.revisions[path] = commit
+        return _tables(tables, path, commit, key, config, split, weight, found)
+    try:
+        if local.is_dir() and is_saved(local):
+            digest = _digest([p for p in sorted(local.rglob("*")) if p.is_file()])
+            return _tables(load_saved(local, key), local.name, digest, key, config, split, weight, found)
+        if local.is_dir():
+            return _folder(local, key, config, split, weight, found)
+        return [_file(local, key, config, split, weight)]
+    except OSError as error:
+        raise DataError(f"{key}: {local} cannot be read: {error.strerror or error}.") from None
+
+
+def _local(text: str, key: str) -> Path | None:
+    """Return the file or folder; None for a hub id."""
+    if text == PACKAGED:
+        try:
+            folder = importlib.resources.files("zaragoza_construction_faq")
+        except ModuleNotFoundError:
+            message = f"{key}: {PACKAGED} needs its package. Run: pip install zaragoza-construction-faq"
+            raise DataError(message) from None
+        return Path(str(folder / "data" / "faq-en-alpaca.jsonl"))
+    path = Path(text).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder above it may not be entered, or the name is too long
+        raise DataError(f"{key}: {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # a null character
+        raise DataError(f"{key}: {text!r} cannot be a path: {error}.") from None
+    if exists:
+        return path
+    if is_hub_id(text) and not suffix_of(path.name) and not path.parent.exists():
+        return None
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=3)
+    hint = (
+        f"Did you mean {', '.join(near)}?" if near else "Give a local file or folder, or a hub id (org/name)."
+    )
+    raise DataError(f"{key}: {path} does not exist. {hint}")
+
+
+def _file(
+    path: Path, key: str, config: DataConfig, split: str, weight: float, name: str | None = None
+) -> Source:
+    ending = suffix_of(name or path.name)
+    if path.is_file() and not ending:
+        known, shown = ", ".join(SUFFIXES), "".join(Path(name or path.name).suffixes)
+        raise DataError(f"{key}: {name or path.name} has an unknown ending {shown!r}; known are {known}.")
+    file = DataFile(path, name or path.name, key, ending)
+    checked = check_file(file, config.encoding)
+    records = partial(read_file, file, checked.encoding, config.subset)
+    return Source(key, file.name, checked.digest, records, split, weight)
+
+
+def _folder(
+    folder: Path, key: str, config: DataConfig, split: str, weight: float, found: Found
+) -> list[Source]:
+    files = sorted(p for p in folder.iterdir() if suffix_of(p.name) in IN_FOLDERS and p.is_file())
+    if not files:
+        known = ", ".join(IN_FOLDERS)
+        raise DataError(
+            f"{key}: {folder} holds no data: no {known} file, nor a data set saved by save_to_disk."
+        )
+    of_split = {file: split or split_of(file.name) for file in files}
+    if not split and "train" in of_split.values():
+        left_out = [file for file in files if not of_split[file]]
+        found.counts["files left unread beside train"] += len(left_out)
+        files = [file for file in files if of_split[file]]
+    return [_file(file, key, config, of_split[file], weight) for file in files]
+
+
+def split_of(name: str) -> str:
+    """Return which split a file or table is by its name: train, validation, test, or ""."""
+    first = re.split(r"[^a-z]+", name.lower(), maxsplit=1)[0]
+    return SPLITS.get(first, "")
+
+
+def _tables(
+    tables: Mapping[str, Any],
+    name: str,
+    digest: str,
+    key: str,
+    config: DataConfig,
+    split: str,
+    weight: float,
+    found: Found,
+) -> list[Source]:
+    """Return the splits of a data set that are used: the one asked for, or those of the usual names."""
+    chosen = {table_name: split or SPLITS.get(table_name, "") for table_name in tables}
+    if config.split is not None and key == "data.path":
+        if config.split not in tables:
+            there = ", ".join(tables) if list(tables) != [""] else "none"
+            raise DataError(f"data.split: {name} has no split {config.split!r}. There are: {there}.")
+        chosen = {config.split: "train" if _has_others(chosen, config.split) else ""} | {
+            other: kind
+            for other, kind in chosen.items()
+            if kind in ("validation", "test") and other != config.split
+        }
+    elif split:
+        chosen = {t: s for t, s in chosen.items() if SPLITS.get(t, split) == split} or chosen
+    elif "train" in chosen.values():
+        chosen = {t: s for t, s in chosen.items() if s}
+    elif len(tables) > 1:
+        there = ", ".join(tables)
+        raise DataError(f"data.split: {name} has no split called train. Choose one of: {there}.")
+    found.counts["rows of other splits left unread"] += sum(
+        len(t) for n, t in tables.items() if n not in chosen
+    )
+    return [
+        Source(
+            key,
+            f"{name}/{table_name}" if table_name else name,
+            hashlib.sha256(f"{digest}\n{table_name}".encode()).hexdigest(),
+            partial(table_records, tables[table_name], f"{name}/{table_name}" if table_name else name),
+            kind,
+            weight,
+        )
+        for table_name, kind in chosen.items()
+    ]
+
+
+def _has_others(chosen: Mapping[str, str], split: str) -> bool:
+    return any(kind in ("validation", "test") for name, kind in chosen.items() if name != split)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
