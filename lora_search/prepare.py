@@ -17,7 +17,6 @@ from lora_search.data.preparation import pairs_text, prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.tokens import LENGTH
-from lora_search.database.storage import check_storage
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.engine import Engine
@@ -34,6 +33,7 @@ from lora_search.settings.schema import ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes
+from lora_search.study.adoption import check_adoptable
 from lora_search.study.fingerprint import (
     check_fingerprint,
     known_so_far,
@@ -52,8 +52,9 @@ LOW_PRECISION_TOLERANCE = 5e-3
 
 def check_places(config: SweepConfig) -> Identity | None:
     """Make the study's folder; return the identity of the study if there is one. Raises where the folder is
-    another study's or cannot be written to, or the database cannot be used."""
-    check_storage(config.study)
+    another study's or cannot be written to, or the database cannot be used or has another program's study
+    of that name."""
+    check_adoptable(config.study)
     folder = Path(config.runs_dir) / config.study.name
     identity = find_owned(config.study, folder)
     try:

@@ -7,8 +7,8 @@ import argparse
 import sys
 
 from lora_search.command_line import find_study, run, study_parser
-from lora_search.errors import StudyError
 from lora_search.output.page import write_report
+from lora_search.output.ranking import base_of
 from lora_search.output.terminal import Progress
 from lora_search.study.folder import find_owned
 from lora_search.study.study import SweepStudy
@@ -24,10 +24,8 @@ def report(arguments: argparse.Namespace, progress: Progress) -> None:
     found = find_study(arguments)
     rows, attributes = SweepStudy.read(found.config)
     find_owned(found.config, found.folder)
-    if "base_perplexity" not in attributes:
-        raise StudyError(f"study.name: {found.config.name!r} has measured nothing yet. Run the sweep first.")
     path = found.folder / "report.html"
-    write_report(rows, attributes, float(attributes["base_perplexity"]), path)
+    write_report(rows, attributes, base_of(attributes), path)
     progress.event(f"wrote {path}")
 
 

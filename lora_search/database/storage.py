@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel
+from optuna.storages._rdb.models import NOT_FOUND_MSG, BaseModel
 from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
@@ -29,6 +29,11 @@ from lora_search.settings.secrets import redact
 BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
 MADE = ("exist", "duplicate key name")  # says a database of what another process has made
+NOT_THERE = (NOT_FOUND_MSG, "No trial with trial number")  # says Optuna of what is not in the database
+RESTORE = (
+    "Checkpoints and adapters are kept in the study's folder. Put a backup of the database back, or choose "
+    "a new study.name."
+)
 KEY = "study.storage"
 _locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
 DRIVERS = (
@@ -78,9 +83,15 @@ def check_storage(config: StudyConfig) -> None:
 
 @contextmanager
 def explained_errors(config: StudyConfig) -> Iterator[None]:
-    """Turn what the database raises into a DatabaseError without the password."""
+    """Turn what the database raises into a DatabaseError without the password, and what it has lost into a
+    StudyError."""
     try:
         yield
+    except KeyError as error:
+        if not any(text in str(error) for text in NOT_THERE):
+            raise
+        what = "is not what it was: it, or trials of it, were deleted in the database while it was in use"
+        raise StudyError(f"study.name: {config.name!r} {what}. {RESTORE}") from None
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
         cause = _cause(error, make_url(config.storage))
         raise DatabaseError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
@@ -210,6 +221,12 @@ def _share_sqlite(storage: RDBStorage) -> None:
         if _locks_first.get():
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    def on_new_connection(*_: object) -> None:
+        if not Path(storage.engine.url.database or "").exists():
+            raise sqlite3.OperationalError("the file is gone")  # or SQLite would make an empty one
+
+    if "uri" not in storage.engine.url.query:
+        event.listen(storage.engine, "do_connect", on_new_connection)
     event.listen(storage.engine, "connect", on_connect)
     event.listen(storage.engine, "begin", on_begin)
     storage.engine.dispose()  # the connections made so far know nothing of this

@@ -10,7 +10,7 @@ from lora_search.output.best import export_best
 from lora_search.output.certainty import certainty_of
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.page import write_report
-from lora_search.output.ranking import best_of
+from lora_search.output.ranking import base_of, best_of
 from lora_search.output.terminal import Progress, next_steps
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialRow
@@ -23,7 +23,7 @@ def conclude(
 ) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
-    base_perplexity = float(attributes["base_perplexity"])
+    base_perplexity = base_of(attributes)
     board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
     progress.console.print(board)
     with explained_writing(folder), one_at_a_time(folder):

@@ -18,7 +18,7 @@ from lora_search.output.formatting import (
 from lora_search.output.ranking import best_of, ranked, searched_keys
 from lora_search.trial import TrialRow
 
-STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
 NARROW_TRIALS = 6  # trials whose settings are shown as columns where rows are too long
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from optuna.study import Study
@@ -14,6 +14,7 @@ from lora_search.trial import Measurement, TrialRow
 # Reasons of trials that ended before they began; no count and no report shows them.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
 PROGRESS = "progress"  # user attribute: what a trial has trained so far
+NO_PROGRESS = {"best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0}
 
 
 def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
@@ -32,18 +33,32 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         best_rung=progress["best_rung"],
         params=dict(trial.params),
         perplexities=dict(sorted(trial.intermediate_values.items())),
-        reason=trial.user_attrs.get("reason", ""),
+        reason=text_of(trial, "reason"),
         examples_seen=progress["examples_seen"],
         train_tokens=progress["train_tokens"],
         train_seconds=progress["train_seconds"],
-        recovery=trial.user_attrs.get("recovery", ""),
+        recovery=text_of(trial, "recovery"),
     )
 
 
 def progress_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return what the trial has trained so far."""
-    stored: dict[str, Any] = trial.user_attrs.get(PROGRESS, {})
-    return {"best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0} | stored
+    """Return what the trial has trained so far. What another program wrote there counts as nothing."""
+    stored, progress = trial.user_attrs.get(PROGRESS), dict(NO_PROGRESS)
+    if isinstance(stored, dict):
+        progress |= {key: stored[key] for key in progress if isinstance(stored.get(key), int | float)}
+    return progress
+
+
+def text_of(trial: FrozenTrial, key: str) -> str:
+    """Return a user attribute that is a text; nothing where it is missing or another program's."""
+    value = trial.user_attrs.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def count_of(trial: FrozenTrial, key: str) -> int:
+    """Return a user attribute that is a count; 0 where it is missing or another program's."""
+    value = trial.user_attrs.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> dict[str, Any]:
@@ -59,13 +74,23 @@ def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> d
 
 def params_of(trial: FrozenTrial) -> Mapping[str, object]:
     """Return the parameters, also of a trial that is enqueued and has not begun."""
-    params: Mapping[str, object] = trial.system_attrs.get("fixed_params", trial.params)
-    return params
+    fixed = trial.system_attrs.get("fixed_params")
+    return fixed if isinstance(fixed, dict) else trial.params
+
+
+def identity_of(trial: FrozenTrial) -> frozenset[object]:
+    """Return what trials with the same parameters share; 8 is 8.0."""
+    return point_of(params_of(trial))
+
+
+def point_of(params: Mapping[str, object]) -> frozenset[object]:
+    """Return the parameters as a value that can be compared, whatever another program has put there."""
+    return frozenset((key, v if isinstance(v, Hashable) else str(v)) for key, v in params.items())
 
 
 def never_began(trial: FrozenTrial) -> bool:
     """Return whether the trial was refused when it was drawn."""
-    return str(trial.user_attrs.get("reason", "")).startswith((DUPLICATE, SURPLUS))
+    return text_of(trial, "reason").startswith((DUPLICATE, SURPLUS))
 
 
 PAUSED = (

@@ -46,6 +46,15 @@ class Space:
         given = {key: _get(config, key) for key in self.distributions}
         return {k: v for k, v in given.items() if not _contains(self.distributions[k], _encode(v))}
 
+    def refusal(self, params: Mapping[str, object]) -> str:
+        """Return why these parameters are no part of a point of the space; nothing where they are."""
+        for key, value in params.items():
+            if key not in self.distributions:
+                return f"{key} is not searched"
+            if isinstance(value, list | dict) or not _contains(self.distributions[key], value):
+                return f"{key}={value} is not in {self.expressions[key]}"
+        return ""
+
     def num_points(self) -> int | None:
         """Return how many points the space has; None where there are more than MAX_POINTS."""
         axes = [_axis(distribution) for distribution in self.distributions.values()]

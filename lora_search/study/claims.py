@@ -16,16 +16,19 @@ from lora_search.database.storage import (
     require_database,
 )
 from lora_search.database.trial_table import TrialTable
-from lora_search.errors import ConfigError
+from lora_search.errors import ConfigError, StudyError
+from lora_search.failures import failure_reason
 from lora_search.search.trials import (
     DUPLICATE,
     FINISHED,
     PAUSED,
     SURPLUS,
     UNSIGNED,
+    count_of,
     has_run_for,
     is_held_by,
     params_of,
+    text_of,
 )
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
@@ -50,6 +53,7 @@ class Draws:
         duplicates = 0
         while duplicates < MAX_DUPLICATES_IN_A_ROW:
             self.ledger.read(everything=True)
+            self._fail_strangers()
             if not self._has_room(self.ledger.trials):
                 return None
             trial = self._ask()
@@ -66,12 +70,33 @@ class Draws:
         return None
 
     def _ask(self) -> optuna.Trial | None:
-        """Return the trial that is next, with its parameters; None where another worker has ended it."""
+        """Return the trial that is next, with its parameters; None where another worker has ended it, or it
+        was put in line just now and is no point of the space."""
         try:
             with locked_from_the_start():
                 return self.study.ask(self.space.distributions)
         except UpdateFinishedTrialError:
             return None
+        except (ValueError, TypeError) as error:
+            self.ledger.read(everything=True)
+            if self._fail_strangers():
+                return None
+            remedy = "Has another program written to the study? Choose another study.name."
+            text = f"study.name: {self.config.study.name!r} draws no trial: {failure_reason(error)}. {remedy}"
+            raise StudyError(text) from None
+
+    def _fail_strangers(self) -> bool:
+        """End what other programs have put in line and is no point of the space; return whether there was
+        any."""
+        new = [t for t in self.ledger.open if "settings" not in t.user_attrs and not text_of(t, "worker")]
+        strangers = {t.number: why for t in new if (why := self.space.refusal({**t.params, **params_of(t)}))}
+        for number, why in strangers.items():
+            with self.table.locked(number) as trial:
+                if not trial.seen.state.is_finished() and not trial.seen.user_attrs.get("worker"):
+                    trial.write({"reason": f"outside the space: {why}"}, TrialState.FAIL)
+        if strangers:
+            self.ledger.read(everything=True)
+        return bool(strangers)
 
     def _sign(self, number: int, worker: str) -> bool:
         """Make the trial this worker's unless another has signed it, and return whether it is. First its
@@ -89,7 +114,7 @@ class Draws:
             return False
         if self.ledger.count(TrialState.WAITING):
             return True
-        has_drawn_twice = bool(trials) and str(trials[-1].user_attrs.get("reason", "")).startswith(DUPLICATE)
+        has_drawn_twice = bool(trials) and text_of(trials[-1], "reason").startswith(DUPLICATE)
         is_grid = self.config.sampler.name == "grid"
         num_points = self.space.num_points()
         if num_points is None or not (is_grid or has_drawn_twice or len(trials) >= num_points):
@@ -172,7 +197,7 @@ def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> boo
         if attributes.get(PAUSED):
             return False
         rung = trial.seen.last_step or 0
-        retries = attributes.get("retries", 0) + 1 if rung == attributes.get("died_at_rung") else 1
+        retries = count_of(trial.seen, "retries") + 1 if rung == attributes.get("died_at_rung") else 1
         is_last = retries > config.max_retries
         reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
         news = {"retries": retries, "died_at_rung": rung, "reason": reason, **UNSIGNED}
@@ -181,7 +206,7 @@ def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> boo
 
 
 def _is_abandoned(config: StudyConfig, trial: FrozenTrial, is_silent: bool) -> bool:
-    worker = trial.user_attrs.get("worker")
+    worker = text_of(trial, "worker")
     if not worker:  # a heartbeat, if there is one, is an earlier worker's
         return has_run_for(trial, config.heartbeat_seconds)
     return is_silent or worker_is_dead(worker)

@@ -10,7 +10,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.search.pruning import RungPruner, Standings
-from lora_search.search.trials import Cursor, never_began, params_of, settled
+from lora_search.search.trials import Cursor, best_until, identity_of, never_began, point_of, settled
 from lora_search.trial import StudySummary
 
 
@@ -66,9 +66,9 @@ class Ledger:
     def first_with(self, params: Mapping[str, object], before: int) -> int | None:
         """Return the first trial with these parameters that has not failed and has a lower number, or has
         begun: one that waited in line may be claimed after a later one."""
-        identity = frozenset(params.items())
+        identity = point_of(params)
         rivals = [t for t in self.open if t.number < before or "settings" in t.user_attrs]
-        same = [t.number for t in rivals if frozenset(params_of(t).items()) == identity]
+        same = [t.number for t in rivals if identity_of(t) == identity]
         if identity in self._tried:
             same.append(self._tried[identity])
         return min((number for number in same if number != before), default=None)
@@ -85,7 +85,8 @@ class Ledger:
             return
         if self.standings is not None:
             self.standings.add(trial)
-        identity = frozenset(params_of(trial).items())
+        identity = identity_of(trial)
         self._tried[identity] = min(trial.number, self._tried.get(identity, trial.number))
-        if trial.state == TrialState.COMPLETE and trial.value is not None:
+        was_measured = math.isfinite(best_until(trial, trial.last_step or 0))  # not only told by others
+        if trial.state == TrialState.COMPLETE and trial.value is not None and was_measured:
             self._best = min(self._best, (trial.value, trial.number))

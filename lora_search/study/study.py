@@ -16,6 +16,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.losses import Losses
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, open_storage, quieten_optuna
 from lora_search.database.trial_table import TrialTable
@@ -30,12 +31,14 @@ from lora_search.search.trials import (
     is_held_by,
     progress_after,
     settled,
+    text_of,
     trial_rows,
 )
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
+from lora_search.study.adoption import check_adoptable
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
 from lora_search.study.identity import Identity, give_identity
@@ -65,6 +68,7 @@ class SweepStudy:
         self.identity = identity
         self.changes: list[str] = []  # what may differ from when the study was made, and does
         self.table = TrialTable(storage, study.study_name)
+        self.losses = Losses(self.table)
         self.draws = Draws(config, space, study, self.table, self.ledger)
         self.held: dict[int, int] = {}  # number -> last rung; who has measured that is not judged any more
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
@@ -86,6 +90,7 @@ class SweepStudy:
     ) -> "SweepStudy":
         """Create or continue the study. Raises FingerprintError where it was made with other settings."""
         sampler, pruner = check_study(config, space)
+        check_adoptable(config.study)
         storage = open_storage(config.study)
         with explained_errors(config.study):
             study = optuna.create_study(
@@ -111,6 +116,7 @@ class SweepStudy:
 
     def claim(self, max_trials: int) -> list[TrialRun]:
         """Return up to so many trials to train, never beyond n_trials in all; interrupted ones come first."""
+        self.losses.check_trials(len(self.ledger.trials))
         if time.monotonic() - self._last_reclaim > self.config.study.heartbeat_seconds:
             self.reclaim_stale()
         runs: list[TrialRun] = []
@@ -211,8 +217,10 @@ class SweepStudy:
     def heartbeat(self) -> None:
         """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
         now = time.monotonic()
+        self.losses.check_file()
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
+        self.losses.check_trials(len(self.ledger.trials))
         for number in self.held:
             self.table.beat(number)
         self._last_heartbeat, self._last_beat = now, time.time()
@@ -274,6 +282,7 @@ class SweepStudy:
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
+        self.losses.check_trials(len(self.ledger.trials))
         return trial_rows([settled(t) for t in self.study.get_trials(deepcopy=False)])
 
     def attributes(self) -> dict[str, str]:
@@ -307,7 +316,11 @@ class SweepStudy:
             if not is_held_by(trial.seen, self.worker):
                 return None
             settings = trial_settings(self.config, trial.seen.params)
-            trial.write({"settings": json.dumps(asdict(settings)), "reason": ""})
+            text = json.dumps(asdict(settings))
+            if was_changed(text_of(trial.seen, "settings"), text):
+                trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
+                return None
+            trial.write({"settings": text, "reason": ""})
         self.held[number] = settings.num_rungs
         folder, seed = str(self.trials_folder / str(number)), draw_seed(self.config.seed, number)
         known = dict(trial.seen.intermediate_values)
@@ -345,6 +358,16 @@ class SweepStudy:
         if state in FINISHED:
             drop_checkpoint(self.trials_folder, number)
         return state.name
+
+
+def was_changed(before: str, now: str) -> bool:
+    """Return whether a trial that began has other settings by now; keys that an older version did not have
+    do not count."""
+    try:
+        old = json.loads(before or "{}")
+    except ValueError:
+        return True
+    return not isinstance(old, dict) or any(old.get(k, v) != v for k, v in json.loads(now).items())
 
 
 def check_study(

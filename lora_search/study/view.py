@@ -8,9 +8,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.storage import explained_errors, open_storage, require_database
 from lora_search.errors import ConfigError
-from lora_search.search.trials import progress_of, settled, trial_rows
+from lora_search.search.trials import progress_of, settled, text_of, trial_rows
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.about import attributes_of
+from lora_search.study.adoption import check_adoptable
 from lora_search.study.ledger import Ledger
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
@@ -20,6 +21,7 @@ class StudyView:
 
     def __init__(self, config: StudyConfig) -> None:
         require_database(config)
+        check_adoptable(config)
         self.config = config
         storage = open_storage(config)
         with explained_errors(config):
@@ -42,8 +44,8 @@ class StudyView:
 
     def slots(self) -> list[SlotView]:
         """Return what all workers train, best first, each trial as it was at its last rung."""
-        running = [t for t in self._trials() if t.state == TrialState.RUNNING and "settings" in t.user_attrs]
-        views = [_slot(trial) for trial in running]
+        running = [t for t in self._trials() if t.state == TrialState.RUNNING]
+        views = [_slot(t, settings) for t in running if (settings := _settings(t)) is not None]
         return sorted(views, key=lambda slot: (slot.perplexity is None, slot.perplexity, slot.trial_number))
 
     def attributes(self) -> dict[str, str]:
@@ -56,12 +58,20 @@ class StudyView:
             return [settled(trial) for trial in self._study.get_trials(deepcopy=False)]
 
 
-def _slot(trial: FrozenTrial) -> SlotView:
-    settings = json.loads(trial.user_attrs["settings"])
+def _settings(trial: FrozenTrial) -> TrialSettings | None:
+    """Return what the trial trains with; None before it begins, or where another program wrote there."""
+    try:
+        settings = json.loads(text_of(trial, "settings"))
+        return TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _slot(trial: FrozenTrial, settings: TrialSettings) -> SlotView:
     rung, examples = trial.last_step or 0, progress_of(trial)["examples_seen"]
     return SlotView(
         trial_number=trial.number,
-        settings=TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])}),
+        settings=settings,
         rung=rung,
         examples_seen=examples,
         next_rung_examples=examples * (rung + 1) // max(1, rung),

@@ -56,7 +56,9 @@ def test_what_others_began_and_ended_meanwhile_is_noticed_at_the_next_new_trial(
 def test_counts_and_best_are_those_of_all_trials(study: optuna.Study) -> None:
     ledger = Ledger(study)
     for value in (3.0, 2.0, 2.0):
-        study.tell(study.ask(), value)
+        trial = study.ask()
+        trial.report(value, 1)
+        study.tell(trial, value)
         ledger.read()
     study.tell(study.ask(), state=TrialState.PRUNED)
     study.ask().set_user_attr(PAUSED, True)

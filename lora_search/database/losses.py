@@ -1,0 +1,72 @@
+"""What somebody deletes under a running sweep: the SQLite file, the study, trials of it. SQLite goes on
+writing to a file that has no name any more, and all of it is gone when the sweep ends."""
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from optuna.storages._rdb.models import TrialModel
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from lora_search.database.storage import KEY, RESTORE
+from lora_search.database.trial_table import TrialTable
+from lora_search.errors import StudyError
+
+
+class Losses:
+    """Compares the database with what it was when the study was opened, and with the trials seen since."""
+
+    def __init__(self, table: TrialTable) -> None:
+        self._engine, self._table = table.storage.engine, table
+        url = self._engine.url
+        is_file = url.get_backend_name() == "sqlite" and "uri" not in url.query
+        self._path = Path(url.database) if is_file and url.database not in (None, "", ":memory:") else None
+        self._inode = _inode(self._path) if self._path else None
+
+    def check_file(self) -> None:
+        """Raise StudyError where the file was deleted or replaced; what it held is saved first."""
+        if self._path is None or (inode := _inode(self._path)) == self._inode:
+            return
+        happened = "was deleted" if inode is None else "was replaced by another file"
+        raise StudyError(f"{KEY}: {self._path} {happened} while the sweep ran. {self._rescue(self._path)}")
+
+    def check_trials(self, num_seen: int) -> None:
+        """Raise StudyError where any of the study's first ``num_seen`` trials is missing."""
+        self.check_file()
+        if not num_seen:
+            return
+        last = self._table.id_of(num_seen - 1)
+        with Session(self._engine) as session:
+            trials = session.query(TrialModel).filter_by(study_id=self._table.study_id)
+            missing = num_seen - trials.filter(TrialModel.trial_id <= last).count()
+        if missing:
+            text = f"{missing} of {num_seen} trials were deleted in the database while the sweep ran"
+            raise StudyError(f"{KEY}: {text}. {RESTORE}")
+
+    def _rescue(self, path: Path) -> str:
+        """Copy what the lost file holds beside it; return what to do. Workers that share it write the same
+        copy: the last is the newest."""
+        copy = path.with_name(f"{path.name}.rescued-{self._inode}")
+        fresh = copy.with_name(f"{copy.name}.{os.getpid()}.new")
+        try:
+            with self._engine.connect() as connection, closing(sqlite3.connect(fresh)) as target:
+                source = connection.connection.driver_connection
+                assert isinstance(source, sqlite3.Connection)
+                source.backup(target)
+            os.replace(fresh, copy)
+        except (SQLAlchemyError, sqlite3.Error, OSError):
+            fresh.unlink(missing_ok=True)
+            return RESTORE
+        return (
+            f"What it held is saved in {copy}. To go on: stop all workers, delete {path}-wal and {path}-shm "
+            f"where they are left, move the copy to {path}; then the same command goes on."
+        )
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None

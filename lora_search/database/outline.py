@@ -1,0 +1,51 @@
+"""What is stored under a study's name, whoever put it there. Reads only: makes no file and no table."""
+
+import os
+from dataclasses import dataclass
+
+from optuna.storages._rdb.models import StudyDirectionModel, StudyModel, StudyUserAttributeModel, TrialModel
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session
+
+from lora_search.database.drivers import engine_options
+from lora_search.database.storage import check_storage, explained_errors
+from lora_search.settings.schema import StudyConfig
+
+
+@dataclass(frozen=True)
+class StudyOutline:
+    """What a study is."""
+
+    directions: tuple[str, ...]  # MINIMIZE or MAXIMIZE, one for each objective
+    has_trials: bool
+    attributes: frozenset[str]  # keys
+
+
+def outline_of(config: StudyConfig) -> StudyOutline | None:
+    """Return the study of that name; None where there is none. Raises as ``check_storage`` does."""
+    check_storage(config)
+    url = make_url(config.storage)
+    if url.get_backend_name() == "sqlite" and not os.path.exists(url.database or ""):
+        return None
+    engine = create_engine(url, **engine_options(url))
+    try:
+        with explained_errors(config):
+            return _read(Session(engine), config.name) if inspect(engine).has_table("studies") else None
+    finally:
+        engine.dispose()
+
+
+def _read(session: Session, name: str) -> StudyOutline | None:
+    with session:
+        study = session.query(StudyModel).filter_by(study_name=name).one_or_none()
+        if study is None:
+            return None
+        directions = session.query(StudyDirectionModel).filter_by(study_id=study.study_id)
+        attributes = session.query(StudyUserAttributeModel).filter_by(study_id=study.study_id)
+        trials = session.query(TrialModel).filter_by(study_id=study.study_id)
+        return StudyOutline(
+            directions=tuple(row.direction.name for row in directions.order_by("objective")),
+            has_trials=trials.first() is not None,
+            attributes=frozenset(str(row.key) for row in attributes),
+        )
