@@ -9,6 +9,10 @@
 | loss or gradient not finite | PRUNED | diverged, at which step | goes on; counts as a failure in a row |
 | checkpoint damaged | goes on from the one before, or anew | attribute `recovery` | goes on |
 | worker killed, hung or gone | WAITING, at most 3 times, then FAIL | its worker died | whoever claims it resumes its checkpoint |
+| a point put in line that the space does not hold | FAIL | outside the space: key, value, range | goes on |
+| parameters of a trial changed by another program | FAIL | the same in words | goes on |
+| trials or the study deleted in the database | as they are | none | ends with one message, exit 1 |
+| SQLite file deleted or replaced | as they are | none | saves what it held beside it; ends with one message, exit 1 |
 | trial taken over after a silence | stays the other worker's | none | this worker lets it go, unreported |
 | failures in a row >= study.max_failures_in_a_row | as above | as above | ends with the last reason, exit 1 |
 | device lost (CUDA error) | WAITING | interrupted | ends with one message, exit 1 |

@@ -22,7 +22,8 @@ MAX_DELAY_SECONDS = 60.0
 
 
 class Outbox:
-    """Every write is one that may be repeated: it can have reached the database before the line broke."""
+    """Every write is one that may be repeated: it can have reached the database before the line broke. Writes
+    wait as callables, for what is written depends on whose trial it is by then."""
 
     def __init__(self, config: StudyConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._clock = config, clock

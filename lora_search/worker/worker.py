@@ -29,7 +29,7 @@ def work(
     ``check_interrupt`` is called after every pass and may raise.
     """
     worker = Worker(study, engine, tracker, progress, check_interrupt)
-    engine.after_pass = worker.keep_alive
+    engine.after_pass = worker.keep_alive  # called from inside: one `advance` may hold a whole evaluation
     try:
         while worker.admit() or worker.others_train():
             measurements = engine.advance()

@@ -232,6 +232,21 @@ def test_a_write_that_comes_too_late_changes_nothing(tmp_path: Path, arrange: An
     assert hits >= 1
 
 
+@pytest.mark.parametrize("transaction", [1, 2])
+def test_two_starts_at_once_put_the_default_trial_in_line_once(tmp_path: Path, transaction: int) -> None:
+    config = config_of(tmp_path, f"sqlite:///{tmp_path}/study.db")
+    config.study.first_trial_is_default = False
+    rival, study = (open_study(config, tmp_path) for _ in range(2))
+    config.study.first_trial_is_default = True
+
+    with struck_before(study, transaction, rival._enqueue_default) as count:
+        study._enqueue_default()
+    rival._enqueue_default()
+
+    assert count == [1]
+    assert [t.system_attrs["fixed_params"]["optim.lr"] for t in study.study.get_trials()] == [2e-4]
+
+
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with postgres_server(tmp_path_factory.mktemp("pg")) as url:

@@ -548,6 +548,8 @@ def test_workers_that_start_at_once_share_one_new_study_and_its_total(tmp_path: 
         for t in study.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     }
     assert len(workers) > 1
+    enqueued = [t.number for t in study.study.get_trials() if "fixed_params" in t.system_attrs]
+    assert enqueued == [0]  # the default, once
 
 
 @pytest.mark.slow
