@@ -187,7 +187,7 @@ def prepare_sweep(
     write_serving(study.folder / "tokenizer", inputs.tokenizer, config.template, generation)
     progress.event(f"study {config.study.name}: {study.standing}")
     is_new = "base_perplexity" not in study.attributes()
-    perplexity = float(study.remember("base_perplexity", lambda: measure_base(engine, study.folder)))
+    perplexity = study.remember("base_perplexity", lambda: measure_base(engine, study.folder))
     progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)

@@ -37,14 +37,22 @@ class Identity:
 
 
 def read_identity(attributes: Mapping[str, Any]) -> Identity:
-    """Return the identity from a study's attributes."""
-    has_begun = ATTRIBUTE in attributes
+    """Return the identity from a study's attributes. What another program wrote there counts as missing."""
+    has_begun, fingerprint = ATTRIBUTE in attributes, attributes.get(ATTRIBUTE)
     return Identity(
-        id=attributes.get(ID),
+        id=str(attributes[ID]) if ID in attributes else None,
         is_older=OLDER in attributes or (has_begun and ID not in attributes),
-        fingerprint=attributes.get(ATTRIBUTE, {}),
-        base_perplexity=float(measured) if (measured := attributes.get("base_perplexity")) else None,
+        fingerprint={k: str(v) for k, v in fingerprint.items()} if isinstance(fingerprint, dict) else {},
+        base_perplexity=number_of(attributes, "base_perplexity"),
     )
+
+
+def number_of(attributes: Mapping[str, Any], key: str) -> float | None:
+    """Return an attribute that is a number, or a text that says one; None where it is missing or neither."""
+    try:
+        return float(attributes[key])
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def find_identity(config: StudyConfig) -> Identity | None:

@@ -41,7 +41,7 @@ from lora_search.study.about import attributes_of, describe
 from lora_search.study.adoption import check_adoptable
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
-from lora_search.study.identity import Identity, give_identity
+from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
 from lora_search.study.view import StudyView
@@ -289,11 +289,12 @@ class SweepStudy:
         """Return what the study knows about itself."""
         return attributes_of(self.study)
 
-    def remember(self, key: str, measure: Callable[[], str]) -> str:
-        """Return a study attribute, measured now if it is not there yet."""
-        if key not in self.study.user_attrs:
-            self.study.set_user_attr(key, measure())
-        return str(self.study.user_attrs[key])
+    def remember(self, key: str, measure: Callable[[], str]) -> float:
+        """Return a number that the study keeps, measured now if it is not there yet or cannot be read."""
+        if (known := number_of(self.study.user_attrs, key)) is not None:
+            return known
+        self.study.set_user_attr(key, measure())
+        return float(self.study.user_attrs[key])
 
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:

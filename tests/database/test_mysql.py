@@ -130,7 +130,7 @@ def test_signs_of_any_script_come_back_as_they_were_stored_though_the_database_i
     tmp_path: Path, mysql: str
 ) -> None:
     study = open_study(make_config(tmp_path, storage=mysql), tmp_path)
-    study.remember("path", lambda: "data/问答 🇸🇪.jsonl")
+    study.study.set_user_attr("path", "data/问答 🇸🇪.jsonl")
 
     with study.storage.engine.connect() as connection:
         assert connection.execute(text("SELECT @@character_set_database")).scalar() == "latin1"

@@ -5,7 +5,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from lora_search.database.presence import worker_name
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import ConfigError, LoraSearchError, StudyError
+from lora_search.output.ranking import base_of
 from lora_search.search.trials import trial_rows
 from lora_search.settings.schema import SamplerConfig, SweepConfig
 from lora_search.study.adoption import check_adoptable
+from lora_search.study.identity import Identity, find_identity
 from lora_search.study.study import SweepStudy
 from lora_search.study.view import StudyView
 from lora_search.trial import Measurement, TrialRow
@@ -288,6 +290,30 @@ def test_a_study_in_which_others_wrote_attributes_is_read_and_goes_on(tmp_path: 
     assert len(again.rows()) >= 9
     simulate(again)
     assert again.summary().finished >= 12 - len(GARBAGE)
+
+
+@pytest.mark.parametrize("value", [None, 5, "garbage"], ids=repr)
+@pytest.mark.parametrize("key", ["base_perplexity", "fingerprint", "study_id", "exhausted", "sweep"])
+def test_attributes_of_the_study_that_others_wrote_are_one_message_at_most(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    config = make_config(tmp_path, n_trials=2)
+    study = open_study(config, tmp_path)
+    study.study.set_user_attr(key, value)
+    view = StudyView(config.study)
+
+    with suppress(LoraSearchError):
+        base_of(view.attributes())
+    with suppress(LoraSearchError):
+        assert open_study(config, tmp_path).remember("base_perplexity", lambda: "14.2") in (
+            14.2,
+            5.0,
+            -1.5,
+            1.0,
+        )
+
+    assert view.rows()
+    assert isinstance(find_identity(config.study), Identity)
 
 
 def test_a_trial_whose_parameters_were_removed_fails_and_does_not_go_on_as_another(tmp_path: Path) -> None:
