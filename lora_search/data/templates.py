@@ -5,9 +5,6 @@ the answer stays as given, and both are counted. Whatever else it changes is a C
 difference. Costs two renderings a row.
 """
 
-import datetime
-import json
-import string
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +13,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.dates import dated
 from lora_search.data.rows import Pair
 from lora_search.errors import ConfigError
 from lora_search.reading.rows import Row
@@ -23,24 +21,6 @@ from lora_search.settings.schema import TemplateConfig
 
 Message = dict[str, str]  # {"role": "user", "content": "Why?"}
 
-# Templates that write the date get a fixed one, as a sweep may take days: what Llama 3.1 falls back to.
-FIXED_DATE = datetime.datetime(2024, 7, 26)
-FLAGS = "-_0^#EO"  # %-d is a day without its zero
-DIRECTIVES = {
-    flag + letter: FIXED_DATE.strftime(f"%{flag}{letter}")
-    for flag in ("", *FLAGS)
-    for letter in string.ascii_letters
-}
-# Templates are handed plain data only, no functions: so the date is a macro over all that a format may name.
-STRFTIME_NOW = (
-    "{% macro strftime_now(format) %}{% set directives = "
-    + json.dumps({name: text for name, text in DIRECTIVES.items() if "%" not in text})
-    + " %}{% for part in format.split('%%') %}{{ '' if loop.first else '%' }}"
-    "{% for piece in part.split('%') %}{% if loop.first %}{{ piece }}{% else %}"
-    "{% set end = 2 if piece[:1] in '" + FLAGS + "' else 1 %}{% if piece[:end] not in directives %}"
-    "{{ raise_exception('unknown date format ' + format) }}{% endif %}"
-    "{{ directives[piece[:end]] + piece[end:] }}{% endif %}{% endfor %}{% endfor %}{% endmacro %}"
-)
 # What a template may raise by itself: it is a program, of anybody.
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 USE_INST = "Use template=inst, or mend the tokenizer's chat_template."
@@ -211,8 +191,7 @@ class Renderer:
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokenizer's own chat template; one that writes the date writes the fixed one."""
-    source: str = tokenizer.get_chat_template()
-    return STRFTIME_NOW + source if "strftime_now" in source else source
+    return dated(tokenizer.get_chat_template())
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> str:

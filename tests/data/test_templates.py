@@ -42,7 +42,6 @@ USER_AND_ASSISTANT_ONLY = (
     "{% elif m['role'] == 'assistant' %}A: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
 )
-DATED = "{{ strftime_now('FORM') }}|" + NO_END
 THINKING = (  # as Qwen3 and SmolLM3 write it where no thinking is given
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and '</think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}"
@@ -301,29 +300,6 @@ def test_a_template_that_cuts_the_thinking_out_of_an_answer_is_refused() -> None
 
     with pytest.raises(ConfigError, match=r"changes the answer \(faq.jsonl:3: given: '<think>Hm.*see: 'So"):
         render(row, TemplateConfig(), tokenizer_with(CUT_THINKING))
-
-
-@pytest.mark.parametrize(
-    ("form", "date"),
-    [
-        ("%d %b %Y", "26 Jul 2024"),
-        ("%Y-%m-%d", "2024-07-26"),
-        ("%A, %-d %B %Y, %H:%M", "Friday, 26 July 2024, 00:00"),
-        ("%e.%-m.%y: 100 %%d", "26.7.24: 100 %d"),
-        ("%%%d%%", "%26%"),
-        ("today", "today"),
-    ],
-)
-def test_every_format_of_a_date_gives_the_same_day(form: str, date: str) -> None:
-    assert render(ROW, TemplateConfig(), tokenizer_with(DATED.replace("FORM", form))).prompt.startswith(
-        f"{date}|user: Why?"
-    )
-
-
-@pytest.mark.parametrize("form", ["%10d", "%", "100 %"])
-def test_a_date_that_cannot_be_written_is_refused(form: str) -> None:
-    with pytest.raises(ConfigError, match=f"template.name: .*unknown date format {form}"):
-        render(ROW, TemplateConfig(), tokenizer_with(DATED.replace("FORM", form)))
 
 
 @pytest.mark.parametrize("template", ["{{ 'a' + 1 }}", "{% for", "{{ nothing.at.all }}", "{{ 1 / 0 }}"])
