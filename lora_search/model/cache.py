@@ -47,7 +47,7 @@ def _share(folder: Path) -> None:
             path.chmod(folder.stat().st_mode & 0o666)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, settled_seconds: float = SETTLED_SECONDS) -> str:
     """Return the SHA-256 of a file, read once: until its size or one of its times changes.
 
     Raises OSError.
@@ -60,7 +60,7 @@ def file_digest(path: Path) -> str:
     begun = time.time()
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if _state(path) == before and begun - max(before[2:4]) / 1e9 > SETTLED_SECONDS:
+    if _state(path) == before and begun - max(before[2:4]) / 1e9 > settled_seconds:
         with suppress(OSError, WriteError):  # a cache that takes nothing costs time only
             write_file(
                 note, json.dumps({"file": before, "sha256": digest, "seal": _seal(before, digest)}).encode()
