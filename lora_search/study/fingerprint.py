@@ -48,17 +48,21 @@ DIGESTED = (  # what a checkpoint's and an adapter's origin is made of; never ch
     "content.validation", "content.test", "content.layers", "content.float32_matmul", "engine.dtype",
     "model.quantization",
 )  # fmt: skip
-CUTS_ROWS = (
-    "data.validation_fraction", "data.test_fraction", "data.max_train_examples",
-    "data.max_validation_examples", "data.max_length", "data.max_length_percentile",
-    "data.max_length_choices",
+READS_ROWS = (  # where rows lie and how they are read: free as long as they are the same rows
+    "data.path", "data.validation_path", "data.test_path", "data.subset", "data.split", "data.revision",
+    "data.format", "data.encoding", "data.on_bad_row", "data.on_control_text", "data.on_leakage",
 )  # fmt: skip
+CAPS = {"data.max_train_examples": "train", "data.max_validation_examples": "validation"}
+DEMO_CAPS = ("data.demo_train_examples", "data.demo_validation_examples")
+COLUMNS = "data.columns."
 
 
 def settings_part(config: SweepConfig) -> dict[str, str]:
     """Return the settings that change a trial's numbers."""
     sections = {k: value for k, value in as_dict(config).items() if k not in FREE_SECTIONS}
-    return {key: text for name, value in sections.items() for key, text in flat(name, value).items()}
+    told = {key: text for name, value in sections.items() for key, text in flat(name, value).items()}
+    caps = {key: str(config.data.cap(split)) for key, split in CAPS.items()}  # what auto comes to
+    return {key: text for key, text in {**told, **caps}.items() if key not in DEMO_CAPS}
 
 
 def space_part(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
@@ -120,7 +124,8 @@ def refuse_changes(study_name: str, changes: list[str]) -> None:
 
 def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Return whether the key says where rows come from, and the rows are the same."""
-    if not key.startswith("data.") or key in CUTS_ROWS:
+    is_cap = key in CAPS and "content.train" in stored
+    if key not in READS_ROWS and not key.startswith(COLUMNS) and not is_cap:
         return False
     contents = [k for k in ("data_hash", *EFFECTS) if k in stored]
     return bool(contents) and all(stored[k] == wanted.get(k) for k in contents)

@@ -7,10 +7,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lora_search.data.rows import Row
 from lora_search.data.serving import end_tokens, write_serving
 from lora_search.data.templates import render
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
+from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 ROWS = [
