@@ -1,6 +1,7 @@
 """Builds small engines over tiny models, and drives them to the end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ def random_splits(num_train: int = 12, num_validation: int = 5, seed: int = 0) -
     train = tuple(example() for _ in range(num_train))
     validation = tuple(example(7, 5, 11) for _ in range(num_validation))  # as after a chat template
     return Splits(train, validation, (), 32, "hash", {})
+
+
+def with_turns(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Return the examples with a further question in every other one: two tokens that bear no loss."""
+    middles = [(e.num_prompt_tokens + len(e.input_ids)) // 2 for e in examples]
+    return tuple(
+        replace(e, masked=((middle, min(middle + 2, len(e.input_ids) - 1)),)) if i % 2 else e
+        for i, (e, middle) in enumerate(zip(examples, middles, strict=True))
+    )
 
 
 def build_engine(

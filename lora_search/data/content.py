@@ -26,9 +26,12 @@ def data_content(
 
 
 def _examples(examples: Sequence[Example]) -> str:
-    """Return a digest of token ids and prompt lengths, in their order: an epoch's order is made from it."""
+    """Return a digest of tokens, prompt lengths and masks in order: an epoch's order is made from it."""
     digest = hashlib.sha256()
     for example in examples:
-        ids = np.array([len(example.input_ids), example.num_prompt_tokens, *example.input_ids], dtype="<i8")
+        masked = [bound for part in example.masked for bound in part]
+        ids = np.array(
+            [len(example.input_ids), example.num_prompt_tokens, *example.input_ids, *masked], dtype="<i8"
+        )
         digest.update(ids.tobytes())
     return digest.hexdigest()

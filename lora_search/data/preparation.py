@@ -30,7 +30,6 @@ from lora_search.data.tokens import (
     tokenize_rows,
     truncate,
 )
-from lora_search.errors import DataError
 from lora_search.reading.rows import Loaded, Row
 from lora_search.reading.text import is_indented, normal_answer, question_key
 from lora_search.settings.schema import SweepConfig
@@ -44,8 +43,6 @@ def prepare(
 ) -> Splits:
     """Clean, split, render, tokenize; write the pairs to ``folder`` where one is given."""
     rows, counts = loaded.rows, loaded.counts.copy()
-    if any(row.messages for row in rows):  # until their losses are masked
-        raise DataError("data.path: conversations of several turns cannot be trained on yet.")
     unique = without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     counts["further answers kept beside their question"] = len(unique) - len(
@@ -58,7 +55,7 @@ def prepare(
     require_both_sides(kept, config)
     check_control_text(config, [row for part in kept.values() for row in part], tokenizer, counts)
     renderer = Renderer(config.template, tokenizer)
-    items = {name: tokenize_rows(members, renderer) for name, members in kept.items()}
+    items = {name: tokenize_rows(members, renderer, config.train.loss_on) for name, members in kept.items()}
     counts += renderer.counts
     max_length = choose_max_length(config.data, [item.example for item in items["train"]], tokenizer)
     fitting = leave_out_long_prompts(items, max_length, config.data, counts)
@@ -94,8 +91,13 @@ def _further(row: Row) -> tuple[str, ...]:
 
 def pairs_text(pairs: Sequence[Pair]) -> str:
     """Return one line of JSON for each pair."""
-    lines = [json.dumps({"prompt": p.prompt, "completion": p.completion}, ensure_ascii=False) for p in pairs]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{json.dumps(_written(pair), ensure_ascii=False)}\n" for pair in pairs)
+
+
+def _written(pair: Pair) -> dict[str, object]:
+    """Return prompt and completion, and which characters of the completion bear no loss."""
+    texts: dict[str, object] = {"prompt": pair.prompt, "completion": pair.completion}
+    return {**texts, "masked": pair.masked} if pair.masked else texts
 
 
 def write_pairs(splits: Splits, folder: Path) -> None:

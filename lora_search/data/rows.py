@@ -6,16 +6,34 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Pair:
+    """What the model is asked, and what it learns to write; ``masked`` parts of that, in characters, are said
+    by others and bear no loss."""
+
     prompt: str
     completion: str
+    masked: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and completion; the loss is on ``input_ids[num_prompt_tokens:]``."""
+    """Token ids of prompt and completion; the loss is on ``input_ids[num_prompt_tokens:]``, but for what is
+    ``masked``: from where to where others speak."""
 
     input_ids: tuple[int, ...]
     num_prompt_tokens: int
+    masked: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def learnt(self) -> tuple[tuple[int, int], ...]:
+        """Return from where to where the loss is."""
+        if not self.masked:
+            return ((self.num_prompt_tokens, len(self.input_ids)),)
+        bounds = [
+            self.num_prompt_tokens,
+            *(bound for part in self.masked for bound in part),
+            len(self.input_ids),
+        ]
+        return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
 
 @dataclass(frozen=True)

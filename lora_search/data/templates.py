@@ -56,7 +56,7 @@ class Renderer:
         self.counts: Counter[str] = Counter()
         self._frames: dict[tuple[str, ...], Frame] = {}
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._specials = (*tokenizer.all_special_tokens, *added)
+        self.specials = (*tokenizer.all_special_tokens, *added)
 
     def pair(self, row: Row) -> Pair:
         """Return a question with its answer as text, special tokens written out."""
@@ -145,7 +145,7 @@ class Renderer:
                 raise self._fault("assistant", f"changes the answer ({source}: {difference})")
         if before.strip():
             self.counts[f"answers that follow {before!r}, which the template inserts"] += 1
-        return before + answer + self._ended(after.rstrip())
+        return before + answer + self.ended(after.rstrip())
 
     def _fault(self, role: str, what: str) -> ConfigError:
         """Return the error for a template that does not let a text through."""
@@ -173,9 +173,9 @@ class Renderer:
             raise ConfigError(key, self.template.system_prompt, rule, remedy) from None
         return str(text)
 
-    def _ended(self, tail: str) -> str:
+    def ended(self, tail: str) -> str:
         """Return what follows an answer with an end token: some templates leave it to the generation loop."""
-        return tail if tail.endswith(self._specials) else tail + self._end_token()
+        return tail if tail.endswith(self.specials) else tail + self._end_token()
 
     def _end_token(self) -> str:
         if not self.tokenizer.eos_token:

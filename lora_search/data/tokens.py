@@ -4,10 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.masks import ConversationRenderer
 from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
 from lora_search.errors import DataError
@@ -29,8 +31,11 @@ class Item:
     example: Example
 
 
-def tokenize_rows(rows: Sequence[Row], renderer: Renderer) -> list[Item]:
-    tokenizer, pairs = renderer.tokenizer, [renderer.pair(row) for row in rows]
+def tokenize_rows(
+    rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns"
+) -> list[Item]:
+    tokenizer, conversations = renderer.tokenizer, ConversationRenderer(renderer, loss_on)
+    pairs = [conversations.pair(row) if row.messages else renderer.pair(row) for row in rows]
     prompts = _tokenize([pair.prompt for pair in pairs], tokenizer)
     wholes = _tokenize([pair.prompt + pair.completion for pair in pairs], tokenizer)
     return [
@@ -45,10 +50,36 @@ def _example(pair: Pair, prompt: list[int], whole: list[int], tokenizer: PreTrai
     The whole text mostly begins with them. Where it does not (a token would straddle the boundary), the parts
     are joined. Always joining them would teach SentencePiece models a blank too many before each answer.
     """
+    if pair.masked:
+        return _masked_example(pair, whole, tokenizer)
     if whole[: len(prompt)] == prompt:
         return Example(tuple(whole), len(prompt))
     (completion,) = _tokenize([pair.completion], tokenizer)
     return Example((*prompt, *completion), len(prompt))
+
+
+def _masked_example(pair: Pair, whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return the tokens of a conversation, with the bounds between who speaks on whole tokens."""
+    text, start = pair.prompt + pair.completion, len(pair.prompt)
+    bounds = [start, *(start + bound for part in pair.masked for bound in part)]
+    pieces = [text[a:b] for a, b in zip([0, *bounds], [*bounds, len(text)], strict=True)]
+    ids = _tokenize(pieces, tokenizer)
+    if [token for piece in ids for token in piece] != whole:
+        ids = _pieces_by_prefix(text, bounds, whole, tokenizer) or ids
+    ends = list(accumulate(len(piece) for piece in ids))
+    masked = zip(ends[1:-1:2], ends[2:-1:2], strict=True)
+    return Example(tuple(token for piece in ids for token in piece), ends[0], tuple(masked))
+
+
+def _pieces_by_prefix(
+    text: str, bounds: Sequence[int], whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]] | None:
+    """Return the whole cut at each bound; None where a token straddles one."""
+    begun = _tokenize([text[:bound] for bound in bounds], tokenizer)
+    if any(whole[: len(ids)] != ids for ids in begun):
+        return None
+    ends = [0, *map(len, begun), len(whole)]
+    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -118,14 +149,26 @@ def truncate(
     counts: Counter[str],
 ) -> list[Item]:
     """Cut rows at the end, in tokens and in text."""
-    counts[f"{name} truncated"] = sum(len(item.example.input_ids) > max_length for item in items)
+    long = [item for item in items if len(item.example.input_ids) > max_length]
+    counts[f"{name} truncated"] = len(long)
+    counts[f"{name} truncated at the end of a turn"] = sum(bool(_borders(item, max_length)) for item in long)
     return [_cut(item, max_length, tokenizer) for item in items]
+
+
+def _borders(item: Item, max_length: int) -> list[int]:
+    """Return where learnt turns end that are within the length and others follow."""
+    return [start for start, _ in item.example.masked if start <= max_length]
 
 
 def _cut(item: Item, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Item:
     example = item.example
     if len(example.input_ids) <= max_length:
         return item
-    short = replace(example, input_ids=example.input_ids[:max_length])
+    if borders := _borders(item, max_length):
+        number = len(borders) - 1
+        kept = replace(example, input_ids=example.input_ids[: borders[-1]], masked=example.masked[:number])
+        text = item.pair.completion[: item.pair.masked[number][0]]
+        return Item(item.source, Pair(item.pair.prompt, text, item.pair.masked[:number]), kept)
+    short = replace(example, input_ids=example.input_ids[:max_length], masked=())
     completion = tokenizer.decode(list(short.input_ids[short.num_prompt_tokens :]))
     return Item(item.source, Pair(item.pair.prompt, completion), short)

@@ -47,7 +47,7 @@ class Segment:
 
     token_ids: Sequence[int]
     start: int
-    num_completion_tokens: int = 0
+    targets: tuple[range, ...] = ()  # the places of completion tokens
     num_before: int = 0
     prefix: int = 0
 
@@ -61,7 +61,7 @@ class Segment:
 
 
 def num_completion_tokens(row: Example) -> int:
-    return len(row.input_ids) - row.num_prompt_tokens
+    return len(row.input_ids) - row.num_prompt_tokens - sum(stop - start for start, stop in row.masked)
 
 
 class PackedModel:
@@ -84,9 +84,7 @@ class PackedModel:
         segments = lay_end_to_end(packs)
         ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
-        target_positions = torch.tensor(
-            [place for s in segments for place in range(s.end - s.num_completion_tokens, s.end)]
-        )
+        target_positions = torch.tensor([place for s in segments for places in s.targets for place in places])
         self.bank.plan = self._plan(packs)  # it stays: layers may be computed again on the way back
         attention = {
             name: self._upload(value) if isinstance(value, torch.Tensor) else value
@@ -155,7 +153,10 @@ def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:
         start += shared
         for row in pack.rows:
             rest = row.input_ids[shared:]
-            parts.append(Segment(rest, start, num_completion_tokens(row), shared, prefix))
+            targets = tuple(
+                range(start - shared + first, start - shared + last) for first, last in row.learnt
+            )
+            parts.append(Segment(rest, start, targets, shared, prefix))
             start += len(rest)
         segments += parts
     return segments

@@ -56,6 +56,11 @@ class Row:
             {"role": "assistant", "content": self.response},
         ]
 
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """Return the tools that the assistant may call, as chat templates take them."""
+        return json.loads(self.tools) if self.tools else None
+
 
 @dataclass(frozen=True)
 class Loaded:

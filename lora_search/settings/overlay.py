@@ -11,7 +11,7 @@ from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, Swe
 from lora_search.trial import TrialSettings
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
-FIXED = ("train.evals_per_epoch",)  # all trials must meet at the same rungs
+FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials meet at the same rungs, on the same tokens
 
 
 def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSettings:

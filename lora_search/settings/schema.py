@@ -116,8 +116,10 @@ class TrainConfig:
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     early_stopping_patience: int | None = None  # rungs without improvement; null trains to the end
+    loss_on: str = "all_assistant_turns"  # of a conversation; or last_turn
 
     def __post_init__(self) -> None:
+        require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn"))
         for key in ("epochs", "evals_per_epoch", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, key)
             require(value >= 1, f"train.{key}", value, "must be at least 1")

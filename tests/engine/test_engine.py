@@ -16,9 +16,9 @@ from lora_search.model.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.ops.recompute import recompute_layers
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
-from tests.harness import build_engine, random_splits, train_all
+from tests.harness import build_engine, random_splits, train_all, with_turns
 
-SPLITS = random_splits()
+SPLITS = replace(random_splits(), train=with_turns(random_splits().train))
 
 
 def mixed_runs(folder: Path) -> list[TrialRun]:
@@ -128,14 +128,16 @@ def test_micro_batches_and_accumulation_are_the_same_step(tiny_llama: Path, tmp_
 
 
 def nll_of(logits: torch.Tensor, example: Example) -> torch.Tensor:
-    target = torch.tensor(example.input_ids[example.num_prompt_tokens :])
-    return F.cross_entropy(logits[0, example.num_prompt_tokens - 1 : -1].float(), target, reduction="sum")
+    labels = torch.full((len(example.input_ids),), -100)
+    for start, stop in example.learnt:
+        labels[start:stop] = torch.tensor(example.input_ids[start:stop])
+    return F.cross_entropy(logits[0, :-1].float(), labels[1:], reduction="sum")
 
 
 def plain_perplexity(model: torch.nn.Module, examples: tuple[Example, ...]) -> float:
     with torch.no_grad():
         total = sum(nll_of(model(torch.tensor([e.input_ids])).logits, e) for e in examples)
-    return float(torch.exp(total / sum(len(e.input_ids) - e.num_prompt_tokens for e in examples)))
+    return float(torch.exp(total / sum(b - a for e in examples for a, b in e.learnt)))
 
 
 def plain_peft_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> list[float]:
@@ -156,7 +158,7 @@ def plain_peft_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits
         for start in range(0, len(order), s.examples_per_step):
             rows = [splits.train[i] for i in order[start : start + s.examples_per_step]]
             loss = sum(nll_of(model(torch.tensor([e.input_ids])).logits, e) for e in rows)
-            loss = loss / sum(len(e.input_ids) - e.num_prompt_tokens for e in rows)
+            loss = loss / sum(b - a for e in rows for a, b in e.learnt)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
             optimizer.step()
@@ -169,6 +171,7 @@ def plain_peft_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_trajectory_equals_a_plain_peft_loop(tiny_llama: Path, tmp_path: Path, use_rslora: bool) -> None:
     splits = random_splits(num_train=13)
+    splits = replace(splits, train=with_turns(splits.train), validation=with_turns(splits.validation))
     run = make_run(tmp_path, 0, target_modules=("all-linear",), use_rslora=use_rslora, alpha=6.0)
     engine = build_engine(tiny_llama, splits)
     engine.admit([run])

@@ -1,0 +1,144 @@
+"""What of a conversation the model learns to write: its turns, found as inference would render them.
+
+The loss is on each of the assistant's turns, its end token included, and on nothing else. A turn begins where
+the generation prompt after the turns before it ends. Where a template writes an earlier turn otherwise once
+others follow (thinking left out, say), a mark in its place shows where it is. Costs two renderings a turn.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.rows import Pair
+from lora_search.data.serving import serving_template
+from lora_search.data.templates import FAULTS, Renderer, dated_template
+from lora_search.errors import ConfigError
+from lora_search.reading.rows import Row
+from lora_search.settings.schema import TemplateConfig
+
+MARK = "7031948265000031"  # digits have no capitals, no white space, nothing to escape
+THINKING_ENDS = "</think>"
+DROPPED = "answers whose thinking the template leaves out"
+Turns = Sequence[dict[str, Any]]
+
+
+class ConversationRenderer:
+    """Writes conversations as the model sees them, by the template that single questions get as well."""
+
+    def __init__(self, renderer: Renderer, loss_on: str) -> None:
+        self.counts, self.specials, self.ended = renderer.counts, renderer.specials, renderer.ended
+        self.template, self.loss_on = renderer.template, loss_on
+        self.tokenizer = _served(renderer.template, renderer.tokenizer)
+
+    def pair(self, row: Row) -> Pair:
+        """Return the text up to the end of the last answer that is learnt, and what of it bears no loss."""
+        turns, learnt = self._turns(row)
+        asker = _Asker(self.tokenizer, row, self.specials)
+        whole = asker.render(turns)
+        self._check_texts(turns, whole, row.source)
+        spans = [asker.span(turns, whole, index) for index in learnt]
+        text, start = whole[: spans[-1][1]], spans[0][0]
+        masked = [(a[1] - start, b[0] - start) for a, b in zip(spans, spans[1:], strict=False)]
+        completion = text[start:]
+        if learnt[-1] == len(turns) - 1:  # only a last turn's end may be left to the generation loop
+            completion = self.ended(completion)
+        return Pair(text[:start], completion, tuple(masked))
+
+    def _turns(self, row: Row) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return the messages, led by a system prompt where there is one, and which are learnt."""
+        turns, system = row.turns, self.template.system_prompt
+        if system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": system})
+        weights = [turn.pop("weight", 1) for turn in turns]
+        learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] > 0]
+        return turns, learnt[-1:] if self.loss_on == "last_turn" else learnt
+
+    def _check_texts(self, turns: Turns, whole: str, source: str) -> None:
+        """Raise ConfigError where the template loses a text; count thinking that it leaves out."""
+        place = 0
+        for turn in turns:
+            role, text = turn["role"], turn["content"].strip()
+            if role == "tool" or not text:
+                continue
+            start = 0 if role == "system" else place
+            if (found := whole.find(text, start)) < 0 and role == "assistant" and THINKING_ENDS in text:
+                text = text.rpartition(THINKING_ENDS)[2].strip()
+                found = whole.find(text, start)
+                self.counts[DROPPED] += found >= 0
+            if found < 0:
+                what = f"loses or changes a message of the {role} ({source}: {text[:40]!r})"
+                rule = f"the tokenizer's chat template {what}"
+                raise ConfigError(
+                    "template.name", self.template.name, rule, "Mend the tokenizer's chat_template."
+                )
+            place = place if role == "system" else found + len(text)
+        thoughts = [
+            turn[key].strip() for turn in turns for key in ("reasoning_content", "thinking") if key in turn
+        ]
+        self.counts[DROPPED] += sum(thought not in whole for thought in thoughts)
+
+
+class _Asker:
+    """One conversation's template calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Row, specials: tuple[str, ...]) -> None:
+        self.tokenizer, self.source, self.specials = tokenizer, row.source, specials
+        self.tools, self.chat_template = row.offered_tools, dated_template(tokenizer)
+
+    def render(self, turns: Turns, *, ask: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(turns),
+                tools=self.tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except FAULTS as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise self._fault(f"refuses the conversation: {reason}") from None
+        return str(text)
+
+    def span(self, turns: Turns, whole: str, index: int) -> tuple[int, int]:
+        """Return where a turn of the assistant begins and ends in the whole, its end token included."""
+        asked = self.render(turns[:index], ask=True)
+        answered = self.render(turns[: index + 1])
+        if not answered.startswith(asked):
+            raise self._fault("does not let an answer follow the generation prompt")
+        said = self._without_tail(answered[len(asked) :])
+        if whole.startswith(asked + said):
+            return len(asked), len(asked) + len(said)
+        return self._marked_span(turns, whole, index, asked)
+
+    def _marked_span(self, turns: Turns, whole: str, index: int, asked: str) -> tuple[int, int]:
+        marked = [*turns]
+        marked[index] = {"role": "assistant", "content": MARK}
+        head, mark, tail = self.render(marked).partition(MARK)
+        lead, _, end = self.render(marked[: index + 1])[len(asked) :].partition(MARK)
+        is_around = whole.startswith(head) and whole.endswith(tail) and len(head) + len(tail) <= len(whole)
+        if not mark or not is_around:
+            raise self._fault(f"writes message {index + 1} so that its place cannot be found")
+        end = self._without_tail(end)
+        start = len(head) - (len(lead) if head.endswith(lead) else 0)
+        return start, len(whole) - len(tail) + (len(end) if tail.startswith(end) else 0)
+
+    def _without_tail(self, said: str) -> str:
+        """Return a turn without the line break that templates write after its end token."""
+        short = said.rstrip()
+        return short if short.endswith(self.specials) else said
+
+    def _fault(self, what: str) -> ConfigError:
+        rule = f"the tokenizer's chat template {what} ({self.source})"
+        remedy = "Mend the tokenizer's chat_template, or leave such rows out."
+        return ConfigError("template.name", "chat", rule, remedy)
+
+
+def _served(template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with the template that conversations are written by."""
+    if template.name == "chat" and tokenizer.chat_template:
+        return tokenizer
+    served = copy.copy(tokenizer)
+    served.chat_template = serving_template(template, tokenizer)
+    return served
