@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def test_curves_are_drawn_against_examples_seen(tmp_path: Path, tracker: Tracker
         ("examples_seen", "", ""),
         ("", "*", "examples_seen"),
     ]
+
+
+def test_two_studies_of_one_name_share_no_run(tmp_path: Path, tracker: Tracker) -> None:
+    runs = [replace(make_run(tmp_path, number), study_id=study) for number, study in ((0, "aaa"), (1, "bbb"))]
+    for run in (*runs, replace(make_run(tmp_path / "other", 0), number=2, study_id="bbb")):
+        tracker.start(run)
+    tracker.close()
+
+    folders = sorted((tmp_path).rglob("*.wandb"))
+    told = [next(r.run for r in read_records(path) if r.HasField("run")) for path in folders]
+    assert {(run.run_id, run.display_name) for run in told} == {
+        ("faq.v2-aaa-0", "faq.v2-0"), ("faq.v2-bbb-1", "faq.v2-1"), ("faq.v2-bbb-2", "faq.v2-2"),
+    }  # fmt: skip
 
 
 def test_a_run_is_named_after_its_study_and_trial_and_carries_all_settings(
