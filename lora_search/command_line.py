@@ -7,15 +7,16 @@ Imports no torch.
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_search.errors import LoraSearchError
 from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
-from lora_search.settings.composition import DEFAULT_SWEEP, compose_study
-from lora_search.settings.schema import StudyConfig
+from lora_search.settings.composition import DEFAULT_SWEEP, compose_section, compose_study
+from lora_search.settings.recorded import recorded_config
+from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import remember_all
 from lora_search.worker.interrupts import EXIT_CODE
 
@@ -51,6 +52,19 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
     """Return the study that a command line names. Raises InputError for what is wrong with it."""
     study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
     return FoundStudy(study, Path(runs_dir))
+
+
+def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
+    """Return the settings of the study's sweep as it recorded them, with the `engine` keys and runs_dir that
+    the command line gives."""
+    config = recorded_config(attributes, found.config)
+    typed = [key.partition("=")[0] for key in arguments.overrides]
+    sections = {key.partition(".")[0] for key in typed}
+    if "engine" in sections:
+        given = compose_section(arguments.sweep, arguments.overrides, arguments.config_dir, "engine")
+        names = [key.partition(".")[2] for key in typed if key.startswith("engine.")]
+        config.engine = replace(config.engine, **{name: getattr(given, name) for name in names})
+    return config
 
 
 def run(command: Callable[[argparse.Namespace, Progress], None], parser: argparse.ArgumentParser) -> int:

@@ -97,6 +97,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.output.conclusion import conclude
     from lora_search.output.tracking import make_tracker
     from lora_search.prepare import describe_search, prepare_sweep
+    from lora_search.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.study import check_study
     from lora_search.worker.worker import work
@@ -111,6 +112,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
         if not study.is_finished:
             with progress, interrupts.after_the_pass():
                 work(study, engine, tracker, progress, interrupts.check)
+        if study.is_finished:
+            with interrupts.after_the_pass():
+                score_test_once(engine, config.study, study.folder, interrupts.check)
     if config.launcher.worker is None:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
         conclude(*found, config, progress)

@@ -15,9 +15,10 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"study"},
     {"engine", "output"},
     {"worker", "training"},
-    {"prepare"},
+    {"prepare", "scoring"},
+    {"reopen"},
     {"command_line"},
-    {"sweep", "report"},
+    {"sweep", "score", "report"},
     {"cli"},
 ]
 LARGEST_ROOM = 15

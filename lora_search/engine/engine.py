@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from lora_search.data.order import DataAxis
-from lora_search.data.rows import Splits
+from lora_search.data.rows import Example, Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
@@ -25,9 +26,9 @@ from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
-from lora_search.files.peft import BaseRecord
+from lora_search.files.peft import BaseRecord, read_peft
 from lora_search.ops.device import Lap, Throughput, give_back_memory, is_out_of_memory
-from lora_search.trial import Measurement, RowScores, SlotView, TrialRun
+from lora_search.trial import Measurement, RowScores, SlotView, TrialRun, TrialSettings
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Engine:
 
     def evaluate_base(self) -> RowScores:
         """Return how the bare base predicts the validation rows."""
-        return self._scores([None])[0]
+        return self.scores([None], self.splits.validation)[0]
 
     def views(self) -> list[SlotView]:
         """Return what each busy slot is doing."""
@@ -250,20 +251,32 @@ class Engine:
         alone."""
         if len(due) > 1:
             try:
-                return list(self._scores([index for index, _ in due]))
+                return list(self.scores([index for index, _ in due], self.splits.validation))
             except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
                 logger.warning(
                     "an evaluation failed: %s; its trials run again one by one", self._explain(error)
                 )
-        values = [self._for_one(slot, partial(self._scores, [index])) for index, slot in due]
+        rows = self.splits.validation
+        values = [self._for_one(slot, partial(self.scores, [index], rows)) for index, slot in due]
         return [value[0] if value else None for value in values]
 
-    def _scores(self, slots: Sequence[int | None]) -> list[RowScores]:
-        rows = self.splits.validation
+    def place(self, settings: TrialSettings, adapter: Path) -> int:
+        """Put a finished adapter into a free slot for `scores` and return that; `bank.release` empties it.
+        Raises DamagedFileError."""
+        index, names = self.slots.index(None), self.resolve_targets(settings.target_modules)
+        weights, _ = read_peft(adapter)
+        self.bank.admit(index, settings, names, seed=0)
+        self.bank.load(self.bank.theta_SP[index], settings.r, names, weights)
+        self.bank.refresh(index)
+        return index
+
+    def scores(self, slots: Sequence[int | None], rows: Sequence[Example]) -> list[RowScores]:
+        """Return how each slot, None for the bare base, predicts the rows."""
+        is_known = rows is self.splits.validation
+        shared = self.num_shared if is_known else shareable_tokens(self.model, rows)
         while True:
             try:
-                size, shared = self.tokens_per_pass, self.num_shared
-                return score_rows(self.model, slots, rows, size, shared, self.after_pass)
+                return score_rows(self.model, slots, rows, self.tokens_per_pass, shared, self.after_pass)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -10,6 +10,7 @@ from lora_search.files.atomic import write_file
 from lora_search.trial import RowScores
 
 VALIDATION = "validation_rows.npz"  # in a trial's folder, of its best rung
+TEST = "test_rows.npz"  # the same of the test split
 BASE = "base_rows.npz"  # in the study's folder, of the bare base
 
 

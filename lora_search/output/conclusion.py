@@ -8,11 +8,12 @@ from pathlib import Path
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
 from lora_search.output.certainty import certainty_of
-from lora_search.output.leaderboard import leaderboard
+from lora_search.output.leaderboard import leaderboard, line_of_test
 from lora_search.output.page import write_report
 from lora_search.output.ranking import base_of, best_of
 from lora_search.output.terminal import Progress, next_steps
 from lora_search.settings.schema import SweepConfig
+from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
 FINISHED = ("COMPLETE", "PRUNED")
@@ -26,6 +27,9 @@ def conclude(
     base_perplexity = base_of(attributes)
     board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
     progress.console.print(board)
+    test = read_test_score(attributes)
+    if test is not None:
+        progress.console.print(line_of_test(test, best_of(rows)), markup=False, soft_wrap=True)
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         write_report(rows, attributes, base_perplexity, folder / "report.html")

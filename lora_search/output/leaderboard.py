@@ -1,5 +1,6 @@
 """The leaderboard in a terminal: every column whole at any width, and who is tied with the best."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,7 @@ from lora_search.output.formatting import (
     show_value,
 )
 from lora_search.output.ranking import best_of, ranked, searched_keys
+from lora_search.study.results import TestScore
 from lora_search.trial import TrialRow
 
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
@@ -117,6 +119,19 @@ def tied_line(rows: Sequence[TrialRow], certainty: Certainty) -> str:
     numbers = [f"{number:,}" for number in needed if number is not None]
     rows_needed = f"; about {listed(numbers)} rows would separate them" if numbers else ""
     return f"{beginning}{comparisons[0].num_rows} validation rows{rows_needed}"
+
+
+def line_of_test(score: TestScore, best: TrialRow | None = None) -> str:
+    """Return the test score in a line, and whether it is of another trial than the best by now."""
+    to_base = show_difference(math.expm1(score.difference), score.error)
+    values = [show_perplexity(value, 2) for value in (score.perplexity, score.base_perplexity)]
+    text = f"test split, {score.num_rows} rows: trial {score.trial} {values[0]}, base {values[1]}"
+    text += f", change {to_base}"
+    if score.looks > 1:
+        text += f"; look {score.looks} at it: its value as a test is less with each"
+    if best is not None and best.number != score.trial:
+        text += f"; the best is trial {best.number} by now (lora-search score --again)"
+    return text
 
 
 def listed(names: Sequence[str]) -> str:

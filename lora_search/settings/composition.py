@@ -109,6 +109,13 @@ def check_composes(
             OmegaConf.to_container(composed, resolve=True)
 
 
+def compose_section(config_name: str, overrides: Sequence[str], more: Path | None, section: str) -> object:
+    """Return one section of a sweep's settings, checked; the others need not be given."""
+    composed = _compose(config_name, overrides, more)
+    with _explained(config_name, more):
+        return OmegaConf.to_object(composed[section])
+
+
 def help_page(config_name: str, overrides: Sequence[str], more: Path | None = None) -> str:
     """Return what --help shows: sweeps, groups and settings. Hydra's own page takes twice as long."""
     sweeps = "\n".join(f"  {path.stem:<22}{_question(path)}" for path in _files(SWEEPS, more, "*.yaml"))

@@ -53,6 +53,15 @@ class StudyView:
         with explained_errors(self.config):
             return attributes_of(self._study)
 
+    def settings_of(self, number: int) -> TrialSettings:
+        """Return what one trial trained. Raises ConfigError where there is no such trial."""
+        found = next((t for t in self._trials() if t.number == number), None)
+        settings = None if found is None else _settings(found)
+        if settings is None:
+            rule = f"must be a trial of study {self.config.name!r} that has begun"
+            raise ConfigError("trial", number, rule, "`lora-search status` lists them.")
+        return settings
+
     def _trials(self) -> Sequence[FrozenTrial]:
         with explained_errors(self.config):
             return [settled(trial) for trial in self._study.get_trials(deepcopy=False)]

@@ -45,8 +45,8 @@ class TimedEngine(Engine):
     def _step(self, *arguments: Any) -> bool:
         return self._timed(super()._step, *arguments)
 
-    def _scores(self, *arguments: Any) -> list[RowScores]:
-        return self._timed(super()._scores, *arguments)
+    def scores(self, *arguments: Any) -> list[RowScores]:
+        return self._timed(super().scores, *arguments)
 
 
 def sweep(pruner: str, folder: Path) -> dict[str, float]:

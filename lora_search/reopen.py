@@ -1,0 +1,60 @@
+"""A study's base, data and adapters again, from what it recorded: for commands that compute after the search.
+
+Imports torch. Data or a base that changed since are refused: their numbers would not be the study's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.rows import Splits
+from lora_search.engine.build import Room, build_engine
+from lora_search.engine.content import content_of
+from lora_search.engine.engine import Engine
+from lora_search.errors import StudyError
+from lora_search.model.loading import load_base
+from lora_search.prepare import read_inputs
+from lora_search.reading.load import load_rows
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.fingerprint import check_fingerprint
+from lora_search.study.identity import find_identity
+from lora_search.trial import TrialSettings
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """What a command needs to compute with a study's adapters."""
+
+    config: SweepConfig
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    engine: Engine
+
+
+def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int) -> Reopened:
+    """Return an engine with room for these trials, ``num_slots`` at a time. Raises FingerprintError where
+    rows, base or template are not those of the study."""
+    identity = find_identity(config.study)
+    inputs = read_inputs(config, load_rows(config.data), identity)
+    stored = identity.fingerprint if identity is not None else {}
+    known = [key for key in inputs.content if key in stored]
+    wanted = {key: inputs.content[key] for key in known}
+    check_fingerprint(config.study.name, {key: stored[key] for key in known}, wanted)
+    sized = replace(config, engine=replace(config.engine, slots=num_slots))
+    base = load_base(inputs.source, inputs.model, config.engine)
+    content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
+    engine, _ = build_engine(sized, Room.of(trials), base, inputs.splits, content)
+    return Reopened(config, inputs.tokenizer, inputs.splits, engine)
+
+
+def adapter_folder(folder: Path, number: int) -> Path:
+    """Return where a trial's adapter is. Raises StudyError where it was trained on another machine."""
+    adapter = folder / "trials" / str(number) / "adapter"
+    if not adapter.is_dir():
+        raise StudyError(
+            f"trial {number}: its adapter is not in {adapter}. Copy the folder of the trial from the machine "
+            "that trained it, or name another trial."
+        )
+    return adapter

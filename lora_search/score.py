@@ -1,0 +1,54 @@
+"""`python -m lora_search.score study.name=NAME [--again]`: winner and base on the test split.
+
+A sweep does this by itself when it ends. Imports torch once it is going to compute.
+"""
+
+import argparse
+import sys
+
+from lora_search.command_line import find_study, recorded, run, study_parser
+from lora_search.errors import ConfigError, StudyError
+from lora_search.output.leaderboard import line_of_test
+from lora_search.output.ranking import best_of
+from lora_search.output.terminal import Progress
+from lora_search.study.results import read_test_score
+from lora_search.study.view import StudyView
+
+
+def main() -> int:
+    """Score the best trial of the study that the command line names; return the exit code."""
+    parser = study_parser("score", "Score the best trial and the base on the test split.")
+    parser.add_argument("--again", action="store_true", help="look a second time; the report counts it")
+    return run(score, parser)
+
+
+def score(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Score and say what came out."""
+    found = find_study(arguments)
+    view = StudyView(found.config)
+    attributes = view.attributes()
+    best, before = best_of(view.rows()), read_test_score(attributes)
+    if best is None:
+        raise StudyError(f"study.name: {found.config.name!r} has no complete trial yet. Run the sweep first.")
+    if before is not None and not arguments.again:
+        raise ConfigError(
+            "study.name",
+            found.config.name,
+            f"was scored on its test split on {before.scored_at} ({line_of_test(before)})",
+            "A second look makes the split a second validation split: add --again to take it; it is counted.",
+        )
+    config = recorded(arguments, found, attributes)
+
+    from lora_search.reopen import adapter_folder, reopen
+    from lora_search.scoring import score_test
+
+    adapter_folder(found.folder, best.number)
+    opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
+    found_score = score_test(opened.engine, view, best, found.folder) if opened.splits.test else None
+    if found_score is None:
+        raise StudyError(f"data.test_fraction: {len(opened.splits.test)} test rows give no score.")
+    progress.event(line_of_test(found_score))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

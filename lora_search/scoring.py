@@ -1,0 +1,70 @@
+"""The test split, looked at once: winner and base are scored on it when a sweep has ended.
+
+A second look would make it a second validation split. It is possible, asked for, and counted.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_search.engine.engine import Engine
+from lora_search.files.row_scores import TEST, write_scores
+from lora_search.output.certainty import compare
+from lora_search.output.conclusion import one_at_a_time
+from lora_search.output.ranking import best_of
+from lora_search.settings.schema import StudyConfig
+from lora_search.study.results import TestScore, read_test_score, store_test_score
+from lora_search.study.view import StudyView
+from lora_search.trial import TrialRow
+
+
+def score_test_once(
+    engine: Engine, config: StudyConfig, folder: Path, after_pass: Callable[[], None] = lambda: None
+) -> TestScore | None:
+    """Score the best trial and the base on the test split, unless that was done before by anybody.
+
+    None where there is nothing to score: no test rows, no complete trial, its adapter on another machine.
+    """
+    view = StudyView(config)
+    with one_at_a_time(folder):
+        best = best_of(view.rows())
+        if best is None or not engine.splits.test or not adapter_of(best, folder).is_dir():
+            return None
+        if read_test_score(view.attributes()) is not None:
+            return None
+        engine.after_pass = after_pass
+        return score_test(engine, view, best, folder)
+
+
+def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) -> TestScore | None:
+    """Score the trial and the base on the test split, and store that with the study.
+
+    None where a score is not finite, or of one row only.
+    """
+    slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
+    base, scores = engine.scores([None, slot], engine.splits.test)
+    engine.bank.release(slot)
+    write_scores(folder / "trials" / str(best.number), scores, best.best_rung or 0, TEST)
+    comparison, before = compare(scores, base), read_test_score(view.attributes())
+    if comparison is None:
+        return None
+    earlier = (*before.earlier, (before.trial, before.perplexity, before.scored_at)) if before else ()
+    score = TestScore(
+        trial=best.number,
+        rung=best.best_rung or 0,
+        perplexity=scores.perplexity,
+        base_perplexity=base.perplexity,
+        difference=comparison.difference,
+        error=comparison.error,
+        num_rows=comparison.num_rows,
+        scored_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        looks=before.looks + 1 if before else 1,
+        earlier=earlier,
+    )
+    store_test_score(view.config, score)
+    return score
+
+
+def adapter_of(row: TrialRow, folder: Path) -> Path:
+    """Return where a trial's adapter is, if it was trained here."""
+    return folder / "trials" / str(row.number) / "adapter"

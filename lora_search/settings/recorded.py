@@ -1,0 +1,60 @@
+"""The settings of a sweep as its study recorded them: for commands that get nothing but the study's name."""
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from lora_search.settings.schema import StudyConfig, SweepConfig
+
+PREFIX = "setting/sweep."
+
+
+def recorded_settings(attributes: Mapping[str, str]) -> dict[str, str]:
+    """Return the sweep's settings as text, by their dotted keys."""
+    return {key.removeprefix(PREFIX): text for key, text in attributes.items() if key.startswith(PREFIX)}
+
+
+def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:
+    """Return the sweep's settings, checked; without its space, and with the storage that was given now.
+
+    A setting that a later version added has its default; one that it dropped is left out.
+    """
+    texts = recorded_settings(attributes)
+    values = _flat("", json.loads(attributes["settings"])) if "settings" in attributes else {}
+    config = _build(SweepConfig, "", values or {key: _literal(text) for key, text in texts.items()}, texts)
+    assert isinstance(config, SweepConfig)
+    config.study = study
+    return config
+
+
+def _build(kind: type, prefix: str, values: Mapping[str, object], texts: Mapping[str, str]) -> Any:
+    """Return an object of a settings class; what is not recorded keeps its default."""
+    chosen: dict[str, object] = {}
+    for field in fields(kind):
+        key, declared = f"{prefix}{field.name}", field.type
+        if isinstance(declared, type) and is_dataclass(declared):
+            chosen[field.name] = _build(declared, f"{key}.", values, texts)
+        elif key in values:
+            chosen[field.name] = texts.get(key, values[key]) if declared is str else values[key]
+    return kind(**chosen)
+
+
+def _flat(prefix: str, tree: Mapping[str, object]) -> dict[str, object]:
+    """Return dotted key -> value."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(f"{prefix}{name}.", value)
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _literal(text: str) -> object:
+    """Return the value whose str() an older version recorded."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
