@@ -180,7 +180,7 @@ def prepare_sweep(
     if sizes:
         progress.event(f"engine: {sizes}")
     check_older(config, identity, engine, content)
-    study = open_study(config, sweep_name, space, inputs, content)
+    study = open_study(config, sweep_name, space, inputs, content, progress.began)
     for change in study.changes:
         progress.event(f"study {config.study.name}: changed {change}")
     generation = base.model.generation_config.to_diff_dict()
@@ -195,12 +195,21 @@ def prepare_sweep(
 
 
 def open_study(
-    config: SweepConfig, sweep_name: str, space: Space, inputs: Inputs, content: Mapping[str, str]
+    config: SweepConfig,
+    sweep_name: str,
+    space: Space,
+    inputs: Inputs,
+    content: Mapping[str, str],
+    began: float | None = None,
 ) -> SweepStudy:
-    """Return the study, its folder claimed and the rows written there: no other study's lie in it."""
+    """Return the study, its folder claimed and the rows written there: no other study's lie in it.
+
+    The budget counts this process's time from ``began``.
+    """
     command, folder = typed_command(sys.argv), study_folder(config)
     known = attributes(config, sweep_name, command, inputs.source, inputs.splits, content)
-    study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder)
+    known["data.train_tokens"] = str(sum(len(row.input_ids) for row in inputs.splits.train))
+    study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder, began=began)
     claim_folder(folder, config.study.name, study.identity)
     with explained_writing(folder):
         write_pairs(inputs.splits, folder / "data")

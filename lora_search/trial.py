@@ -137,18 +137,47 @@ class SlotView:
     perplexity: float | None  # at the last rung
 
 
+@dataclass(frozen=True)
+class Limit:
+    """One limit, and how much of it is spent."""
+
+    key: str
+    spent: float
+    limit: float
+    unit: str
+
+    @property
+    def share(self) -> float:
+        return self.spent / self.limit
+
+    @property
+    def is_reached(self) -> bool:
+        return self.spent >= self.limit
+
+    def __str__(self) -> str:
+        return f"{_amount(self.spent)} of {_amount(self.limit)}{self.unit}"
+
+
+def _amount(number: float) -> str:
+    """Return a number as people write it: 0.052, 1.75, 120, 2,000,000."""
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudySummary:
     """Where the study stands. ``finished`` counts COMPLETE and PRUNED trials, over all starts and workers."""
 
     finished: int
-    n_trials: int
+    n_trials: int | None  # None: a budget ends the sweep
     complete: int
     pruned: int
     failed: int
     running: int
     best_number: int | None
     best_perplexity: float | None
+    limits: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

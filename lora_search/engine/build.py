@@ -42,7 +42,7 @@ class Room:
         """Return room for every trial of a space."""
         targets = tuple(possible_targets(config, space))
         max_rank = largest(config, space, "lora.r")
-        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.n_trials)
+        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.most_trials)
 
 
 def build_engine(

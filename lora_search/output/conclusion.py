@@ -33,7 +33,7 @@ def conclude(
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         write_report(rows, attributes, base_perplexity, folder / "report.html")
-    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.n_trials:
+    if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.most_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
         )

@@ -31,7 +31,7 @@ from rich.text import Text
 
 from lora_search.output.formatting import show_perplexity, show_seconds, show_value
 from lora_search.output.streams import clean, shorten
-from lora_search.settings.schema import SweepConfig
+from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary
 
@@ -39,6 +39,7 @@ LIVE_SECONDS = 0.5  # the live view is drawn at most so often
 LINE_SECONDS = 30.0  # and a plain status line printed at most so often
 PLAIN_WIDTH = 140  # of tables that go to a file
 
+LIMITS = ("n_trials", "max_hours", "max_tokens", "max_cost")  # of a study: the first that is reached ends it
 
 def open_console() -> Console:
     """Return the console of standard output; a file gets wide tables and no colours."""
@@ -75,6 +76,7 @@ class Progress:
         self.console = console or open_console()
         self._clock = clock
         self._started = clock()
+        self.began = time.time()  # of the process, nearly: the budget counts from here
         self._drawn = float("-inf")
         self._time_left = TimeLeft()
         self._live: Live | None = None
@@ -162,7 +164,7 @@ class TimeLeft:
             self._first.setdefault(slot.trial_number, rungs_trained(slot))
             self._last[slot.trial_number] = rungs_trained(slot)
         done = sum(self._last[number] - self._first[number] for number in self._last)
-        if done < 1 or not slots:
+        if done < 1 or not slots or summary.n_trials is None:
             return None
         workers = max(1.0, summary.running / len(slots))  # others train on the same study
         return self._rungs_left(slots, summary) * (now - self._started) / (done * workers)
@@ -172,6 +174,7 @@ class TimeLeft:
         lengths = [rungs for number, rungs in self._last.items() if number not in busy]
         longest = max(slot.settings.num_rungs for slot in slots)
         usual = sum(lengths) / len(lengths) if lengths else float(longest)
+        assert summary.n_trials is not None
         waiting = max(0, summary.n_trials - summary.finished - max(summary.running, len(slots)))
         running = 0.0
         for slot in slots:
@@ -197,13 +200,25 @@ def heading(
     bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
     bar.add_column(ratio=1)
     bar.add_column(justify="right", no_wrap=True)
-    counts = Text(f"{summary.finished}/{summary.n_trials} trials")
+    counts = Text(trials_done(summary))
     counts.append(f"  {summary.pruned} pruned", style="yellow")
     if summary.failed:
         counts.append(f"  {summary.failed} failed", style="red")
     counts.append(f"  {tokens_per_second:,.0f} tokens/s", style="cyan")
-    bar.add_row(ProgressBar(total=summary.n_trials, completed=summary.finished), counts)
+    bar.add_row(ProgressBar(total=1.0, completed=share_done(summary)), counts)
     return Padding(Group(first, bar), (1, 0))
+
+
+def trials_done(summary: StudySummary) -> str:
+    """Return how many trials are done of how many, and what is spent of each limit."""
+    total = "" if summary.n_trials is None else f"/{summary.n_trials}"
+    return ", ".join([f"{summary.finished}{total} trials", *(str(limit) for limit in summary.limits)])
+
+
+def share_done(summary: StudySummary) -> float:
+    """Return how much of what ends the sweep first is behind it."""
+    trials = [] if summary.n_trials is None else [summary.finished / summary.n_trials]
+    return min(1.0, max([*trials, *(limit.share for limit in summary.limits)], default=0.0))
 
 
 def best_line(summary: StudySummary) -> Text:
@@ -250,7 +265,7 @@ def status_line(
     slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float, seconds_left: float | None
 ) -> str:
     """Return where the sweep stands in one plain line."""
-    parts = [f"{summary.finished}/{summary.n_trials} trials", f"{summary.pruned} pruned"]
+    parts = [trials_done(summary), f"{summary.pruned} pruned"]
     if summary.failed:
         parts.append(f"{summary.failed} failed")
     if summary.best_number is not None:
@@ -277,13 +292,19 @@ def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
         "best adapter": best,
         "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
         "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
-        "more trials": f"the same command with study.n_trials={config.study.n_trials * 2}",
+        "more trials": f"the same command with {' '.join(higher_limits(config.study))}",
         "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
     }
     if config.tracker.name != "wandb_offline":
         del steps["W&B"]
     width = max(map(len, steps))
     return "\n".join(f"  {name:<{width}}  {step}" for name, step in steps.items())
+
+
+def higher_limits(study: StudyConfig) -> list[str]:
+    """Return overrides that let a sweep go on which has come to its end."""
+    keys = [key for key in LIMITS if getattr(study, key) is not None]
+    return [f"study.{key}={getattr(study, key) * 2}" for key in keys]
 
 
 def program(name: str) -> str:

@@ -6,6 +6,7 @@ ConfigError that names the key as it is typed; nothing is ever changed in silenc
 """
 
 import re
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -191,7 +192,15 @@ class PrunerConfig:
 @dataclass(kw_only=True)
 class StudyConfig:
     name: str = "sweep"
-    n_trials: int = 12  # a total over all starts and workers: COMPLETE + PRUNED
+    n_trials: int | None = (
+        12  # a total over all starts and workers: COMPLETE + PRUNED; null: a budget ends it
+    )
+    max_hours: float | None = (
+        None  # wall time over all starts; the first limit that is reached ends the sweep
+    )
+    max_tokens: int | None = None  # training tokens over all trials
+    max_cost: float | None = None  # in the currency of price_per_hour
+    price_per_hour: float | None = None  # of one worker and its device
     storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
     heartbeat_seconds: int = 30
     patience_seconds: int = 600  # so long training goes on while the database does not answer
@@ -204,7 +213,7 @@ class StudyConfig:
         known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
         rule = "must be 1 to 100 letters, digits, '.', '_' or '-' and start with a letter or digit"
         require(bool(known), "study.name", self.name, rule, "It becomes a folder name under runs/.")
-        require(self.n_trials >= 1, "study.n_trials", self.n_trials, "must be at least 1")
+        self._check_limits()
         has_home = self.storage.startswith("sqlite:///~")
         require(not has_home, "study.storage", self.storage, "must not name a folder by ~", WRITE_OUT)
         require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
@@ -220,6 +229,28 @@ class StudyConfig:
         require(self.patience_seconds >= 0, "study.patience_seconds", self.patience_seconds, "must be >= 0")
         require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
                 "must be at least 1")  # fmt: skip
+
+    def _check_limits(self) -> None:
+        for key in ("max_hours", "max_tokens", "max_cost", "price_per_hour"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < float("inf"), f"study.{key}", value, "must be > 0, or null")
+        priced = self.max_cost is None or self.price_per_hour is not None
+        remedy = "Set study.price_per_hour, what one worker and its device cost in an hour"
+        require(priced, "study.max_cost", self.max_cost, "needs study.price_per_hour", remedy)
+        require(self.n_trials is None or self.n_trials >= 1, "study.n_trials", self.n_trials,
+                "must be at least 1, or null where a budget ends the sweep")  # fmt: skip
+        has_end = any(
+            limit is not None for limit in (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
+        )
+        rule = "must be a number where no budget is set"
+        require(
+            has_end, "study.n_trials", self.n_trials, rule, "Set it, or study.max_hours or study.max_tokens"
+        )
+
+    @property
+    def most_trials(self) -> int:
+        """n_trials, or more than any study has where a budget alone ends it."""
+        return sys.maxsize if self.n_trials is None else self.n_trials
 
 
 @dataclass(kw_only=True)

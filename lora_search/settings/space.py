@@ -80,7 +80,7 @@ def parse_space(config: SweepConfig) -> Space:
         _require_searchable(key)
     distributions = {key: _distribution(config, key, text) for key, text in expressions.items()}
     space = Space(distributions, expressions)
-    if not distributions and config.study.n_trials > 1:
+    if not distributions and config.study.most_trials > 1:
         remedy = "Search something, e.g. space.lora.r=choice(8,16), or set study.n_trials=1."
         raise ConfigError("space", {}, "must search something when study.n_trials is above 1", remedy)
     if config.sampler.name == "grid":

@@ -110,7 +110,7 @@ class Draws:
 
     def _has_room(self, trials: Sequence[FrozenTrial]) -> bool:
         """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
-        if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.n_trials:
+        if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.most_trials:
             return False
         if self.ledger.count(TrialState.WAITING):
             return True
@@ -135,7 +135,7 @@ class Draws:
         same = self.ledger.first_with(trial.params, before=trial.number)
         if same is not None:
             return f"{DUPLICATE} trial {same}"
-        if self.ledger.num_not_failed(before=trial.number) >= self.config.study.n_trials:
+        if self.ledger.num_not_failed(before=trial.number) >= self.config.study.most_trials:
             return f"{SURPLUS} another worker took the last place"
         return None
 

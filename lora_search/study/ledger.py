@@ -4,14 +4,22 @@ so each is looked at once, however many there are. Paused trials count as the pr
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.search.pruning import RungPruner, Standings
-from lora_search.search.trials import Cursor, best_until, identity_of, never_began, point_of, settled
-from lora_search.trial import StudySummary
+from lora_search.search.trials import (
+    Cursor,
+    best_until,
+    identity_of,
+    never_began,
+    point_of,
+    progress_of,
+    settled,
+)
+from lora_search.trial import Limit, StudySummary
 
 
 class Ledger:
@@ -26,6 +34,7 @@ class Ledger:
         self._failed: list[int] = []  # sorted numbers
         self._tried: dict[frozenset[object], int] = {}  # params -> lowest number
         self._best = (math.inf, -1)
+        self._tokens = 0  # trained by finished trials
 
     def read(self, *, everything: bool = False) -> None:
         """Bring it up to date; see ``Cursor.read`` for ``everything``."""
@@ -48,8 +57,13 @@ class Ledger:
         """Return how many trials that began are in one of these states."""
         return sum(self._counts[state] for state in states) + sum(t.state in states for t in self.open)
 
-    def summary(self, n_trials: int) -> StudySummary:
-        """Return the counts and the best COMPLETE trial."""
+    @property
+    def tokens(self) -> int:
+        """What all trials have trained, each up to its last rung."""
+        return self._tokens + sum(int(progress_of(t)["train_tokens"]) for t in self.open)
+
+    def summary(self, n_trials: int | None, limits: Sequence[Limit] = ()) -> StudySummary:
+        """Return the counts, the best COMPLETE trial and what is spent of the limits."""
         perplexity, number = self._best
         complete, pruned = self.count(TrialState.COMPLETE), self.count(TrialState.PRUNED)
         return StudySummary(
@@ -61,6 +75,7 @@ class Ledger:
             running=self.count(TrialState.RUNNING),
             best_number=number if number >= 0 else None,
             best_perplexity=perplexity if number >= 0 else None,
+            limits=tuple(limits),
         )
 
     def first_with(self, params: Mapping[str, object], before: int) -> int | None:
@@ -78,6 +93,7 @@ class Ledger:
         return before - bisect_left(self._failed, before)
 
     def _take(self, trial: FrozenTrial) -> None:
+        self._tokens += progress_of(trial)["train_tokens"]
         if not never_began(trial):
             self._counts[trial.state] += 1
         if trial.state == TrialState.FAIL:

@@ -45,7 +45,7 @@ class Pauses:
         """Put the best paused trial in line that belongs to the top of its rung today, if there is one, the
         total leaves it room, and its checkpoint lies at hand."""
         taken = self.ledger.count(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        if taken > self.config.n_trials:
+        if taken > self.config.most_trials:
             return
         paused = [t for t in self._paused() if checkpoint_bytes(self.trials_folder, t.number)]
         for trial in self._standings.promotable(self.ledger.open, paused)[:1]:

@@ -30,6 +30,7 @@ from lora_search.search.trials import (
     UNSIGNED,
     is_held_by,
     progress_after,
+    progress_of,
     settled,
     text_of,
     trial_rows,
@@ -39,6 +40,7 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
 from lora_search.study.adoption import check_adoptable
+from lora_search.study.budget import Account, Budget
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
 from lora_search.study.identity import Identity, give_identity, number_of
@@ -61,6 +63,9 @@ class SweepStudy:
         study: optuna.Study,
         folder: Path,
         identity: Identity,
+        *,
+        began: float | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
         self.ledger = Ledger(study)
@@ -69,10 +74,14 @@ class SweepStudy:
         self.changes: list[str] = []  # what may differ from when the study was made, and does
         self.table = TrialTable(storage, study.study_name)
         self.losses = Losses(self.table)
-        self.draws = Draws(config, space, study, self.table, self.ledger)
         self.held: dict[int, int] = {}  # number -> last rung; who has measured that is not judged any more
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
         self.worker = worker_name(os.getpid())
+        study_id = storage.get_study_id_from_name(study.study_name)
+        self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
+        epoch_tokens = study.user_attrs.get("data.train_tokens")
+        self.budget = Budget(config, self.account, self.ledger, epoch_tokens and int(epoch_tokens))
+        self.draws = Draws(config, space, study, self.table, self.ledger)
         pauses = Pauses(config.study, self.table, self.ledger, self.trials_folder)
         self.pauses = pauses if config.pruner.resume_paused else None
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
@@ -87,8 +96,14 @@ class SweepStudy:
         fingerprint: Mapping[str, str],
         attributes: Mapping[str, str],
         folder: Path,
+        *,
+        began: float | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> "SweepStudy":
-        """Create or continue the study. Raises FingerprintError where it was made with other settings."""
+        """Create or continue the study. Raises FingerprintError where it was made with other settings.
+
+        The budget counts this worker's time from ``began``, in the epoch seconds of ``clock``.
+        """
         sampler, pruner = check_study(config, space)
         check_adoptable(config.study)
         storage = open_storage(config.study)
@@ -107,8 +122,9 @@ class SweepStudy:
             if identity.fingerprint != wanted:
                 study.set_user_attr(ATTRIBUTE, wanted)
             describe(study, attributes)
-            sweep_study = cls(config, space, storage, study, folder, identity)
+            sweep_study = cls(config, space, storage, study, folder, identity, began=began, clock=clock)
             sweep_study.changes = changes
+            sweep_study.account.note()
             sweep_study.reclaim_stale()
             sweep_study._enqueue_default()
             sweep_study.ledger.read(everything=True)
@@ -122,7 +138,7 @@ class SweepStudy:
         runs: list[TrialRun] = []
         while len(runs) < max_trials and (run := self._claim_one()) is not None:
             runs.append(run)
-        if self.pauses is not None and not runs and not self.held:
+        if self.pauses is not None and not runs and not self.held and self.budget.has_room(()):
             self.pauses.end()
         return runs
 
@@ -135,7 +151,10 @@ class SweepStudy:
                     rungs = {m.rung: m.perplexity for m in reversed(news) if math.isfinite(m.perplexity)}
                     for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
                         trial.report(rung, rungs[rung])
-                    trial.write({PROGRESS: progress_after(trial.seen, news)})
+                    progress = progress_after(trial.seen, news)
+                    trained = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
+                    trial.write({PROGRESS: progress})
+                    self.budget.reach(number, trained)
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
@@ -145,6 +164,20 @@ class SweepStudy:
         judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self.held[t.number]]
         reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
+
+    def beyond_budget(self, at_rung: Sequence[int]) -> list[Stop]:
+        """Return the held trials, of those that have just reached a rung, whose next one the budget does not
+        reach."""
+        self.ledger.read()
+        numbers = [n for n in at_rung if n in self.held]
+        key = ", ".join(limit.key for limit in self.budget.limits())
+        why = f"{key}: what is left does not reach its next rung; its checkpoint is kept"
+        return [Stop(trial_number=number, reason=why) for number in self.budget.beyond(self.held, numbers)]
+
+    def put_back(self, stop: Stop) -> None:
+        """Put a held trial back, for a later start to continue."""
+        self._put_back(stop.trial_number, {"reason": stop.reason})
+        self.held.pop(stop.trial_number, None)
 
     def prune(self, stop: Stop) -> str:
         """End a held trial as PRUNED, or pause it; return its state. One that was taken over is let go."""
@@ -207,6 +240,7 @@ class SweepStudy:
         for number in self.held:
             self._put_back(number, {"reason": reason})
         self.held.clear()
+        self.account.close()
 
     def _put_back(self, number: int, attributes: Mapping[str, object]) -> None:
         """Let the trial be claimed again, unless it is another worker's by now, or paused."""
@@ -216,6 +250,7 @@ class SweepStudy:
 
     def heartbeat(self) -> None:
         """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
+        self.account.note()
         now = time.monotonic()
         self.losses.check_file()
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
@@ -232,17 +267,25 @@ class SweepStudy:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
+        """Whether no trial is left to claim: the total is reached, a budget is spent, or the space is
+        exhausted."""
         if self.exhausted:
             return True
         self.ledger.read(everything=True)
-        is_full = self.ledger.count(*FINISHED) >= self.config.study.n_trials
+        if self.is_out_of_budget:
+            return True
+        is_full = self.ledger.count(*FINISHED) >= self.config.study.most_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
     @property
     def exhausted(self) -> bool:
         """Whether every point of the space was tried before the total was reached."""
         return self.draws.exhausted
+
+    @property
+    def is_out_of_budget(self) -> bool:
+        """Whether hours, tokens or cost are spent, as far as this worker knows."""
+        return self.budget.reached is not None
 
     def check_failures(self) -> None:
         """Raise StudyError when max_failures_in_a_row trials of this worker failed, none good between."""
@@ -256,9 +299,11 @@ class SweepStudy:
     def num_running_elsewhere(self) -> int:
         """Return how many trials other workers hold or have left while the total is not reached."""
         self.ledger.read(everything=True)
-        if self.ledger.count(*FINISHED) >= self.config.study.n_trials:
+        if self.ledger.count(*FINISHED) >= self.config.study.most_trials:
             return 0
-        unfinished = (TrialState.RUNNING, TrialState.WAITING)  # handed back since this worker asked for more
+        unfinished = [TrialState.RUNNING]
+        if self.budget.has_room(self.held):
+            unfinished.append(TrialState.WAITING)  # handed back since this worker asked for more
         return sum(t.state in unfinished and t.number not in self.held for t in self.ledger.open)
 
     @property
@@ -266,9 +311,12 @@ class SweepStudy:
         """How far the study is, and what that means for study.n_trials, in words."""
         is_finished, n_trials = self.is_finished, self.config.study.n_trials
         finished = self.ledger.count(*FINISHED)
-        text = f"{finished} of {n_trials} trials done"
-        if finished > n_trials:
+        text = f"{finished} of {n_trials} trials done" if n_trials else f"{finished} trials done"
+        text = "; ".join([text, *(f"{limit.key} {limit} spent" for limit in self.budget.limits())])
+        if finished > self.config.study.most_trials:
             return f"{text}: study.n_trials is lower than what has finished; all stay, none is added"
+        if (limit := self.budget.reached) is not None:
+            return f"{text}; a higher {limit.key} goes on"
         return f"{text}; a higher study.n_trials goes on" if is_finished else text
 
     def summary(self) -> StudySummary:
@@ -278,7 +326,7 @@ class SweepStudy:
         if seconds > SUMMARY_SECONDS or held != self._last_summary[1]:
             self.ledger.read()
             self._last_summary = (time.monotonic(), held)
-        return self.ledger.summary(self.config.study.n_trials)
+        return self.ledger.summary(self.config.study.n_trials, self.budget.limits())
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
@@ -303,6 +351,8 @@ class SweepStudy:
         return view.rows(), view.attributes()
 
     def _claim_one(self) -> TrialRun | None:
+        if not self.budget.has_room(self.held):
+            return None
         if self.pauses is not None:
             self.ledger.read(everything=True)
             self.pauses.promote()
@@ -323,6 +373,7 @@ class SweepStudy:
                 return None
             trial.write({"settings": text, "reason": ""})
         self.held[number] = settings.num_rungs
+        self.budget.begin(number)
         folder, seed = str(self.trials_folder / str(number)), draw_seed(self.config.seed, number)
         known = dict(trial.seen.intermediate_values)
         return TrialRun(

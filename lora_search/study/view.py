@@ -12,6 +12,7 @@ from lora_search.search.trials import progress_of, settled, text_of, trial_rows
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.about import attributes_of
 from lora_search.study.adoption import check_adoptable
+from lora_search.study.budget import limits, read_intervals, spent_of
 from lora_search.study.ledger import Ledger
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
@@ -23,13 +24,14 @@ class StudyView:
         require_database(config)
         check_adoptable(config)
         self.config = config
-        storage = open_storage(config)
+        self._storage = storage = open_storage(config)
         with explained_errors(config):
             if config.name not in optuna.get_all_study_names(storage):
                 raise ConfigError(
                     "study.name", config.name, "must be a study in study.storage", "Run the sweep first."
                 )
             self._study = optuna.load_study(study_name=config.name, storage=storage)
+            self._study_id = storage.get_study_id_from_name(config.name)
         self._ledger = Ledger(self._study)
 
     def rows(self) -> list[TrialRow]:
@@ -40,7 +42,9 @@ class StudyView:
         """Return where the study stands."""
         with explained_errors(self.config):
             self._ledger.read(everything=True)  # what others finish, this process never held
-        return self._ledger.summary(self.config.n_trials)
+            intervals = read_intervals(self._storage, self._study_id).values()
+        spent = spent_of(list(intervals), self._ledger.tokens)
+        return self._ledger.summary(self.config.n_trials, limits(self.config, spent))
 
     def slots(self) -> list[SlotView]:
         """Return what all workers train, best first, each trial as it was at its last rung."""

@@ -24,14 +24,15 @@ def work(
     progress: Progress,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train until the study is through. Whatever ends it early, held trials go back to the study first.
+    """Train until the study is through or a budget is spent. Whatever ends it early, held trials go back to
+    the study first.
 
     ``check_interrupt`` is called after every pass and may raise.
     """
     worker = Worker(study, engine, tracker, progress, check_interrupt)
     engine.after_pass = worker.keep_alive  # called from inside: one `advance` may hold a whole evaluation
     try:
-        while worker.admit() or worker.others_train():
+        while not study.is_out_of_budget and (worker.admit() or worker.others_train()):
             measurements = engine.advance()
             worker.keep_alive()
             worker.settle(measurements)
@@ -110,6 +111,16 @@ class Worker:
                 self.engine.release([stop.trial_number])
                 self.outbox.put(partial(self._stop, stop))
             self.outbox.flush()
+            self._keep_to_budget([m.trial_number for m in measurements if not m.ended])
+
+    def _keep_to_budget(self, at_rung: Sequence[int]) -> None:
+        """Put back the trials at a rung whose next one the budget does not reach."""
+        for stop in self.outbox.ask(partial(self.study.beyond_budget, at_rung)) or ():
+            self.engine.release([stop.trial_number])
+            self.outbox.put(partial(self.study.put_back, stop))
+            self.tracker.finish(stop.trial_number, "INTERRUPTED", stop.reason)
+            self.progress.event(f"trial {stop.trial_number} waits: {stop.reason}")
+        self.outbox.flush()
 
     def _report(self, measurements: Sequence[Measurement]) -> None:
         self.study.report([m for m in measurements if m.trial_number in self.study.held])

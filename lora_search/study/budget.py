@@ -1,0 +1,271 @@
+"""What a study may spend over all its starts and workers, and which trials still fit into the rest.
+
+Every start of a worker keeps one interval of wall time in the study and renews it as it works. Hours are the
+time that any interval covers, cost adds all of them up, tokens are those that trials had trained at their
+last rungs. A worker that is killed leaves out what it worked since it last renewed its interval.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.database.presence import worker_is_dead
+from lora_search.search.trials import best_until
+from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.study.ledger import Ledger
+from lora_search.trial import Limit
+
+NOTE_SECONDS = 10.0  # between two renewals of a worker's interval
+PRESENT_SECONDS = 60.0  # a worker that has renewed its interval since is taken to be at work
+KEY = "budget/"  # system attribute of the study, one for each start of a worker
+
+
+@dataclass(frozen=True)
+class Interval:
+    """When one start of a worker worked, in epoch seconds; ``is_open`` while it may still be at it."""
+
+    begin: float
+    end: float
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a running trial still has to train, in tokens."""
+
+    number: int
+    to_next_rung: float
+    to_end: float
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a study has spent so far, of all that can be limited."""
+
+    hours: float
+    worker_hours: float
+    tokens: int
+
+    def cost(self, price_per_hour: float) -> float:
+        return self.worker_hours * price_per_hour
+
+
+def covered_seconds(intervals: Iterable[Interval]) -> float:
+    """Return how much time lies in at least one of the intervals."""
+    total, reached = 0.0, -math.inf
+    for one in sorted(intervals, key=lambda interval: interval.begin):
+        total += max(0.0, one.end - max(one.begin, reached))
+        reached = max(reached, one.end)
+    return total
+
+
+def spent_of(intervals: Sequence[Interval], tokens: int) -> Spent:
+    """Return what these intervals and tokens come to."""
+    worker_seconds = sum(one.end - one.begin for one in intervals)
+    return Spent(covered_seconds(intervals) / 3600, worker_seconds / 3600, tokens)
+
+
+def limits(config: StudyConfig, spent: Spent) -> list[Limit]:
+    """Return every limit that is set, beside n_trials."""
+    found = []
+    if config.max_hours is not None:
+        found.append(Limit("study.max_hours", spent.hours, config.max_hours, " hours"))
+    if config.max_tokens is not None:
+        found.append(Limit("study.max_tokens", spent.tokens, config.max_tokens, " tokens"))
+    if config.max_cost is not None and config.price_per_hour is not None:
+        found.append(Limit("study.max_cost", spent.cost(config.price_per_hour), config.max_cost, ""))
+    return found
+
+
+def affordable(needs: Sequence[Need], tokens: float) -> tuple[set[int], float]:
+    """Return the trials that reach their next rung within these tokens, and what is left beside them.
+
+    ``needs`` come most promising first. Each is given all that it needs to its end if there is enough, else
+    what leads to its next rung, so that the trials in front finish.
+    """
+    fitting: set[int] = set()
+    for need in needs:
+        given = need.to_end if need.to_end <= tokens else need.to_next_rung
+        if given <= tokens:
+            fitting.add(need.number)
+            tokens -= given
+    return fitting, tokens
+
+
+def read_intervals(storage: RDBStorage, study_id: int) -> dict[str, Interval]:
+    """Return the interval of every start of a worker."""
+    attributes: Mapping[str, tuple[float, float, bool]] = storage.get_study_system_attrs(study_id)
+    return {key: Interval(*value) for key, value in attributes.items() if key.startswith(KEY)}
+
+
+class Speed:
+    """How fast one slot of this worker trains, evaluations and waiting included: from its last rungs."""
+
+    RUNGS = 16
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}  # held trial -> when it began its present rung
+        self._rungs: list[tuple[float, float]] = []  # tokens and seconds of the last ones
+
+    def begin(self, number: int, now: float) -> None:
+        """Note that a trial takes up its next rung."""
+        self._since[number] = now
+
+    def reach(self, number: int, tokens: float, now: float) -> None:
+        """Note that a trial has trained so many tokens since it took up its rung."""
+        if number in self._since and tokens > 0:
+            self._rungs.append((tokens, max(1e-6, now - self._since[number])))
+            del self._rungs[: -self.RUNGS]
+        self._since[number] = now
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the tokens of one slot in a second; None before its first rung."""
+        seconds = sum(seconds for _, seconds in self._rungs)
+        return sum(tokens for tokens, _ in self._rungs) / seconds if seconds else None
+
+    def since_rung(self, number: int, now: float) -> float:
+        """Return the tokens that a trial has probably trained since its last rung."""
+        return (now - self._since.get(number, now)) * (self.tokens_per_second or 0.0)
+
+
+class Account:
+    """The time that a study has taken so far. ``began`` is when this worker's process did."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        storage: RDBStorage,
+        study_id: int,
+        worker: str,
+        *,
+        began: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config, self.storage, self.study_id, self.clock = config, storage, study_id, clock
+        self._began = clock() if began is None else began
+        self._key = f"{KEY}{worker}@{self._began:.3f}"
+        self._others: dict[str, Interval] = {}
+        self._noted = -math.inf
+
+    def note(self) -> None:
+        """Renew this worker's interval and read the others', at most every NOTE_SECONDS."""
+        if self.clock() - self._noted >= NOTE_SECONDS:
+            self._write(is_open=True)
+            self._others = read_intervals(self.storage, self.study_id)
+            del self._others[self._key]
+
+    def close(self) -> None:
+        """Note that this worker leaves."""
+        self._write(is_open=False)
+
+    def spent(self, tokens: int) -> Spent:
+        """Return what is spent by now, where the trials have trained so many tokens."""
+        now = self.clock()
+        others = [replace(o, end=now) if self._is_at_work(key) else o for key, o in self._others.items()]
+        return spent_of([*others, Interval(self._began, now)], tokens)
+
+    def seconds_left(self) -> float:
+        """Return how long this worker may still work; infinity where neither time nor cost is limited."""
+        config, spent, seconds = self.config, self.spent(0), math.inf
+        if config.max_hours is not None:
+            seconds = (config.max_hours - spent.hours) * 3600
+        if config.max_cost is not None and config.price_per_hour is not None:
+            left = config.max_cost - spent.cost(config.price_per_hour)
+            num_workers = 1 + sum(self._is_at_work(key) for key in self._others)
+            seconds = min(seconds, left / config.price_per_hour * 3600 / num_workers)
+        return seconds
+
+    def _write(self, *, is_open: bool) -> None:
+        self._noted = self.clock()
+        self.storage.set_study_system_attr(self.study_id, self._key, [self._began, self._noted, is_open])
+
+    def _is_at_work(self, key: str) -> bool:
+        other, worker = self._others[key], key.removeprefix(KEY).partition("@")[0]
+        return other.is_open and self._noted - other.end < PRESENT_SECONDS and not worker_is_dead(worker)
+
+
+class Budget:
+    """Decides which trials the rest of the budget is for. ``epoch_tokens`` are those of the training rows;
+    without them nothing is foreseen, and the budget ends where it is spent."""
+
+    def __init__(
+        self, config: SweepConfig, account: Account, ledger: Ledger, epoch_tokens: int | None = None
+    ) -> None:
+        self.config, self.account, self.ledger = config.study, account, ledger
+        self.rung_tokens = None if epoch_tokens is None else epoch_tokens / config.train.evals_per_epoch
+        self.speed = Speed()
+        self.is_limited = bool(limits(config.study, Spent(0, 0, 0)))
+
+    @property
+    def reached(self) -> Limit | None:
+        """The limit that is spent, if there is one."""
+        return next((limit for limit in self.limits() if limit.is_reached), None)
+
+    def limits(self) -> list[Limit]:
+        """Return every limit, and what is spent of it."""
+        return limits(self.config, self.account.spent(self.ledger.tokens))
+
+    def begin(self, number: int) -> None:
+        """Note that this worker takes a trial up."""
+        self.speed.begin(number, self.account.clock())
+
+    def reach(self, number: int, tokens: int) -> None:
+        """Note that a trial of this worker has trained so many tokens since its last rung."""
+        self.speed.reach(number, tokens, self.account.clock())
+
+    def has_room(self, held: Container[int]) -> bool:
+        """Return whether one more trial of this worker could reach a rung, beside those that run."""
+        if not self.is_limited:
+            return True
+        if self.reached is not None:
+            return False
+        least = self.rung_tokens or 0.0
+        is_in_time = self._time_in_tokens(1) >= least
+        return is_in_time and all(left >= least for _, left in self._plans(held, one_more=1))
+
+    def beyond(self, held: Container[int], at_rung: Sequence[int]) -> list[int]:
+        """Return the trials, of those that have just reached a rung, that cannot reach their next."""
+        if not self.is_limited:
+            return []
+        plans = self._plans(held)
+        return [number for number in at_rung if any(number not in fitting for fitting, _ in plans)]
+
+    def _plans(self, held: Container[int], one_more: int = 0) -> list[tuple[set[int], float]]:
+        """Return which trials fit, and what is left: by tokens all that run, by time those of this worker."""
+        running = sorted((t for t in self.ledger.open if t.state == TrialState.RUNNING), key=_place)
+        mine, num = [t for t in running if t.number in held], one_more
+        tokens = math.inf if self.config.max_tokens is None else self.config.max_tokens - self.ledger.tokens
+        time_left = self._time_in_tokens(len(mine) + num)
+        others = {t.number for t in running} - {t.number for t in mine}
+        by_time, left = affordable([self._need(t, since_rung=True) for t in mine], time_left)
+        return [affordable([self._need(t) for t in running], tokens), (by_time | others, left)]
+
+    def _need(self, trial: FrozenTrial, *, since_rung: bool = False) -> Need:
+        rung, per_rung = trial.last_step or 0, self.rung_tokens or 0.0
+        left = max(0, _num_rungs(trial) - rung)
+        trained = self.speed.since_rung(trial.number, self.account.clock()) if since_rung else 0.0
+        trained = min(trained, per_rung)
+        return Need(trial.number, per_rung * min(1, left) - trained, per_rung * left - trained)
+
+    def _time_in_tokens(self, num_trials: int) -> float:
+        """Return the tokens that so many trials of this worker can train in the time that is left."""
+        seconds, speed = self.account.seconds_left(), self.speed.tokens_per_second
+        if speed is None or math.isinf(seconds):
+            return math.inf if seconds > 0 else 0.0
+        return max(0.0, seconds) * speed * num_trials
+
+
+def _place(trial: FrozenTrial) -> tuple[int, float, int]:
+    rung = trial.last_step or 0
+    return -rung, best_until(trial, rung), trial.number
+
+
+def _num_rungs(trial: FrozenTrial) -> int:
+    settings = json.loads(trial.user_attrs.get("settings", "{}"))
+    return int(settings.get("epochs", 1) * settings.get("evals_per_epoch", 1))
