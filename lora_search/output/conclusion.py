@@ -1,26 +1,30 @@
-"""The end of a sweep: leaderboard, best adapter, report, and what to type next. Imports no torch."""
+"""The end of a sweep, or where it stands: leaderboard, best adapter, report, what to type next. No torch."""
 
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
 from lora_search.output.certainty import certainty_of
 from lora_search.output.leaderboard import leaderboard, line_of_test
 from lora_search.output.page import write_report
-from lora_search.output.ranking import base_of, best_of
+from lora_search.output.ranking import FINISHED, base_of, best_of, is_final
 from lora_search.output.terminal import Progress, next_steps
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
-FINISHED = ("COMPLETE", "PRUNED")
-
 
 def conclude(
-    rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig, progress: Progress
+    rows: Sequence[TrialRow],
+    attributes: Mapping[str, str],
+    config: SweepConfig,
+    progress: Progress,
+    *,
+    is_interrupted: bool = False,
 ) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
@@ -39,7 +43,20 @@ def conclude(
         )
     progress.console.print("Next:")
     found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
-    progress.console.print(next_steps(config, folder, found), markup=False, soft_wrap=True)
+    steps = next_steps(config, folder, found, go_on="the same command" if is_interrupted else None)
+    progress.console.print(steps, markup=False, soft_wrap=True)
+
+
+def conclude_so_far(
+    find: Callable[[], tuple[list[TrialRow], dict[str, str]]], config: SweepConfig, progress: Progress
+) -> None:
+    """Conclude a sweep that is leaving: whatever cannot be read or written is one message, and no error."""
+    try:
+        rows, attributes = find()
+        if "base_perplexity" in attributes:
+            conclude(rows, attributes, config, progress, is_interrupted=True)
+    except LoraSearchError as error:
+        progress.event(f"no answer so far: {error}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lora_search.output.formatting import (
     show_seconds,
     show_value,
 )
-from lora_search.output.ranking import best_of, ranked, searched_keys
+from lora_search.output.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.trial import TrialRow
 
 HIDDEN = ("fingerprint", "command")  # the settings say the same; shown above
@@ -35,6 +35,7 @@ def write_report(
         facts=facts(attributes),
         base=base_perplexity,
         best=best,
+        is_final=is_final(rows, attributes),
         rows=ranked(rows),
         keys=keys,
         heads=short_names(keys),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from lora_search.errors import StudyError
 from lora_search.trial import TrialRow
 
+FINISHED, UNFINISHED = ("COMPLETE", "PRUNED"), ("RUNNING", "WAITING")
+
 
 def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the trials that have begun, lowest perplexity first, those without one last. An interrupted one
@@ -15,9 +17,27 @@ def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
-    """Return the COMPLETE trial of lowest perplexity, the study's best; None when no trial is complete."""
-    complete = [row for row in rows if row.state == "COMPLETE" and sortable(row.perplexity) < math.inf]
-    return min(complete, key=lambda row: (sortable(row.perplexity), row.number), default=None)
+    """Return the study's best: of lowest perplexity among the trials that are complete or may still be.
+
+    Where there are none, the best that was pruned; None where nothing has been measured.
+    """
+    measured = [row for row in rows if row.state != "FAIL" and sortable(row.perplexity) < math.inf]
+    hopeful = [row for row in measured if row.state != "PRUNED"]
+    return min(hopeful or measured, key=lambda row: (sortable(row.perplexity), row.number), default=None)
+
+
+def is_final(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> bool:
+    """Return whether the study is through, as far as its last start asked for: all else is "so far"."""
+    if any(row.state in UNFINISHED for row in rows):
+        return False
+    wanted = attributes.get("setting/sweep.study.n_trials", "")
+    finished = sum(row.state in FINISHED for row in rows)
+    return "exhausted" in attributes or (not wanted or wanted.isdigit() and finished >= int(wanted))
+
+
+def progress_note(row: TrialRow) -> str:
+    """Return how far a trial came that has not ended: "so far, rung 3"; "" for any other."""
+    return f"so far, rung {len(row.perplexities)}" if row.state in UNFINISHED else ""
 
 
 def base_of(attributes: Mapping[str, str]) -> float:

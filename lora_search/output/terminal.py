@@ -283,8 +283,11 @@ def rung_of(slot: SlotView) -> str:
     return f"rung {slot.rung}/{slot.settings.num_rungs}"
 
 
-def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
-    """Return where the results lie and the commands to type next, as they work in this shell."""
+def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None = None) -> str:
+    """Return where the results lie and the commands to type next, as they work in this shell.
+
+    ``go_on`` is how a sweep that has not come to its end goes on; None where only higher limits let it.
+    """
     own = "data=jsonl data.path=my.jsonl study.name=mine"
     by_make = "MAKELEVEL" in os.environ  # make sets it for what it starts
     steps = {
@@ -292,7 +295,7 @@ def next_steps(config: SweepConfig, folder: Path, best: str) -> str:
         "best adapter": best,
         "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
         "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
-        "more trials": f"the same command with {' '.join(higher_limits(config.study))}",
+        "more trials": go_on or f"the same command with {' '.join(higher_limits(config.study))}",
         "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
     }
     if config.tracker.name != "wandb_offline":

@@ -21,6 +21,7 @@ from lora_search.study.ledger import Ledger
 from lora_search.trial import Limit
 
 NOTE_SECONDS = 10.0  # between two renewals of a worker's interval
+ANSWER_SECONDS = 5.0  # kept for leaderboard, best adapter and report
 PRESENT_SECONDS = 60.0  # a worker that has renewed its interval since is taken to be at work
 KEY = "budget/"  # system attribute of the study, one for each start of a worker
 
@@ -80,6 +81,15 @@ def limits(config: StudyConfig, spent: Spent) -> list[Limit]:
     if config.max_cost is not None and config.price_per_hour is not None:
         found.append(Limit("study.max_cost", spent.cost(config.price_per_hour), config.max_cost, ""))
     return found
+
+
+def described(config: StudyConfig, spent: Spent) -> dict[str, str]:
+    """Return what is spent, for people."""
+    facts = {f"budget {limit.key}": f"{limit} spent" for limit in limits(config, spent)}
+    facts["hours over all starts"] = f"{spent.hours:.3g}"
+    if config.price_per_hour is not None:
+        facts["cost"] = f"{spent.cost(config.price_per_hour):.3g}"
+    return facts
 
 
 def affordable(needs: Sequence[Need], tokens: float) -> tuple[set[int], float]:
@@ -171,14 +181,14 @@ class Account:
         return spent_of([*others, Interval(self._began, now)], tokens)
 
     def seconds_left(self) -> float:
-        """Return how long this worker may still work; infinity where neither time nor cost is limited."""
+        """Return how long this worker may still train; infinity where neither time nor cost is limited."""
         config, spent, seconds = self.config, self.spent(0), math.inf
         if config.max_hours is not None:
-            seconds = (config.max_hours - spent.hours) * 3600
+            seconds = (config.max_hours - spent.hours) * 3600 - ANSWER_SECONDS
         if config.max_cost is not None and config.price_per_hour is not None:
             left = config.max_cost - spent.cost(config.price_per_hour)
             num_workers = 1 + sum(self._is_at_work(key) for key in self._others)
-            seconds = min(seconds, left / config.price_per_hour * 3600 / num_workers)
+            seconds = min(seconds, left / config.price_per_hour * 3600 / num_workers - ANSWER_SECONDS)
         return seconds
 
     def _write(self, *, is_open: bool) -> None:
@@ -207,6 +217,11 @@ class Budget:
         """The limit that is spent, if there is one."""
         return next((limit for limit in self.limits() if limit.is_reached), None)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be trained, so that there is an answer in time."""
+        return self.reached is not None or self.account.seconds_left() <= 0
+
     def limits(self) -> list[Limit]:
         """Return every limit, and what is spent of it."""
         return limits(self.config, self.account.spent(self.ledger.tokens))
@@ -223,7 +238,7 @@ class Budget:
         """Return whether one more trial of this worker could reach a rung, beside those that run."""
         if not self.is_limited:
             return True
-        if self.reached is not None:
+        if self.is_over:
             return False
         least = self.rung_tokens or 0.0
         is_in_time = self._time_in_tokens(1) >= least

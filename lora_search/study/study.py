@@ -40,7 +40,7 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
 from lora_search.study.adoption import check_adoptable
-from lora_search.study.budget import Account, Budget
+from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
 from lora_search.study.identity import Identity, give_identity, number_of
@@ -267,13 +267,10 @@ class SweepStudy:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no trial is left to claim: the total is reached, a budget is spent, or the space is
-        exhausted."""
+        """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
         if self.exhausted:
             return True
         self.ledger.read(everything=True)
-        if self.is_out_of_budget:
-            return True
         is_full = self.ledger.count(*FINISHED) >= self.config.study.most_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
@@ -285,7 +282,7 @@ class SweepStudy:
     @property
     def is_out_of_budget(self) -> bool:
         """Whether hours, tokens or cost are spent, as far as this worker knows."""
-        return self.budget.reached is not None
+        return self.budget.is_over
 
     def check_failures(self) -> None:
         """Raise StudyError when max_failures_in_a_row trials of this worker failed, none good between."""
@@ -315,7 +312,7 @@ class SweepStudy:
         text = "; ".join([text, *(f"{limit.key} {limit} spent" for limit in self.budget.limits())])
         if finished > self.config.study.most_trials:
             return f"{text}: study.n_trials is lower than what has finished; all stay, none is added"
-        if (limit := self.budget.reached) is not None:
+        if (limit := self.budget.reached) is not None and not is_finished:
             return f"{text}; a higher {limit.key} goes on"
         return f"{text}; a higher study.n_trials goes on" if is_finished else text
 
@@ -335,7 +332,8 @@ class SweepStudy:
 
     def attributes(self) -> dict[str, str]:
         """Return what the study knows about itself."""
-        return attributes_of(self.study)
+        spent = self.account.spent(self.ledger.tokens)
+        return attributes_of(self.study) | described(self.config.study, spent)
 
     def remember(self, key: str, measure: Callable[[], str]) -> float:
         """Return a number that the study keeps, measured now if it is not there yet or cannot be read."""

@@ -12,7 +12,7 @@ from lora_search.search.trials import progress_of, settled, text_of, trial_rows
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.about import attributes_of
 from lora_search.study.adoption import check_adoptable
-from lora_search.study.budget import limits, read_intervals, spent_of
+from lora_search.study.budget import Spent, described, limits, read_intervals, spent_of
 from lora_search.study.ledger import Ledger
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
@@ -42,9 +42,7 @@ class StudyView:
         """Return where the study stands."""
         with explained_errors(self.config):
             self._ledger.read(everything=True)  # what others finish, this process never held
-            intervals = read_intervals(self._storage, self._study_id).values()
-        spent = spent_of(list(intervals), self._ledger.tokens)
-        return self._ledger.summary(self.config.n_trials, limits(self.config, spent))
+            return self._ledger.summary(self.config.n_trials, limits(self.config, self._spent()))
 
     def slots(self) -> list[SlotView]:
         """Return what all workers train, best first, each trial as it was at its last rung."""
@@ -55,7 +53,12 @@ class StudyView:
     def attributes(self) -> dict[str, str]:
         """Return what the study knows about itself."""
         with explained_errors(self.config):
-            return attributes_of(self._study)
+            self._ledger.read(everything=True)
+            return attributes_of(self._study) | described(self.config, self._spent())
+
+    def _spent(self) -> Spent:
+        intervals = read_intervals(self._storage, self._study_id).values()
+        return spent_of(list(intervals), self._ledger.tokens)
 
     def settings_of(self, number: int) -> TrialSettings:
         """Return what one trial trained. Raises ConfigError where there is no such trial."""

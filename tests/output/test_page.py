@@ -117,10 +117,18 @@ def test_curves_start_at_the_base_model_and_run_over_epochs(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [make_row(0, "FAIL", None)], [make_row(0, "RUNNING", 9.0, 1)], [make_row(0, "WAITING", None, 0)]],
+    [[], [make_row(0, "FAIL", None)], [make_row(0, "WAITING", None, 0)]],
 )
-def test_a_study_without_a_complete_trial_has_a_report_too(tmp_path: Path, rows: list[TrialRow]) -> None:
-    assert "no trial is complete yet" in report(tmp_path, rows).text
+def test_a_study_that_has_measured_nothing_has_a_report_too(tmp_path: Path, rows: list[TrialRow]) -> None:
+    assert "nothing is measured yet" in report(tmp_path, rows).text
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "WAITING"])
+def test_the_report_of_a_study_that_goes_on_names_the_best_so_far(tmp_path: Path, state: str) -> None:
+    text = report(tmp_path, [make_row(0, state, 9.0, 1), make_row(1, "PRUNED", 8.0, 1)]).text
+
+    assert "base model to best adapter so far" in text
+    assert "Leaderboard so far" in text
 
 
 def test_a_report_is_replaced_in_one_go(tmp_path: Path) -> None:

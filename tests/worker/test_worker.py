@@ -13,6 +13,8 @@ from rich.console import Console
 from lora_search.errors import StudyError
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import PrunerConfig
+from lora_search.settings.space import parse_space
+from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, SlotView, TrialRun
 from lora_search.worker import worker
 from lora_search.worker.interrupts import Interrupts
@@ -198,3 +200,39 @@ def test_an_interrupt_hands_the_trials_back_and_closes_the_tracker(tmp_path: Pat
 
     assert closed.is_set()
     assert states(study) == {"WAITING": 2}
+
+
+def test_a_worker_leaves_when_the_budget_is_spent_and_puts_back_what_it_holds(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.study.max_tokens, config.study.n_trials = 1000, None
+    known = {"data.train_tokens": "400"}
+    study = SweepStudy.open(config, parse_space(config), {"a": "1"}, known, tmp_path)
+    tracker, (progress, _) = RecordingTracker(), quiet()
+
+    work(study, CurveEngine(2), tracker, progress)
+
+    rows = study.rows()
+    assert 900 < sum(row.train_tokens for row in rows) <= 1000
+    assert not any(row.state == "RUNNING" for row in rows)
+    assert set(tracker.ends) == {row.number for row in rows if row.perplexities}
+
+
+def test_two_workers_of_one_budget_both_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    config = make_config(tmp_path)
+    config.study.max_tokens, config.study.n_trials = 2000, None
+    known = {"data.train_tokens": "400"}
+    studies = [SweepStudy.open(config, parse_space(config), {"a": "1"}, known, tmp_path) for _ in range(2)]
+    studies[1].worker = "elsewhere:1:1"
+    threads = [
+        threading.Thread(target=work, args=(study, CurveEngine(2), RecordingTracker(), quiet()[0]))
+        for study in studies
+    ]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+
+    assert not any(thread.is_alive() for thread in threads)
+    assert sum(row.train_tokens for row in studies[0].rows()) <= 2000 + 2 * 2 * 100  # a rung of each slot
