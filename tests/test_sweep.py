@@ -300,7 +300,7 @@ def test_ctrl_c_concludes_what_there_is_and_the_same_command_goes_on(
     best = json.loads((tmp_path / "runs/smoke/best/settings.json").read_text())
     rows, _ = SweepStudy.read(config)
     assert code == 130
-    assert "Leaderboard so far" in out
+    assert "this is the leaderboard so far" in out
     assert "Leaderboard so far" in (tmp_path / "runs/smoke/report.html").read_text()
     assert "more trials    the same command\n" in out
     assert {row.state for row in rows} == {"WAITING"}
@@ -309,6 +309,6 @@ def test_ctrl_c_concludes_what_there_is_and_the_same_command_goes_on(
 
     assert run_sweep(monkeypatch, tmp_path, *command) == 0
 
-    assert "Leaderboard so far" not in capsys.readouterr().out
+    assert "leaderboard so far" not in capsys.readouterr().out
     assert {row.state for row in SweepStudy.read(config)[0]} == {"COMPLETE"}
     assert json.loads((tmp_path / "runs/smoke/best/settings.json").read_text())["state"] == "COMPLETE"

@@ -29,6 +29,8 @@ def conclude(
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = base_of(attributes)
+    if not is_final(rows, attributes):
+        progress.event("not all is done: this is the leaderboard so far")
     board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
     progress.console.print(board)
     test = read_test_score(attributes)

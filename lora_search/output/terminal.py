@@ -41,6 +41,7 @@ PLAIN_WIDTH = 140  # of tables that go to a file
 
 LIMITS = ("n_trials", "max_hours", "max_tokens", "max_cost")  # of a study: the first that is reached ends it
 
+
 def open_console() -> Console:
     """Return the console of standard output; a file gets wide tables and no colours."""
     console = Console(highlight=False)

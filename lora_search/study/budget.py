@@ -205,7 +205,7 @@ class Budget:
     without them nothing is foreseen, and the budget ends where it is spent."""
 
     def __init__(
-        self, config: SweepConfig, account: Account, ledger: Ledger, epoch_tokens: int | None = None
+        self, config: SweepConfig, account: Account, ledger: Ledger, epoch_tokens: float | None = None
     ) -> None:
         self.config, self.account, self.ledger = config.study, account, ledger
         self.rung_tokens = None if epoch_tokens is None else epoch_tokens / config.train.evals_per_epoch

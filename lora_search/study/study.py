@@ -79,8 +79,8 @@ class SweepStudy:
         self.worker = worker_name(os.getpid())
         study_id = storage.get_study_id_from_name(study.study_name)
         self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
-        epoch_tokens = study.user_attrs.get("data.train_tokens")
-        self.budget = Budget(config, self.account, self.ledger, epoch_tokens and int(epoch_tokens))
+        epoch_tokens = number_of(study.user_attrs, "data.train_tokens")
+        self.budget = Budget(config, self.account, self.ledger, epoch_tokens)
         self.draws = Draws(config, space, study, self.table, self.ledger)
         pauses = Pauses(config.study, self.table, self.ledger, self.trials_folder)
         self.pauses = pauses if config.pruner.resume_paused else None
