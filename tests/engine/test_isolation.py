@@ -148,7 +148,7 @@ def test_a_trial_that_fails_in_its_export_leaves_the_neighbours_exactly_as_they_
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     engine = build_engine(tiny_llama, SPLITS, slots=2, tokens_per_pass=200)
-    engine.keeper = CannotExport(engine.bank, engine.optimizer, str(tiny_llama), "hash")
+    engine.keeper = CannotExport(engine.bank, engine.optimizer, engine.keeper.base)
 
     curves = train_all(engine, [healthy(tmp_path / "a"), make_run(tmp_path / "a", SICK)])
 
