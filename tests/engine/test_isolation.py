@@ -12,7 +12,7 @@ from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import Keeper
 from lora_search.errors import LoraSearchError
-from lora_search.trial import Measurement, TrialRun
+from lora_search.trial import Measurement, RowScores, TrialRun
 from tests.conftest import make_run
 from tests.engine.test_engine import losses, perplexities
 from tests.harness import build_engine, random_splits, train_all
@@ -61,10 +61,10 @@ def fail(_: torch.Tensor) -> None:
 
 
 class CannotExport(Keeper):
-    def keep_best(self, index: int, slot: Slot) -> None:
+    def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         if slot.run.number == SICK:
             raise OverflowError("a bug in the export")
-        super().keep_best(index, slot)
+        super().keep_best(index, slot, scores)
 
 
 def healthy(folder: Path) -> TrialRun:
