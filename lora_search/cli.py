@@ -10,6 +10,8 @@ from lora_search import __version__
 COMMANDS = {  # each is the module lora_search.NAME
     "sweep": "search hyperparameters: train, prune, resume, conclude",
     "score": "score winner and base on the test split; a sweep does it once, at its end",
+    "export": "write an adapter, or merged weights, as a folder with a model card",
+    "generate": "answer questions with base and trials, one by one or a whole file",
     "report": "write runs/<study>/report.html anew, also while the sweep runs",
 }
 USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows what a command takes)"

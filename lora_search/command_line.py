@@ -7,17 +7,19 @@ Imports no torch.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_search.errors import LoraSearchError
+from lora_search.errors import ConfigError, LoraSearchError
+from lora_search.output.ranking import best_of
 from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
 from lora_search.settings.composition import DEFAULT_SWEEP, compose_section, compose_study
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import remember_all
+from lora_search.trial import TrialRow
 from lora_search.worker.interrupts import EXIT_CODE
 
 
@@ -52,6 +54,28 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
     """Return the study that a command line names. Raises InputError for what is wrong with it."""
     study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
     return FoundStudy(study, Path(runs_dir))
+
+
+def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the command's own keys, given or at their defaults, and leave the others to the sweep's."""
+    typed = [text.partition("=") for text in arguments.overrides]
+    given = {key: value for key, equals, value in typed if equals and key in known}
+    arguments.overrides = [text for text in arguments.overrides if text.partition("=")[0] not in given]
+    return {**known, **given}
+
+
+def chosen_trial(key: str, text: str, rows: Sequence[TrialRow]) -> TrialRow:
+    """Return the trial of that number, the best where the text is empty. Raises ConfigError."""
+    if not text:
+        best = best_of(rows)
+        if best is None:
+            raise ConfigError(key, "none", "no trial is complete yet", "Run the sweep first.")
+        return best
+    found = [row for row in rows if str(row.number) == text and row.perplexity is not None]
+    if not found:
+        measured = ", ".join(str(row.number) for row in rows if row.perplexity is not None)
+        raise ConfigError(key, text, "must be a trial that has a perplexity", f"There are: {measured}.")
+    return found[0]
 
 
 def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:

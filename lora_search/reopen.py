@@ -5,7 +5,6 @@ Imports torch. Data or a base that changed since are refused: their numbers woul
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,9 +12,8 @@ from lora_search.data.rows import Splits
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_of
 from lora_search.engine.engine import Engine
-from lora_search.errors import StudyError
 from lora_search.model.loading import load_base
-from lora_search.prepare import read_inputs
+from lora_search.prepare import Inputs, read_inputs
 from lora_search.reading.load import load_rows
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.fingerprint import check_fingerprint
@@ -36,12 +34,7 @@ class Reopened:
 def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int) -> Reopened:
     """Return an engine with room for these trials, ``num_slots`` at a time. Raises FingerprintError where
     rows, base or template are not those of the study."""
-    identity = find_identity(config.study)
-    inputs = read_inputs(config, load_rows(config.data), identity)
-    stored = identity.fingerprint if identity is not None else {}
-    known = [key for key in inputs.content if key in stored]
-    wanted = {key: inputs.content[key] for key in known}
-    check_fingerprint(config.study.name, {key: stored[key] for key in known}, wanted)
+    inputs = read_again(config)
     sized = replace(config, engine=replace(config.engine, slots=num_slots))
     base = load_base(inputs.source, inputs.model, config.engine)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
@@ -49,12 +42,12 @@ def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int)
     return Reopened(config, inputs.tokenizer, inputs.splits, engine)
 
 
-def adapter_folder(folder: Path, number: int) -> Path:
-    """Return where a trial's adapter is. Raises StudyError where it was trained on another machine."""
-    adapter = folder / "trials" / str(number) / "adapter"
-    if not adapter.is_dir():
-        raise StudyError(
-            f"trial {number}: its adapter is not in {adapter}. Copy the folder of the trial from the machine "
-            "that trained it, or name another trial."
-        )
-    return adapter
+def read_again(config: SweepConfig) -> Inputs:
+    """Return rows, tokenizer and template of the study. Raises FingerprintError where they have changed."""
+    identity = find_identity(config.study)
+    inputs = read_inputs(config, load_rows(config.data), identity)
+    stored = identity.fingerprint if identity is not None else {}
+    known = [key for key in inputs.content if key in stored]
+    wanted = {key: inputs.content[key] for key in known}
+    check_fingerprint(config.study.name, {key: stored[key] for key in known}, wanted)
+    return inputs

@@ -1,6 +1,7 @@
 """What follows a search: test score, export, answers, confirmation. One finished smoke sweep serves all."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_search import score, sweep
+from lora_search import export, generate, score, sweep
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
 from lora_search.model.loading import load_tokenizer, resolve_model
@@ -121,3 +122,111 @@ def test_a_study_whose_rows_changed_since_is_refused(typed: Callable[..., int]) 
 
     with pytest.raises(FingerprintError, match="validation rows changed"):
         reopen(config, [], 1)
+
+
+def test_an_exported_adapter_serves_in_plain_peft_and_its_card_says_how_good_it_is(
+    typed: Callable[..., int], tmp_path: Path
+) -> None:
+    best, _ = study_now()
+
+    assert typed(export.main, f"to={tmp_path}/served") == 0
+
+    model = PeftModel.from_pretrained(plain_base(), f"{tmp_path}/served")
+    assert plain_perplexity(model, examples_of("validation")) == pytest.approx(best.perplexity, rel=1e-5)
+    card = (tmp_path / "served/README.md").read_text()
+    assert f"validation perplexity {best.perplexity:.4f}" in card
+    assert re.search(r"95 % interval -\d+\.\d to -\d+\.\d %, 8 validation rows", card)
+    assert "test split, 65 rows" in card
+    assert "tokenizer.json" in {path.name for path in (tmp_path / "served").iterdir()}
+    assert (" --max-lora-rank 32" in card) == (best.params["lora.r"] == 32)
+
+
+def test_merged_weights_give_the_studys_perplexity_without_peft(
+    typed: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, _ = SweepStudy.read(STUDY)
+
+    assert typed(export.main, "merge=true", "trial=1", f"to={tmp_path}/merged") == 0
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    found = plain_perplexity(model, examples_of("validation"))
+    assert found == pytest.approx(rows[1].perplexity, rel=1e-5)
+    assert f"{found:.4f}" in (tmp_path / "merged/README.md").read_text()
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+    assert f"validation perplexity {found:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trial=99"], "trial: must be a trial that has a perplexity, got '99'. There are: 0, 1, 2, 3."),
+        (["merge=yes"], "merge: must be true or false, got 'yes'."),
+        (["to=runs/smoke"], "to: must be an empty folder or none, got 'runs/smoke'."),
+        (["too=x"], "too: there is no such setting."),
+    ],
+)
+def test_wrong_exports_are_one_message_and_write_nothing(
+    typed: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert typed(export.main, *arguments) == 2
+
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not Path("runs/smoke/export").exists()
+
+
+def plain_answer(model: torch.nn.Module, question: str, num_tokens: int) -> str:
+    """Return the greedy answer that a loop over the logits gives."""
+    tokenizer = load_tokenizer(resolve_model(TINY), TINY)
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer: list[int] = []
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    while len(answer) < num_tokens and end not in answer:
+        with torch.no_grad():
+            answer.append(int(model(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+def test_base_and_trials_answer_side_by_side(
+    typed: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(generate.main, "What is a=b here?", "Who pays?", "trials=0,2", "max_new_tokens=6") == 0
+
+    out = capsys.readouterr().out
+    sides = ["[base]", "[trial 0]", "[trial 2]"]
+    heads = re.findall(r"^(?:\[base\]|\[trial \d\]|What is a=b here\?|Who pays\?)$", out, re.MULTILINE)
+    assert heads == ["What is a=b here?", *sides, "Who pays?", *sides]
+    assert plain_answer(plain_base(), "Who pays?", 6) in out
+
+
+def test_a_file_is_answered_as_one_question_alone_would_be(typed: Callable[..., int], tmp_path: Path) -> None:
+    questions = ["Who pays?", "What is a building permit, and who grants it?", "Why?"]
+    asked = "".join(f"{json.dumps({'question': question})}\n" for question in questions)
+    (tmp_path / "asked.jsonl").write_text(asked)
+    arguments = [f"questions={tmp_path}/asked.jsonl", f"answers={tmp_path}/out.jsonl", "max_new_tokens=6"]
+
+    assert typed(generate.main, *arguments, "trials=1", "batch_size=2") == 0
+
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    base, adapted = plain_base(), PeftModel.from_pretrained(plain_base(), "runs/smoke/trials/1/adapter")
+    assert [line["question"] for line in lines] == questions
+    assert [line["base"] for line in lines] == [plain_answer(base, q, 6) for q in questions]
+    assert [line["trial 1"] for line in lines] == [plain_answer(adapted, q, 6) for q in questions]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "generate: no question."),
+        (["Why?", "max_new_tokens=0"], "max_new_tokens: must be a whole number >= 1, got '0'."),
+        (["questions=missing.jsonl"], "answers: must name the file to write"),
+        (["questions=missing.jsonl", "answers=o"], "questions: missing.jsonl cannot be read"),
+        (["Why?", "trials=7"], "trials: must be a trial that has a perplexity, got '7'."),
+    ],
+)
+def test_wrong_questions_are_one_message(
+    typed: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert typed(generate.main, *arguments) == 2
+
+    assert message in " ".join(capsys.readouterr().out.split())

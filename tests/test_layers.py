@@ -15,10 +15,10 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"study"},
     {"engine", "output"},
     {"worker", "training"},
-    {"prepare", "scoring"},
+    {"prepare", "scoring", "service"},
     {"reopen"},
     {"command_line"},
-    {"sweep", "score", "report"},
+    {"sweep", "score", "export", "generate", "report"},
     {"cli"},
 ]
 LARGEST_ROOM = 15

@@ -3,13 +3,15 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
 
 from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.files.tensors import read_sealed, write_sealed
@@ -65,6 +67,34 @@ def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return weights and note as `export_peft` was given them. Raises DamagedFileError."""
     weights, note = read_sealed(folder / WEIGHTS_NAME)
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()}, note
+
+
+def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
+    """Write the base with the adapter added into its weights, in the base's dtype, as safetensors."""
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    with explained_writing(to):
+        merged.save_pretrained(to)
+
+
+def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
+    """Return the base with all these adapters on it, by name; the base itself where there are none."""
+    model = base
+    for name, folder in adapters.items():
+        if model is base:
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+        else:
+            model.load_adapter(str(folder), adapter_name=name)
+    return model
+
+
+@contextmanager
+def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Let the model that `load_adapters` gave answer under one adapter, or as the bare base (None)."""
+    if name is not None:
+        model.set_adapter(name)
+    bare = model.disable_adapter() if name is None and isinstance(model, PeftModel) else nullcontext()
+    with bare:
+        yield
 
 
 def _write_config(config: PeftLoraConfig, folder: Path) -> None:

@@ -1,0 +1,138 @@
+"""`python -m lora_search.generate study.name=NAME "question" ...`: base and trials answer, side by side.
+
+questions=FILE.jsonl answers=FILE.jsonl answers a whole file. The base is loaded once. Imports torch.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
+from lora_search.errors import ConfigError, DataError, InputError
+from lora_search.files.atomic import write_file
+from lora_search.output.terminal import Progress
+from lora_search.study.identity import find_identity
+from lora_search.study.view import StudyView
+
+if TYPE_CHECKING:
+    from lora_search.service import Answerer
+
+OWN = {"trials": "", "questions": "", "answers": "", "max_new_tokens": "200", "batch_size": "8"}
+KEYS = ("question", "instruction", "prompt")  # where a line of questions=FILE may keep the question
+
+
+def main() -> int:
+    """Answer what the command line asks; return the exit code."""
+    own = (
+        "Questions are what is no key=value. Own keys: trials=3,5 (default: the best), questions=FILE.jsonl, "
+        "answers=FILE.jsonl, max_new_tokens=200, batch_size=8."
+    )
+    return run(generate, study_parser("generate", f"Answer questions with base and trials, greedily. {own}"))
+
+
+def generate(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Answer the questions on the screen, or those of a file into a file."""
+    own = take(arguments, OWN)
+    questions = take_questions(arguments, own)
+    limits = {key: whole_number(key, own[key]) for key in ("max_new_tokens", "batch_size")}
+    found = find_study(arguments)
+    view = StudyView(found.config)
+    rows = view.rows()
+    numbers = [chosen_trial("trials", text, rows).number for text in own["trials"].split(",")]
+    config, identity = recorded(arguments, found, view.attributes()), find_identity(found.config)
+
+    from lora_search.service import open_answerer
+
+    answerer = open_answerer(
+        config, identity.commit if identity else None, found.folder, numbers, limits["max_new_tokens"]
+    )
+    if own["answers"]:
+        answer_file(answerer, questions, numbers, limits["batch_size"], Path(own["answers"]), progress)
+    else:
+        answer_here(answerer, questions, numbers, progress)
+
+
+def take_questions(arguments: argparse.Namespace, own: Mapping[str, str]) -> list[str]:
+    """Return the questions of the command line and of the file, and leave the keys. Raises InputError."""
+    is_key = re.compile(r"~?\+{0,2}[A-Za-z_][\w.@/]*=")
+    questions = [text for text in arguments.overrides if not is_key.match(text)]
+    arguments.overrides = [text for text in arguments.overrides if is_key.match(text)]
+    if own["questions"]:
+        if not own["answers"]:
+            raise ConfigError("answers", "", "must name the file to write", "Add answers=FILE.jsonl.")
+        questions += read_questions(Path(own["questions"]))
+    if not questions:
+        raise InputError('generate: no question. Write it in quotes: "What is ...?", or give questions=FILE.')
+    return questions
+
+
+def answer_here(
+    answerer: "Answerer", questions: Sequence[str], trials: Sequence[int], progress: Progress
+) -> None:
+    """Print each answer as it comes, the base's first."""
+    for question in questions:
+        progress.console.print(f"\n{question}", markup=False, style="bold", soft_wrap=True)
+        for trial in (None, *trials):
+            progress.console.print(f"\n[{name_of(trial)}]", markup=False, style="dim")
+            answerer.stream(question, trial)
+
+
+def answer_file(
+    answerer: "Answerer",
+    questions: Sequence[str],
+    trials: Sequence[int],
+    batch_size: int,
+    to: Path,
+    progress: Progress,
+) -> None:
+    """Write a JSON line per question: question, base, trial N."""
+    lines = [{"question": question} for question in questions]
+    for trial in (None, *trials):
+        for line, text in zip(lines, answerer.answer_all(questions, trial, batch_size), strict=True):
+            line[name_of(trial)] = text
+        progress.event(f"{name_of(trial)}: {len(questions)} answers")
+    write_file(to, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
+    progress.event(f"wrote {to}")
+
+
+def name_of(trial: int | None) -> str:
+    """Return base, or trial 5."""
+    return "base" if trial is None else f"trial {trial}"
+
+
+def whole_number(key: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(key, text, "must be a whole number >= 1")
+    return int(text)
+
+
+def read_questions(path: Path) -> list[str]:
+    """Return the questions of a JSONL file. Raises DataError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"questions: {path} cannot be read: {error}.") from None
+    found = {number: question_in(line) for number, line in enumerate(lines, start=1) if line.strip()}
+    for number, question in found.items():
+        if not question:
+            remedy = 'Write {"question": "..."}.'
+            raise DataError(f"questions: line {number} of {path} has no question. {remedy}")
+    return list(found.values())
+
+
+def question_in(line: str) -> str:
+    """Return the question of a line of JSON; nothing where there is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return ""
+    texts = [row.get(key) for key in KEYS] if isinstance(row, dict) else [row]
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The model card of an exported adapter or merged model: what it is, how good, how to load it. Pure."""
+
+import json
+from collections.abc import Mapping
+
+from lora_search.output.best import plain, sweep_settings
+from lora_search.output.certainty import SURE, Comparison
+from lora_search.output.formatting import show_difference, show_value
+from lora_search.output.leaderboard import line_of_test
+from lora_search.study.results import TestScore
+from lora_search.trial import TrialRow
+
+CARD = """\
+---
+base_model: {hub_name}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [lora, lora_search]
+---
+
+# {title}
+
+{kind} of `{base}`, found by a LoRA hyperparameter search (study `{study}`, trial {number}, rung {rung}).
+
+## Scores
+
+{scores}
+
+## How to load it
+
+```python
+{load}
+```
+{serve}
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+## Data
+
+{data}
+
+## Licence
+
+The licence of the base model, `{base}`, applies to this {kind_lower}: read it before you pass it on.
+"""
+ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this file
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), folder)"""
+MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this file
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)"""
+VLLM = """
+With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER`
+"""
+SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
+VLLM_RANK = 16  # what vLLM allows without being told
+
+
+def model_card(
+    row: TrialRow,
+    attributes: Mapping[str, str],
+    to_base: Comparison | None,
+    test: TestScore | None,
+    merged: tuple[float, str] | None = None,
+) -> str:
+    """Return the card. ``to_base``: the paired comparison on the validation rows; ``merged``: the perplexity
+    of the merged weights in plain transformers, and their dtype."""
+    settings = sweep_settings(attributes) | {key: plain(value) for key, value in row.params.items()}
+    shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
+    base, study = attributes.get("base_model", ""), attributes.get("study", "")
+    rank = settings.get("lora.r")
+    needs_rank = isinstance(rank, int) and rank > VLLM_RANK
+    serve = VLLM.format(base=base, study=study, rank=f" --max-lora-rank {rank}" if needs_rank else "")
+    kind = "Merged model" if merged else "LoRA adapter"
+    facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
+    return CARD.format(
+        hub_name=json.dumps(attributes.get("base_model_name", base)),
+        library="transformers" if merged else "peft",
+        title=f"{study}, trial {row.number}",
+        kind=kind,
+        kind_lower=kind.lower(),
+        base=base,
+        study=study,
+        number=row.number,
+        rung=row.best_rung,
+        scores="\n".join(f"- {line}" for line in score_lines(row, attributes, to_base, test, merged)),
+        load=(MERGED if merged else ADAPTER).format(base=base),
+        serve="" if merged else serve,
+        settings="\n".join(f"| `{key}` | {show_value(value)} |" for key, value in shown.items()),
+        data="\n".join(f"- {key}: {value}" for key, value in facts.items()) or "- not recorded",
+    )
+
+
+def score_lines(
+    row: TrialRow,
+    attributes: Mapping[str, str],
+    to_base: Comparison | None,
+    test: TestScore | None,
+    merged: tuple[float, str] | None,
+) -> list[str]:
+    """Return what is known of its quality, with intervals."""
+    lines = [f"validation perplexity {row.perplexity:.4f}; base {float(attributes['base_perplexity']):.4f}"]
+    if to_base is not None:
+        low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))
+        lines.append(
+            f"change against the base {show_difference(to_base.change, to_base.change_error)} (95 % interval "
+            f"{low:+.1f} to {high:+.1f} %, {to_base.num_rows} validation rows; chosen on these rows, so a "
+            "little too good)"
+        )
+    if test is not None and test.trial == row.number:
+        lines.append(line_of_test(test))
+    elif test is None:
+        lines.append("no test score: the test split was not scored")
+    else:
+        lines.append(f"no test score: the test split was scored with trial {test.trial}")
+    if merged is not None:
+        lines.append(f"validation perplexity of these merged weights in plain transformers, {merged[1]}: "
+                     f"{merged[0]:.4f}")  # fmt: skip
+    return lines

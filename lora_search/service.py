@@ -1,0 +1,184 @@
+"""Adapters in plain transformers and PEFT, as they will serve: answers, merged weights, and their perplexity.
+
+Nothing of the packed engine takes part, so that what is checked here is what users will run. Imports torch.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from lora_search.data.rows import Example
+from lora_search.data.serving import end_tokens
+from lora_search.data.templates import render
+from lora_search.errors import StudyError
+from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
+from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
+from lora_search.ops.device import pick_device, pick_dtype
+from lora_search.output.streams import clean
+from lora_search.reading.rows import Row
+from lora_search.settings.schema import SweepConfig
+
+EXACT = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of a merged model's perplexity
+
+
+def load_plain(config: SweepConfig, commit: str | None) -> PreTrainedModel:
+    """Return the study's base in plain transformers, in its dtype, never quantized."""
+    source = resolve_model(config.model)
+    model = pin_model(source, config.model, commit)
+    device = pick_device(config.engine.device)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=pick_dtype(config.engine.dtype, device),
+        device_map={"": device},
+    )
+    return loaded.eval()
+
+
+@torch.no_grad()
+def plain_perplexity(model: PreTrainedModel, rows: Sequence[Example]) -> float:
+    """Return exp of the mean NLL over all completion tokens, one row at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids_T = torch.tensor(row.input_ids, device=model.device)
+        logits_TV = model(input_ids=ids_T[None]).logits[0].float()
+        for start, stop in row.learnt:
+            nll = torch.nn.functional.cross_entropy(
+                logits_TV[start - 1 : stop - 1], ids_T[start:stop], reduction="sum"
+            )
+            total, count = total + nll.item(), count + stop - start
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model on the disk, and what it scores in plain transformers."""
+
+    folder: Path
+    perplexity: float
+    dtype: str
+
+
+def merge(
+    config: SweepConfig, commit: str | None, adapter: Path, serving: Path, to: Path,
+    rows: Sequence[Example], expected: float,
+) -> Merged:  # fmt: skip
+    """Write base plus adapter as one model, load it again, and compare its perplexity with the study's.
+
+    Raises StudyError, and leaves nothing, where they differ by more than the rounding of the base's dtype. A
+    base that was in 4 bits is merged unquantized, where they do differ: that is not an error.
+    """
+    fresh = to.with_name(f"{to.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    merge_adapter(load_plain(config, commit), adapter, fresh)
+    for file in sorted(path for path in serving.iterdir() if path.is_file()):
+        shutil.copy(file, fresh / file.name)
+    model = AutoModelForCausalLM.from_pretrained(fresh, dtype="auto").eval()
+    perplexity = plain_perplexity(model, rows)
+    tolerance = EXACT[model.dtype] if config.model.quantization is None else float("inf")
+    if not abs(perplexity / expected - 1) <= tolerance:
+        shutil.rmtree(fresh)
+        raise StudyError(
+            f"merge: the merged model has validation perplexity {perplexity:.4f}, the study says "
+            f"{expected:.4f}: more than rounding to {model.dtype} explains. Export the adapter without merge."
+        )
+    shutil.rmtree(to, ignore_errors=True)
+    fresh.rename(to)
+    return Merged(to, perplexity, str(model.dtype).removeprefix("torch."))
+
+
+class Answerer:
+    """The base, loaded once, answering as itself (None) or under any of the trials' adapters."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        commit: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Mapping[int, Path],
+        max_new_tokens: int,
+    ) -> None:
+        base = load_plain(config, commit)
+        own = base.generation_config.to_diff_dict()
+        self.ends = end_tokens(config.template, tokenizer, own)
+        self.model = load_adapters(base, {str(number): path for number, path in adapters.items()})
+        self.tokenizer, self.template, self.max_new_tokens = tokenizer, config.template, max_new_tokens
+        self.device = base.device
+
+    def stream(self, question: str, trial: int | None) -> str:
+        """Print the greedy answer as it comes, and return it."""
+        return self._answer([self._prompt(question)], trial, AnswerStream(self.tokenizer))[0]
+
+    def answer_all(self, questions: Sequence[str], trial: int | None, batch_size: int) -> list[str]:
+        """Return the greedy answers in the order of the questions; like lengths go together."""
+        prompts = [self._prompt(question) for question in questions]
+        found: dict[int, str] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found |= dict(zip(batch, self._answer([prompts[i] for i in batch], trial), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _prompt(self, question: str) -> str:
+        return render(Row(question, "", "-", ""), self.template, self.tokenizer).prompt
+
+    def _answer(
+        self, prompts: Sequence[str], trial: int | None, streamer: TextStreamer | None = None
+    ) -> list[str]:
+        """Answer in one batch, padded on the left."""
+        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        longest, pad = max(map(len, ids)), self.ends[0]
+        padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends, pad_token_id=pad
+        )
+        with torch.no_grad(), with_adapter(self.model, None if trial is None else str(trial)):
+            out = self.model.generate(
+                input_ids=padded, attention_mask=mask, generation_config=settings, streamer=streamer
+            )
+        return [str(self.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
+
+
+def open_answerer(
+    config: SweepConfig, commit: str | None, folder: Path, trials: Sequence[int], max_new_tokens: int
+) -> Answerer:
+    """Return the study's base with the adapters of these trials. Raises StudyError where one is not here."""
+    adapters = {number: adapter_folder(folder, number) for number in trials}
+    source = resolve_model(config.model)
+    tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
+    return Answerer(config, commit, tokenizer, adapters, max_new_tokens)
+
+
+def adapter_folder(folder: Path, number: int) -> Path:
+    """Return where a trial's adapter is. Raises StudyError where it was trained on another machine."""
+    adapter = folder / "trials" / str(number) / "adapter"
+    if not adapter.is_dir():
+        raise StudyError(
+            f"trial {number}: its adapter is not in {adapter}. Copy the folder of the trial from the machine "
+            "that trained it, or name another trial."
+        )
+    return adapter
+
+
+class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers has no types
+    """Prints an answer to standard output word by word, control characters as escapes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        sys.stdout.write(clean(text) + ("\n" if stream_end else ""))
+        sys.stdout.flush()
