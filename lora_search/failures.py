@@ -1,31 +1,4 @@
-"""What goes wrong in a sweep, and what then happens. `engine` finds out whose fault it was, `worker` decides.
-
-| cause | trial | stored reason | the sweep |
-|---|---|---|---|
-| exception in one trial: admission, pass, step, evaluation, export | FAIL | exception, message, place | goes on; another trial takes the slot |
-| exception in a shared pass | whoever fails alone: FAIL | the same | gradients discarded, the same rows again slot by slot |
-| out of memory in a pass | goes on | none: a log line | halves the passes, the same rows again |
-| out of memory with one row alone | FAIL | key, longest row, remedy | goes on where other trials fit |
-| loss or gradient not finite | PRUNED | diverged, at which step | goes on; counts as a failure in a row |
-| checkpoint damaged | goes on from the one before, or anew | attribute `recovery` | goes on |
-| worker killed, hung or gone | WAITING, at most 3 times, then FAIL | its worker died | whoever claims it resumes its checkpoint |
-| a point put in line that the space does not hold | FAIL | outside the space: key, value, range | goes on |
-| parameters of a trial changed by another program | FAIL | the same in words | goes on |
-| trials or the study deleted in the database | as they are | none | ends with one message, exit 1 |
-| SQLite file deleted or replaced | as they are | none | saves what it held beside it; ends with one message, exit 1 |
-| trial taken over after a silence | stays the other worker's | none | this worker lets it go, unreported |
-| failures in a row >= study.max_failures_in_a_row | as above | as above | ends with the last reason, exit 1 |
-| device lost (CUDA error) | WAITING | interrupted | ends with one message, exit 1 |
-| disk full | WAITING | interrupted | ends with one message, exit 1; no good file is replaced |
-| database gone for a while, or silent for 10 s | goes on | none | trains on; measurements wait in the outbox, in order |
-| database gone for study.patience_seconds | WAITING once it is back | its worker died | ends with one message, exit 1 |
-| report or best adapter cannot be written | is done | none | shows the leaderboard, one message, exit 1; the same command writes them |
-| W&B fails, after its first run was opened | goes on | none: a log line | goes on, with the number of failed calls at its end |
-| W&B's offline files cannot be written | goes on | none: a log line | goes on, with the number of files that are not whole at its end |
-| SIGINT, SIGTERM | WAITING | interrupted | ends after the pass, exit 130; the second one at once |
-
-A trial that is WAITING keeps number, parameters, reports and checkpoint; the same command goes on with it.
-"""  # noqa: E501 (a table has long rows)
+"""An exception as the study stores it. docs/failures.md has the table of what fails and what happens then."""
 
 import traceback
 from pathlib import Path
