@@ -4,4 +4,4 @@ import logging
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every import which kernels it lacks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
