@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_search.data.preparation import pairs_text, prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
+from lora_search.data.store import knows_rows
 from lora_search.data.tokens import LENGTH
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
@@ -165,7 +166,7 @@ def prepare_sweep(
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
-    rows = load_rows(config.data)
+    rows = load_rows(config.data, is_known=knows_rows)
     identity = check_places(config)
     for note in rows.notes:
         progress.event(note)

@@ -4,16 +4,23 @@ The split depends on (seed, question) only: a row stays where it is when others 
 a question never stand on both sides. Costs two tokenizations of the data, once per sweep.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.control_tokens import check_control_text
-from lora_search.data.rows import Pair, Splits
+from lora_search.data.rows import Example, Pair, Splits
 from lora_search.data.splitting import (
     cap,
     remove_leakage,
@@ -22,17 +29,34 @@ from lora_search.data.splitting import (
     without_duplicates,
     words,
 )
+from lora_search.data.store import (
+    Numbers,
+    StoredItems,
+    StoredRows,
+    keep_within_limit,
+    read_meta,
+    rows_key,
+    store_key,
+    stored_folder,
+    write_items,
+    write_meta,
+)
 from lora_search.data.templates import Renderer
 from lora_search.data.tokens import (
     choose_max_length,
+    count_cuts,
+    cut,
+    cut_pair,
     describe_lengths,
-    leave_out_long_prompts,
+    fitting_rows,
     tokenize_rows,
-    truncate,
 )
+from lora_search.files.atomic import explained_writing
 from lora_search.reading.rows import Loaded, Row
 from lora_search.reading.text import is_indented, normal_answer, question_key
 from lora_search.settings.schema import SweepConfig
+
+SPLITS = ("train", "validation", "test")
 
 
 def prepare(
@@ -41,37 +65,110 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
 ) -> Splits:
-    """Clean, split, render, tokenize; write the pairs to ``folder`` where one is given."""
+    """Return the splits, tokenized once and then read from the store; write the pairs to the folder."""
+    digest = loaded.digest or _rows_digest(loaded.rows)
+    stored = stored_folder() / store_key(config, digest, tokenizer)
+    found = _stored(stored)
+    if found is None:
+        with explained_writing(stored):
+            _store(config, loaded, tokenizer, stored)
+        found = _stored(stored)
+        assert found is not None
+    keep_within_limit(stored)
+    splits = _cut(config, *found, tokenizer)
+    if folder is not None:
+        write_pairs(splits, folder)
+    return splits
+
+
+def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | None:
+    """Return what the folder holds; None, and no folder, where it is not whole."""
+    try:
+        meta = read_meta(folder)
+        items = {name: StoredItems(folder / f"{name}.arrow") for name in SPLITS}
+    except (OSError, ValueError):  # Arrow's errors among them
+        meta = None
+    if meta is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return items, meta
+
+
+def _store(config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Clean, split, render and tokenize into the folder; of two workers that do so at once either wins."""
+    loaded = loaded.reread() if loaded.reread is not None else loaded
     rows, counts = loaded.rows, loaded.counts.copy()
     unique = without_duplicates(rows)
     counts["exact duplicates removed"] = len(rows) - len(unique)
     counts["further answers kept beside their question"] = len(unique) - len(
-        {question_key(r.question) for r in unique}
+        {_short(question_key(row.question)) for row in unique}
     )
     parts = split(unique, config.data, config.seed)
     if any(row.split for row in unique):
         remove_leakage(parts, config.data, counts)
     kept = cap(parts, config.data, counts)
     require_both_sides(kept, config)
-    check_control_text(config, [row for part in kept.values() for row in part], tokenizer, counts)
+    check_control_text(config, list(chain.from_iterable(kept.values())), tokenizer, counts)
     renderer = Renderer(config.template, tokenizer)
-    items = {name: tokenize_rows(members, renderer, config.train.loss_on) for name, members in kept.items()}
-    counts += renderer.counts
-    max_length = choose_max_length(config.data, [item.example for item in items["train"]], tokenizer)
-    fitting = leave_out_long_prompts(items, max_length, config.data, counts)
-    cut = {name: truncate(name, members, max_length, tokenizer, counts) for name, members in fitting.items()}
-    splits = Splits(
-        **{name: tuple(item.example for item in members) for name, members in cut.items()},
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    try:
+        for name, members in kept.items():
+            write_items(tokenize_rows(members, renderer, config.train.loss_on), fresh / f"{name}.arrow")
+        counts += renderer.counts
+        write_meta(
+            fresh,
+            {"data_hash": _hash(unique), "counts": +counts, "rows": rows_key(config.data, loaded.digest)},
+        )
+        with contextlib.suppress(OSError):  # another worker was first
+            fresh.replace(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _cut(
+    config: SweepConfig,
+    items: Mapping[str, StoredItems],
+    meta: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Splits:
+    """Return the splits at the length that the settings come to."""
+    counts, lengths = Counter[str](meta["counts"]), items["train"].lengths
+    max_length = choose_max_length(config.data, lengths, tokenizer)
+    numbers = fitting_rows(items, max_length, config.data, counts)
+    for name in SPLITS:
+        count_cuts(name, items[name], numbers[name], max_length, counts)
+    return Splits(
+        **{name: _examples(items[name], numbers[name], max_length) for name in SPLITS},
         max_length=max_length,
-        data_hash=_hash(unique),
-        counts={key: count for key, count in counts.items() if count}
-        | {name: len(members) for name, members in cut.items()}
-        | describe_lengths(items["train"]),
-        pairs={name: tuple(item.pair for item in members) for name, members in cut.items()},
+        data_hash=meta["data_hash"],
+        counts=+counts | {name: len(numbers[name]) for name in SPLITS} | describe_lengths(lengths),
+        pairs={name: _pairs(items[name], numbers[name], max_length, tokenizer) for name in SPLITS},
     )
-    if folder is not None:
-        write_pairs(splits, folder)
-    return splits
+
+
+def _examples(items: StoredItems, numbers: Numbers, max_length: int) -> StoredRows[Example]:
+    lengths = np.minimum(items.lengths[numbers], max_length)
+    return StoredRows(numbers, lambda number: cut(items.example(number), max_length), lengths)
+
+
+def _pairs(
+    items: StoredItems, numbers: Numbers, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> StoredRows[Pair]:
+    lengths = np.minimum(items.lengths[numbers], max_length)
+    return StoredRows(numbers, lambda number: cut_pair(items.item(number), max_length, tokenizer), lengths)
+
+
+def _rows_digest(rows: Sequence[Row]) -> str:
+    """Return a digest of rows that come from no file."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def _short(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _hash(rows: Sequence[Row]) -> str:
@@ -91,7 +188,11 @@ def _further(row: Row) -> tuple[str, ...]:
 
 def pairs_text(pairs: Sequence[Pair]) -> str:
     """Return one line of JSON for each pair."""
-    return "".join(f"{json.dumps(_written(pair), ensure_ascii=False)}\n" for pair in pairs)
+    return "".join(map(_line, pairs))
+
+
+def _line(pair: Pair) -> str:
+    return f"{json.dumps(_written(pair), ensure_ascii=False)}\n"
 
 
 def _written(pair: Pair) -> dict[str, object]:
@@ -105,5 +206,6 @@ def write_pairs(splits: Splits, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in splits.pairs.items():
         fresh = folder / f"{name}.{os.getpid()}.new"  # each worker writes the same
-        fresh.write_text(pairs_text(members), encoding="utf-8")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.writelines(_line(pair) for pair in members)
         fresh.replace(folder / f"{name}.jsonl")

@@ -1,6 +1,6 @@
 """What rows become: pairs of text, examples in tokens, splits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -37,6 +37,16 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Item:
+    """One row on its way: its text and its tokens, and how often an epoch shows it."""
+
+    source: str
+    pair: Pair
+    example: Example
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Splits:
     """What is trained on and what it is judged by. ``data_hash``: of the rows, whatever their order."""
 
@@ -46,4 +56,4 @@ class Splits:
     max_length: int
     data_hash: str
     counts: dict[str, int]
-    pairs: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # the text of each split
+    pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)  # the text of each split

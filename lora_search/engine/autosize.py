@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_search.data.rows import Example
+from lora_search.data.store import lengths_of, longest_rows
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.errors import LoraSearchError
@@ -63,16 +64,16 @@ def fit(
     """
     device = model.device.type
     room = MARGIN[device] * free_bytes
-    lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
-    mean = sum(lengths) / len(lengths)
+    lengths = lengths_of(rows)
+    mean, longest = float(lengths.mean()), int(lengths.max())
     sizes = _sizes(config, mean, batch_size, device)
     cost = measure(model, rows, sizes)
     least_slots = 1 if config.slots == "auto" else int(config.slots)
     room_for_pass = room - least_slots * bytes_per_slot
-    if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < lengths[0]:
+    if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < longest:
         recompute_layers(model.decoder)
         cost = measure(model, rows, sizes) if device == "cuda" else _recomputed(cost, model.decoder)
-    tokens = _tokens(config, cost, room_for_pass, lengths[0], MOST_TOKENS[device])
+    tokens = _tokens(config, cost, room_for_pass, longest, MOST_TOKENS[device])
     left = room - cost.fixed_bytes - cost.bytes_per_token * tokens
     slots = least_slots
     if config.slots == "auto":
@@ -87,7 +88,7 @@ def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -
 
     It ends early at a size that runs out of memory; where the first one does, a token costs all there is.
     """
-    longest = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    longest = longest_rows(rows, max(sizes))  # a row has a token at least
     used, points = [], {}
     for size in sizes:
         chosen = _fill(longest, size)

@@ -17,6 +17,7 @@ import torch
 
 from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
+from lora_search.data.store import lengths_of
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
@@ -200,7 +201,7 @@ class Engine:
 
     def _halve_passes(self, num_rows: int) -> None:
         if num_rows <= 1:
-            longest = max(len(row.input_ids) for row in (*self.splits.train, *self.splits.validation))
+            longest = max(int(lengths_of(part).max()) for part in (self.splits.train, self.splits.validation))
             raise DoesNotFitError(
                 f"engine.tokens_per_pass: out of memory with a single row (longest: {longest} tokens). "
                 "Lower data.max_length, lora.r or engine.slots, or use a device with more memory."
@@ -280,7 +281,7 @@ class Engine:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            longest = max(len(row.input_ids) for row in rows)
+            longest = int(lengths_of(rows).max())
             self._halve_passes(len(rows) if self.tokens_per_pass > longest else 1)
 
     def _rungs(self, index: int, slot: Slot, scores: RowScores) -> list[Measurement]:

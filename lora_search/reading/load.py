@@ -2,7 +2,9 @@
 dropped in silence."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 
 from lora_search.errors import DataError
@@ -15,9 +17,18 @@ SHOWN_COMPLAINTS = 3
 PEEKED = 1000  # records that show how a file is laid out
 
 
-def load_rows(config: DataConfig, found: Found | None = None) -> Loaded:
-    """Return the usable rows, and counts of what was read and skipped. DataError: file, line, remedy."""
+def load_rows(
+    config: DataConfig, found: Found | None = None, is_known: Callable[[DataConfig, str], bool] | None = None
+) -> Loaded:
+    """Return the usable rows, and counts of what was read and skipped. DataError: file, line, remedy.
+
+    Rows that ``is_known`` says were read before, by the digest of their files, are read when they are needed.
+    """
     found = found or find_sources(config)
+    if is_known is not None and is_known(config, found.digest):
+        return Loaded(
+            [], digest=found.digest, revisions=found.revisions, reread=partial(load_rows, config, found)
+        )
     counts, notes, rows = found.counts.copy(), list[str](), list[Row]()
     for source in found.sources:
         layout = _read(source, config, rows, counts)
@@ -26,7 +37,7 @@ def load_rows(config: DataConfig, found: Found | None = None) -> Loaded:
         own = [row for row in rows if row.split == split]
         if own:
             counts[f"rows of the user's own {split} split"] = len(own)
-    return Loaded(rows, +counts, tuple(dict.fromkeys(notes)), found.revisions)
+    return Loaded(rows, +counts, tuple(dict.fromkeys(notes)), found.revisions, found.digest)
 
 
 def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[str]) -> Layout:

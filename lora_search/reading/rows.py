@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,3 +71,5 @@ class Loaded:
     counts: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
     revisions: dict[str, str] = field(default_factory=dict)  # hub data set -> the commit that was read
+    digest: str = ""  # of the bytes that were read
+    reread: "Callable[[], Loaded] | None" = None  # where the rows were read before, and are left unread

@@ -51,6 +51,12 @@ class Found:
     counts: Counter[str] = field(default_factory=Counter)
     revisions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """Return a digest of everything that was named."""
+        parts = [f"{s.key} {s.name} {s.split} {s.weight} {s.digest}" for s in self.sources]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
 
 def find_sources(config: DataConfig) -> Found:
     """Return every source, checked but not read. DataError: what is not there, or not what its name says."""

@@ -7,9 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_search.data.masks import DROPPED
-from lora_search.data.rows import Example
+from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
-from lora_search.data.tokens import Item, tokenize_rows, truncate
+from lora_search.data.tokens import cut, cut_pair, tokenize_rows
 from lora_search.errors import ConfigError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.conversations import conversation_row
@@ -110,7 +110,7 @@ def tokenized(
     name: str, turns: Sequence[object], loss_on: str = "all_assistant_turns", tools: object = None
 ) -> Example:
     renderer = Renderer(TemplateConfig(), tokenizer_for(name))
-    return tokenize_rows([row_of(turns, tools)], renderer, loss_on)[0].example
+    return next(tokenize_rows([row_of(turns, tools)], renderer, loss_on)).example
 
 
 def said(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -246,31 +246,29 @@ def test_a_template_that_loses_a_message_is_refused() -> None:
     )
 
     with pytest.raises(ConfigError, match=r"loses or changes a message of the user \(chat.jsonl:1: 'Why\?'"):
-        tokenize_rows([row_of([USER, ANSWER, *MORE])], Renderer(TemplateConfig(), tokenizer))
+        next(tokenize_rows([row_of([USER, ANSWER, *MORE])], Renderer(TemplateConfig(), tokenizer)))
 
 
-def cut(max_length: int) -> tuple[Item, Counter[str], PreTrainedTokenizerFast]:
-    tokenizer, counts = tokenizer_for("chatml"), Counter[str]()
-    items = tokenize_rows([row_of(CHATS["many turns"])], Renderer(TemplateConfig(), tokenizer))
-    return truncate("train", items, max_length, tokenizer, counts)[0], counts, tokenizer
+def shortened(max_length: int) -> tuple[Example, Pair, PreTrainedTokenizerFast]:
+    tokenizer = tokenizer_for("chatml")
+    (item,) = tokenize_rows([row_of(CHATS["many turns"])], Renderer(TemplateConfig(), tokenizer))
+    return cut(item.example, max_length), cut_pair(item, max_length, tokenizer), tokenizer
 
 
 @pytest.mark.parametrize("max_length", range(40, 160, 7))
 def test_a_long_conversation_is_cut_at_the_end_of_a_turn(max_length: int) -> None:
-    item, counts, tokenizer = cut(max_length)
-    example = item.example
+    example, pair, tokenizer = shortened(max_length)
 
     assert len(example.input_ids) <= max_length
     assert said(example, tokenizer) == [
         "So it is.<|im_end|>",
         *["Then too. Always.<|im_end|>"] * (len(example.learnt) - 1),
     ]
-    assert tokenizer.decode(example.input_ids) == item.pair.prompt + item.pair.completion
-    assert counts["train truncated at the end of a turn"] == 1 or len(example.learnt) == 3
+    assert tokenizer.decode(example.input_ids) == pair.prompt + pair.completion
 
 
 def test_the_text_says_what_bears_no_loss() -> None:
-    item, _, _ = cut(512)
+    _, pair, _ = shortened(512)
 
-    parts = [item.pair.completion[start:stop] for start, stop in item.pair.masked]
+    parts = [pair.completion[start:stop] for start, stop in pair.masked]
     assert parts == ["\n<|im_start|>user\nAnd when it rains?<|im_end|>\n<|im_start|>assistant\n"] * 2

@@ -1,0 +1,213 @@
+"""Tokenized rows in Arrow files: written a batch at a time, read by memory mapping, kept for later starts.
+
+One folder per (rows, tokenizer, template, split): all workers of a host and all starts share it. Memory holds
+lengths and what is being read; a row becomes tuples of tokens only when it is asked for.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_search.data.rows import Example, Item, Pair
+from lora_search.settings.schema import DataConfig, SweepConfig, as_dict
+
+META = "meta.json"
+FORMAT = "1"  # of the files, and of what is made of rows: raise it when either changes
+KEPT = 16  # folders; the longest unused go first
+ROWS_PER_BATCH = 1000
+R = TypeVar("R")
+Numbers = np.ndarray[Any, Any]
+FREE = ("max_length", "max_length_percentile", "max_length_choices", "on_bad_row")  # rows are cut when read
+
+
+def stored_folder() -> Path:
+    """Return where tokenized rows are kept: under LORA_SEARCH_CACHE, or a folder of the user's."""
+    return Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser() / "data"
+
+
+def store_key(config: SweepConfig, rows_digest: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of the folder: another one for whatever could change a token or its place."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    data = {key: value for key, value in as_dict(config.data).items() if key not in FREE}
+    parts = [
+        FORMAT, rows_digest, config.seed, data, as_dict(config.template), config.train.loss_on, vocabulary,
+        tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens)),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def rows_key(data: DataConfig, rows_digest: str) -> str:
+    """Return what stands for rows as they are read, whatever the tokenizer."""
+    settings = {key: value for key, value in as_dict(data).items() if key not in FREE[:-1]}
+    return hashlib.sha256(json.dumps([FORMAT, rows_digest, settings]).encode()).hexdigest()[:32]
+
+
+def knows_rows(data: DataConfig, rows_digest: str) -> bool:
+    """Return whether rows were read and found usable before, with these settings."""
+    key, folder = rows_key(data, rows_digest), stored_folder()
+    metas = (read_meta(path) for path in folder.iterdir()) if folder.is_dir() else iter(())
+    return any(meta is not None and meta.get("rows") == key for meta in metas)
+
+
+class StoredItems:
+    """The rows of one split, as they were tokenized, before anything is cut."""
+
+    def __init__(self, path: Path) -> None:
+        import datasets
+
+        self._batches = datasets.Dataset.from_file(str(path)).data.table.to_batches()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._columns: dict[int, dict[str, Any]] = {}
+        self.lengths, self.num_prompts, self.times = (
+            np.concatenate([np.zeros(0, np.int32), *(self._numbers(b, name) for b in self._batches)])
+            for name in ("length", "num_prompt", "times")
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @staticmethod
+    def _numbers(batch: Any, name: str) -> Numbers:
+        column: Numbers = batch.column(name).to_numpy(zero_copy_only=False)
+        return column
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
+        return number, index - int(self._starts[number])
+
+    def _list(self, number: int, name: str, row: int) -> tuple[int, ...]:
+        """Return a list of numbers; its column's two arrays lie in the mapped file."""
+        columns = self._columns.setdefault(number, {})
+        if name not in columns:
+            column = self._batches[number].column(name)
+            columns[name] = (column.values.to_numpy(), column.offsets.to_numpy())
+        values, offsets = columns[name]
+        return tuple(values[offsets[row] : offsets[row + 1]].tolist())
+
+    def example(self, index: int) -> Example:
+        number, row = self._place(index)
+        masked = _pairs(self._list(number, "masked", row))
+        return Example(self._list(number, "input_ids", row), int(self.num_prompts[index]), masked)
+
+    def item(self, index: int) -> Item:
+        number, row = self._place(index)
+        source, prompt, completion = (
+            self._batches[number].column(name)[row].as_py() for name in ("source", "prompt", "completion")
+        )
+        pair = Pair(prompt, completion, _pairs(self._list(number, "masked_text", row)))
+        return Item(source, pair, self.example(index), int(self.times[index]))
+
+
+def _pairs(flat: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def write_items(items: Iterable[Item], path: Path) -> None:
+    """Write items to an Arrow file, as they come."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    numbers = datasets.List(datasets.Value("int32"))
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    features = datasets.Features(
+        source=text, prompt=text, completion=text, masked_text=numbers, input_ids=numbers, masked=numbers,
+        length=number, num_prompt=number, times=number,
+    )  # fmt: skip
+    with ArrowWriter(features=features, path=str(path)) as writer:
+        for batch in _batched(items):
+            writer.write_batch(_table(batch))
+        writer.finalize()
+
+
+def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == ROWS_PER_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _table(batch: Sequence[Item]) -> dict[str, list[object]]:
+    return {
+        "source": [item.source for item in batch],
+        "prompt": [item.pair.prompt for item in batch],
+        "completion": [item.pair.completion for item in batch],
+        "masked_text": [[bound for part in item.pair.masked for bound in part] for item in batch],
+        "input_ids": [np.array(item.example.input_ids, dtype=np.int32) for item in batch],
+        "masked": [[bound for part in item.example.masked for bound in part] for item in batch],
+        "length": [len(item.example.input_ids) for item in batch],
+        "num_prompt": [item.example.num_prompt_tokens for item in batch],
+        "times": [item.times for item in batch],
+    }
+
+
+class StoredRows(Sequence[R]):
+    """Rows of a split in their order; ``make`` gives each when it is asked for."""
+
+    def __init__(self, indices: Numbers, make: Callable[[int], R], lengths: Numbers) -> None:
+        self.indices, self.make = indices, make
+        self.lengths = lengths  # in tokens; at most, where a row is cut at the end of a turn
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> R: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[R, ...]: ...
+    def __getitem__(self, index: int | slice) -> R | tuple[R, ...]:
+        if isinstance(index, slice):
+            return tuple(self.make(int(i)) for i in self.indices[index])
+        return self.make(int(self.indices[index]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def keep_within_limit(folder: Path) -> None:
+    """Note that the folder was used, and remove those that were used longest ago."""
+    os.utime(folder)
+    others = [path for path in folder.parent.iterdir() if (path / META).is_file()]
+    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)  # who reads it keeps its open files
+
+
+def write_meta(folder: Path, meta: Mapping[str, object]) -> None:
+    (folder / META).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Return what was counted when the folder was made; None where there is none."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta
+
+
+def lengths_of(rows: Sequence[Example]) -> Numbers:
+    """Return the tokens of each row, without making the rows where their lengths are known."""
+    if isinstance(rows, StoredRows):
+        return rows.lengths
+    return np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+
+
+def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:
+    """Return the longest rows, the longest first; of as many tokens the first ones."""
+    order = np.argsort(-lengths_of(rows), kind="stable")[:count]
+    return [rows[int(i)] for i in order]

@@ -1,0 +1,119 @@
+"""What was tokenized once is read from then on, whatever is asked for and by whom."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_search.data.preparation import prepare
+from lora_search.data.rows import Splits
+from lora_search.data.store import knows_rows, lengths_of, longest_rows, stored_folder
+from lora_search.errors import DataError
+from lora_search.model.tiny import CHATML, make_tiny_tokenizer
+from lora_search.reading.load import load_rows
+from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, num_rows: int = 1500) -> str:
+    rows = [{"q": f"Question {i}?", "a": f"Answer {i} " * (1 + i % 5)} for i in range(num_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def start(path: str, seed: int = 0, **data: object) -> Splits:
+    config = SweepConfig(data=DataConfig(path=path, **data), seed=seed)  # type: ignore[arg-type]
+    return prepare(config, load_rows(config.data, is_known=knows_rows), make_tiny_tokenizer())
+
+
+def folders() -> int:
+    return len(list(stored_folder().iterdir()))
+
+
+def test_a_second_start_gives_the_same_without_reading_the_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "faq.jsonl")
+
+    first = start(path)
+
+    config = DataConfig(path=path)
+    assert load_rows(config, is_known=knows_rows).rows == []
+    assert start(path) == first
+    assert len(first.train) > 1000  # more than one batch of the file
+    assert folders() == 1
+
+
+def test_another_length_cuts_the_same_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "faq.jsonl")
+    whole, short = start(path, max_length_percentile=100), start(path, max_length=64)
+
+    assert folders() == 1
+    assert short.train != whole.train
+    assert all(a.input_ids == b.input_ids[:64] for a, b in zip(short.train, whole.train, strict=True))
+
+
+@pytest.mark.parametrize("change", ["rows", "seed", "fraction", "template", "tokenizer"])
+def test_whatever_changes_a_token_or_its_place_is_tokenized_anew(tmp_path: Path, change: str) -> None:
+    path = write(tmp_path / "faq.jsonl", 300)
+    start(path)
+    config, tokenizer = SweepConfig(data=DataConfig(path=path)), make_tiny_tokenizer()
+    if change == "rows":
+        write(tmp_path / "faq.jsonl", 301)
+    elif change == "seed":
+        config.seed = 1
+    elif change == "fraction":
+        config.data.test_fraction = 0.2
+    elif change == "template":
+        config.template = TemplateConfig(system_prompt="Be brief.")
+    else:
+        tokenizer.chat_template = CHATML.replace("\n", "")
+
+    prepare(config, load_rows(config.data, is_known=knows_rows), tokenizer)
+
+    assert folders() == 2
+
+
+def test_a_fault_in_changed_rows_is_found_although_the_old_ones_are_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "faq.jsonl", 300)
+    start(path)
+    with Path(path).open("a") as file:
+        file.write("{}\n")
+
+    with pytest.raises(DataError, match="line 301 of faq.jsonl"):
+        start(path)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.arrow", "test.arrow"])
+def test_a_damaged_folder_is_made_anew(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "faq.jsonl", 300)
+    first = start(path)
+    (folder,) = stored_folder().iterdir()
+    begun = (folder / name).read_bytes()[:100]
+    (folder / name).unlink()  # the first start still maps it
+    (folder / name).write_bytes(begun)
+
+    assert start(path) == first
+
+
+def test_weights_show_rows_as_often_as_they_say(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a.jsonl", 300), str(tmp_path / "b.jsonl")]
+    Path(paths[1]).write_text("".join(json.dumps({"q": f"Other {i}?", "a": "B."}) + "\n" for i in range(300)))
+
+    splits = start(paths, weights=[2.0, 0.5])  # type: ignore[arg-type]
+
+    others = sum("Other" in pair.prompt for pair in splits.pairs["train"])
+    twice = len(splits.train) - others
+    assert twice % 2 == 0
+    assert twice == 2 * len({pair.prompt for pair in splits.pairs["train"] if "Question" in pair.prompt})
+    assert 80 < others < 160  # half of about 240
+
+
+def test_the_longest_rows_are_found_by_their_lengths(tmp_path: Path) -> None:
+    train = start(write(tmp_path / "faq.jsonl", 300)).train
+
+    found = longest_rows(train, 3)
+
+    assert [len(row.input_ids) for row in found] == sorted(lengths_of(train).tolist(), reverse=True)[:3]
