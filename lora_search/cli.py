@@ -12,6 +12,9 @@ COMMANDS = {  # each is the module lora_search.NAME
     "score": "score winner and base on the test split; a sweep does it once, at its end",
     "export": "write an adapter, or merged weights, as a folder with a model card",
     "generate": "answer questions with base and trials, one by one or a whole file",
+    "status": "show one study, or all of a storage: trials, best, workers, slots",
+    "list": "list the studies of a storage",
+    "delete": "delete a study, its folder and its W&B runs; asks first",
     "report": "write runs/<study>/report.html anew, also while the sweep runs",
 }
 USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows what a command takes)"

@@ -1,10 +1,14 @@
 """What follows a search: test score, export, answers, confirmation. One finished smoke sweep serves all."""
 
+import io
 import json
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_search import export, generate, score, sweep
+from lora_search import delete, export, generate, score, status, sweep
+from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
 from lora_search.model.loading import load_tokenizer, resolve_model
@@ -23,6 +28,7 @@ from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import ModelConfig, StudyConfig
 from lora_search.study.results import read_test_score
 from lora_search.study.study import SweepStudy
+from lora_search.study.view import study_names
 from lora_search.trial import TrialRow
 from tests.engine.test_engine import plain_perplexity
 
@@ -230,3 +236,56 @@ def test_wrong_questions_are_one_message(
     assert typed(generate.main, *arguments) == 2
 
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_status_shows_one_study_and_list_all(
+    typed: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, _ = study_now()
+
+    assert typed(status.main) == 0
+    one = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["list"])
+    assert list_command.main() == 0
+
+    line = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("smoke"))
+    assert line[:6] == ["smoke", "4/4", "4", "0", "0", "0"]
+    assert float(line[6]) == pytest.approx(best.perplexity, abs=0.06)
+    assert "Leaderboard" in one
+    assert "test split, 65 rows" in one
+
+
+def test_delete_asks_and_takes_nothing_but_the_name_for_an_answer(
+    typed: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+
+    assert typed(delete.main) == 2
+
+    assert "nothing is deleted" in " ".join(capsys.readouterr().out.split())
+    assert Path("runs/smoke/best").is_dir()
+    assert study_now()
+
+
+def test_a_deleted_study_is_gone_from_storage_and_disk_and_the_others_stay(
+    typed: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished / "runs", copy / "runs")
+    monkeypatch.chdir(copy)
+    Path("runs/other").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("smoke\n"))
+    monkeypatch.setattr(sys, "argv", ["delete", "study.name=smoke"])
+
+    assert delete.main() == 0
+
+    assert study_names(STUDY) == []
+    assert sorted(path.name for path in Path("runs").iterdir() if path.is_dir()) == ["other"]
+    assert study_names(replace(STUDY, storage=f"sqlite:///{finished}/runs/lora_search.db")) == ["smoke"]
+
+
+def test_status_and_its_kin_import_no_torch() -> None:
+    names = "status, list, delete, export, generate, score, report"
+    code = f"import sys\nfrom lora_search import {names}\nsys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

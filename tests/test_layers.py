@@ -18,7 +18,8 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"prepare", "scoring", "service"},
     {"reopen"},
     {"command_line"},
-    {"sweep", "score", "export", "generate", "report"},
+    {"sweep", "score", "export", "generate", "status", "delete", "report"},
+    {"list"},
     {"cli"},
 ]
 LARGEST_ROOM = 15
@@ -35,7 +36,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "openpyxl": {"reading.files"},
     "pyarrow": {"reading.files"},
     "peft": {"files.peft"},
-    "rich": {"output.terminal", "output.leaderboard"},
+    "rich": {"output.terminal", "output.leaderboard", "output.overview"},
     "plotly": {"output.charts", "output.page"},
     "jinja2": {"output.page", "data.templates"},
 }

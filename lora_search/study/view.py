@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.presence import worker_is_dead
 from lora_search.database.storage import explained_errors, open_storage, require_database
 from lora_search.errors import ConfigError
 from lora_search.search.trials import progress_of, settled, text_of, trial_rows
@@ -56,6 +57,12 @@ class StudyView:
             self._ledger.read(everything=True)
             return attributes_of(self._study) | described(self.config, self._spent())
 
+    def workers(self) -> dict[str, bool]:
+        """Return who holds running trials, and whether it is known to be dead."""
+        running = [t for t in self._trials() if t.state == TrialState.RUNNING]
+        names = [text_of(trial, "worker") for trial in running]
+        return {name: worker_is_dead(name) for name in names if name}
+
     def _spent(self) -> Spent:
         intervals = read_intervals(self._storage, self._study_id).values()
         return spent_of(list(intervals), self._ledger.tokens)
@@ -81,6 +88,19 @@ def _settings(trial: FrozenTrial) -> TrialSettings | None:
         return TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])})
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def study_names(config: StudyConfig) -> list[str]:
+    """Return the names of all studies in the storage."""
+    require_database(config)
+    with explained_errors(config):
+        return sorted(optuna.get_all_study_names(open_storage(config)))
+
+
+def delete_study(config: StudyConfig) -> None:
+    """Delete the study from its storage, for good."""
+    with explained_errors(config):
+        optuna.delete_study(study_name=config.name, storage=open_storage(config))
 
 
 def _slot(trial: FrozenTrial, settings: TrialSettings) -> SlotView:

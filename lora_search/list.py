@@ -1,0 +1,22 @@
+"""`python -m lora_search.list [study.storage=URL]`: a line for each study. Imports no torch."""
+
+import argparse
+import sys
+
+from lora_search.command_line import find_study, run, study_parser
+from lora_search.output.terminal import Progress
+from lora_search.status import show_all
+
+
+def main() -> int:
+    """List the studies of the storage; return the exit code."""
+    return run(list_studies, study_parser("list", "List the studies of study.storage."))
+
+
+def list_studies(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Print a line for each study."""
+    show_all(find_study(arguments), progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

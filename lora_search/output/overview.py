@@ -1,0 +1,64 @@
+"""What `status` and `list` show: a line for each study, and one study in full."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_search.output.best import sweep_settings
+from lora_search.output.certainty import certainty_of
+from lora_search.output.formatting import show_change, show_perplexity
+from lora_search.output.leaderboard import leaderboard, line_of_test
+from lora_search.output.ranking import best_of
+from lora_search.output.terminal import slot_table
+from lora_search.study.results import read_test_score
+from lora_search.study.view import StudyView
+from lora_search.trial import TrialRow
+
+STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+
+
+def studies_table(views: Sequence[StudyView]) -> Table:
+    """Return a line per study: how many trials are in which state, and the best against the base."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("study", no_wrap=True)
+    for name in ("trials", "complete", "pruned", "failed", "running", "best", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for view in views:
+        rows, attributes = view.rows(), view.attributes()
+        best, base = best_of(rows), float(attributes.get("base_perplexity", "nan"))
+        states = [row.state for row in rows]
+        counts = [str(states.count(state)) for state in STATES[:4]]
+        change = show_change(base, best.perplexity) if best else "-"
+        shown = show_perplexity(best.perplexity if best else None)
+        table.add_row(Text(view.config.name), of_total(rows, attributes), *counts, shown, change)
+    return table
+
+
+def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
+    """Return finished trials of those asked for: 7/12."""
+    finished = sum(row.state in ("COMPLETE", "PRUNED") for row in rows)
+    return f"{finished}/{sweep_settings(attributes).get('study.n_trials', '?')}"
+
+
+def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
+    """Return one study: its line, who trains what, leaderboard and test score."""
+    rows, attributes, slots = view.rows(), view.attributes(), view.slots()
+    workers = view.workers()
+    parts: list[RenderableType] = [studies_table([view]), ""]
+    if workers:
+        alive = sum(not is_dead for is_dead in workers.values())
+        parts += [f"{alive} of {len(workers)} workers alive, {len(slots)} slots busy", slot_table(slots), ""]
+    if "base_perplexity" in attributes:
+        base = float(attributes["base_perplexity"])
+        parts.append(leaderboard(rows, base, certainty_of(rows, folder), width))
+    test = read_test_score(attributes)
+    if test is not None:
+        parts.append(Text(line_of_test(test, best_of(rows))))
+    report = folder / "report.html"
+    if os.path.exists(report):
+        parts.append(Text(f"report: {report}", style="dim"))
+    return Group(*parts)
