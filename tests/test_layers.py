@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"prepare", "scoring", "service"},
     {"reopen"},
     {"command_line"},
-    {"sweep", "score", "export", "generate", "status", "delete", "report"},
+    {"sweep", "plan", "score", "export", "generate", "status", "delete", "report"},
     {"list"},
     {"cli"},
 ]

@@ -1,6 +1,8 @@
 """The device: which one, in which dtype, what it holds, how running out shows, how long a pass takes."""
 
 import ctypes
+import resource
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -136,11 +138,21 @@ class Throughput:
 
     def __init__(self) -> None:
         self._passes: deque[tuple[Lap, int]] = deque(maxlen=RECENT_PASSES)
+        self.total_tokens = 0  # of all passes
 
     def note(self, lap: Lap, num_tokens: int) -> None:
         self._passes.append((lap, num_tokens))
+        self.total_tokens += num_tokens
 
     @property
     def tokens_per_second(self) -> float:
         over = [(lap.seconds, tokens) for lap, tokens in self._passes if lap.is_over]
         return sum(tokens for _, tokens in over) / sum(s for s, _ in over) if over else 0.0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has taken: of the GPU, or else of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,6 +9,7 @@ from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
 from lora_search.output.certainty import certainty_of
+from lora_search.output.forecast_text import compared
 from lora_search.output.leaderboard import leaderboard, line_of_test
 from lora_search.output.page import write_report
 from lora_search.output.ranking import FINISHED, base_of, best_of, is_final
@@ -29,6 +30,9 @@ def conclude(
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     base_perplexity = base_of(attributes)
+    truth = compared(rows, attributes, config)
+    for name, text in truth.items():
+        progress.event(f"{name}: {text}")
     if not is_final(rows, attributes):
         progress.event("not all is done: this is the leaderboard so far")
     board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
@@ -38,7 +42,7 @@ def conclude(
         progress.console.print(line_of_test(test, best_of(rows)), markup=False, soft_wrap=True)
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
-        write_report(rows, attributes, base_perplexity, folder / "report.html")
+        write_report(rows, {**attributes, **truth}, base_perplexity, folder / "report.html")
     if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.most_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"

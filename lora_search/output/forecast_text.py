@@ -1,0 +1,110 @@
+"""A forecast in words, and beside what then happened."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lora_search.files.atomic import explained_writing, write_file
+from lora_search.output.formatting import show_count, show_seconds
+from lora_search.search.forecast import Forecast, Probe, Shape, trials_within
+from lora_search.settings.schema import SweepConfig
+from lora_search.trial import TrialRow
+
+KEPT_ADAPTERS = 1  # of each trial: the one of its best rung
+CHECKPOINT = 3  # a running trial's checkpoint holds the adapter and two moments
+
+
+def forecast_lines(
+    config: SweepConfig,
+    shape: Shape,
+    probe: Probe,
+    found: Forecast,
+    share: float,
+    memory_bytes: int,
+    adapter_bytes: int,
+) -> list[str]:
+    """Return the forecast, one line for each thing that people ask."""
+    passes = found.trial_tokens / max(1, _tokens_per_pass(config, found))
+    price = config.study.price_per_hour
+    trials = "a budget alone ends it" if config.study.n_trials is None else f"{shape.num_trials} trials"
+    disk = adapter_bytes * (shape.num_trials * KEPT_ADAPTERS + shape.num_slots * CHECKPOINT) / 2**20
+    lines = [
+        f"probe        {probe.train_tokens_per_second:,.0f} training tokens/s with {shape.num_slots} slots; "
+        f"{probe.eval_seconds:.2f} s to evaluate a trial",
+        f"one trial    {show_count(round(found.trial_tokens))} tokens, {passes:,.0f} full passes' worth, "
+        f"{shape.num_rungs} rungs, {show_seconds(found.trial_seconds)} of a worker",
+    ]
+    if config.study.n_trials is not None:
+        low, expected, high = (show_seconds(seconds) for seconds in found.seconds)
+        tokens = [show_count(round(count)) for count in found.tokens]
+        lines.append(f"the sweep    {expected} ({low} to {high}, by what is pruned), {trials}, "
+                     f"{tokens[1]} tokens ({tokens[0]} to {tokens[2]})")  # fmt: skip
+        if price is not None:
+            costs = [seconds / 3600 * price * shape.num_workers for seconds in found.seconds]
+            lines.append(f"cost         {costs[1]:.3g} ({costs[0]:.3g} to {costs[2]:.3g})")
+        lines.append(f"disk         up to {disk:,.0f} MiB of adapters and checkpoints")
+    lines.append(f"memory       {memory_bytes / 2**30:.1f} GiB at the probe's peak, base included")
+    lines.append(f"cost driver  {_driver(found)}")
+    return lines + _budget_lines(config, shape, probe, found, share)
+
+
+def _tokens_per_pass(config: SweepConfig, found: Forecast) -> float:
+    size = config.engine.tokens_per_pass
+    return float(size) if isinstance(size, int) else found.trial_tokens
+
+
+def _driver(found: Forecast) -> str:
+    training = f"training is {found.training_share:.0%} of the time"
+    if found.training_share >= 0.5:
+        return f"{training}: fewer train.epochs or data.max_train_examples save most"
+    return f"{training}: fewer train.evals_per_epoch or data.max_validation_examples save most"
+
+
+def _budget_lines(
+    config: SweepConfig, shape: Shape, probe: Probe, found: Forecast, share: float
+) -> list[str]:
+    """Return how many trials each budget that is set is enough for."""
+    study, lines = config.study, []
+    if study.max_hours is not None:
+        count = trials_within(study.max_hours * 3600, shape, probe, share, found.trial_seconds)
+        lines.append(f"budget       study.max_hours={study.max_hours:g}: about {count} trials")
+    if study.max_cost is not None and study.price_per_hour is not None:
+        hours = study.max_cost / study.price_per_hour / shape.num_workers
+        count = trials_within(hours * 3600, shape, probe, share, found.trial_seconds)
+        lines.append(f"budget       study.max_cost={study.max_cost:g}: about {count} trials")
+    if study.max_tokens is not None:
+        count = int(study.max_tokens / (share * found.trial_tokens))
+        lines.append(f"budget       study.max_tokens={study.max_tokens}: about {count} trials")
+    return lines
+
+
+def forecast_file(config: SweepConfig) -> Path:
+    return Path(config.runs_dir) / f"{config.study.name}.plan.json"
+
+
+def write_forecast(found: Forecast, config: SweepConfig) -> None:
+    """Keep the forecast beside the study's folder. Raises WriteError."""
+    kept = {**asdict(found), "n_trials": config.study.n_trials}
+    with explained_writing(Path(config.runs_dir)):
+        write_file(forecast_file(config), json.dumps(kept, indent=1).encode())
+
+
+def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig) -> dict[str, str]:
+    """Return the forecast beside the truth; nothing where none was made, or for another number of trials."""
+    try:
+        kept = json.loads(forecast_file(config).read_text(encoding="utf-8"))
+        low, expected, high = (float(value) for value in kept["seconds"])
+        tokens = float(kept["tokens"][1])
+        hours = float(attributes["hours over all starts"])
+        is_same = kept["n_trials"] == config.study.n_trials
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not is_same or config.study.n_trials is None:
+        return {}
+    trained = sum(row.train_tokens for row in rows)
+    return {
+        "forecast of time": f"{show_seconds(expected)} ({show_seconds(low)} to {show_seconds(high)}); "
+        f"took {show_seconds(hours * 3600)}",
+        "forecast of tokens": f"{show_count(round(tokens))}; trained {show_count(trained)}",
+    }

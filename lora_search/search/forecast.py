@@ -1,0 +1,125 @@
+"""What a sweep will train and take, from what a probe has measured. Pure: no torch, no I/O."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna import create_study
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.search.pruning import RungPruner
+
+DRAWS = 40  # imagined sweeps
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured in seconds: speeds of a worker with all slots busy."""
+
+    train_tokens_per_second: float
+    eval_seconds: float  # of one trial at one rung, packed with the others
+    setup_seconds: float  # until training begins
+    final_seconds: float = 0.0  # to score winner and base on the test split
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a sweep asks for."""
+
+    num_trials: int
+    num_workers: int
+    num_slots: int
+    num_rungs: int  # of a trial of mean length
+    trial_tokens: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A sweep before it runs: least, expected and most, as pruning leaves room for."""
+
+    trial_tokens: float
+    trial_seconds: float  # of a worker with all slots busy
+    tokens: tuple[float, float, float]
+    seconds: tuple[float, float, float]
+    training_share: float  # of the time; evaluation takes the rest
+
+
+def forecast(shape: Shape, probe: Probe, shares: tuple[float, float, float]) -> Forecast:
+    """Return tokens and wall time of the sweep, where it trains these shares of all its rungs."""
+    training = shape.trial_tokens / probe.train_tokens_per_second
+    trial_seconds = training + shape.num_rungs * probe.eval_seconds
+    least, expected, most = (share * shape.num_trials for share in shares)
+    wall, once = trial_seconds / shape.num_workers, probe.setup_seconds + probe.final_seconds
+    return Forecast(
+        trial_tokens=shape.trial_tokens,
+        trial_seconds=trial_seconds,
+        tokens=(least * shape.trial_tokens, expected * shape.trial_tokens, most * shape.trial_tokens),
+        seconds=tuple(once + count * wall for count in (least, expected, most)),  # type: ignore[arg-type]
+        training_share=training / trial_seconds,
+    )
+
+
+def trials_within(seconds: float, shape: Shape, probe: Probe, share: float, trial_seconds: float) -> int:
+    """Return how many trials come to their end, or are pruned, in so much wall time."""
+    left = max(0.0, seconds - probe.setup_seconds)
+    return int(left * shape.num_workers / (share * trial_seconds))
+
+
+def shares_trained(pruner: BasePruner, shape: Shape, seed: int) -> tuple[float, float, float]:
+    """Return which share of all rungs is trained: least, mean and most of many imagined sweeps.
+
+    In them the trials come in any order and their curves keep their order from the first rung on: how well
+    each trial does is unknown, and the rung rule needs no more than the order. Another rule than that of
+    ``pruner=asha`` may prune nothing, or all that it may judge: the range is from one rung to all of them.
+    """
+    if isinstance(pruner, NopPruner):
+        return 1.0, 1.0, 1.0
+    if not isinstance(pruner, RungPruner):
+        return 1 / shape.num_rungs, 1.0, 1.0
+    rng = np.random.default_rng(seed)
+    num_slots = shape.num_slots * shape.num_workers
+    found = [
+        _share(pruner, rng.permutation(shape.num_trials).tolist(), num_slots, shape.num_rungs)
+        for _ in range(DRAWS)
+    ]
+    return min(found), float(np.mean(found)), max(found)
+
+
+def _share(rule: RungPruner, order: Sequence[int], num_slots: int, num_rungs: int) -> float:
+    """Return the share of the rungs that is trained where trial i is the order[i]-th best."""
+    trials: list[FrozenTrial] = []
+    trained = 0
+    while True:
+        running = [t for t in trials if t.state == TrialState.RUNNING]
+        while len(running) < num_slots and len(trials) < len(order):
+            trials.append(_running(len(trials)))
+            running.append(trials[-1])
+        if not running:
+            return trained / (num_rungs * len(order))
+        for trial in running:
+            rung = (trial.last_step or 0) + 1
+            trial.intermediate_values[rung] = 1.0 + order[trial.number]
+            trial.state = TrialState.COMPLETE if rung == num_rungs else trial.state
+        trained += len(running)
+        judged = [t for t in running if t.state == TrialState.RUNNING]
+        for number in rule.losers(trials, judged):
+            trials[number].state = TrialState.PRUNED
+
+
+def _running(number: int) -> FrozenTrial:
+    return FrozenTrial(
+        number=number, trial_id=number, state=TrialState.RUNNING, value=None, datetime_start=None,
+        datetime_complete=None, params={}, distributions={}, user_attrs={}, system_attrs={},
+        intermediate_values={},
+    )  # fmt: skip
+
+
+def drawn_params(
+    distributions: Mapping[str, BaseDistribution], count: int, seed: int
+) -> list[dict[str, object]]:
+    """Return random points of the space."""
+    study = create_study(sampler=RandomSampler(seed=seed))
+    return [dict(study.ask(dict(distributions)).params) for _ in range(count)]

@@ -1,0 +1,43 @@
+"""The forecast as users run it: seconds, no study, and beside the truth at the sweep's end."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_search import plan, sweep
+
+TINY = ["-cn", "smoke", "engine.device=cpu", "study.n_trials=3"]
+
+
+def test_a_plan_makes_no_study_and_the_sweep_compares_it_with_the_truth(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(sys, "argv", ["plan", *TINY, "study.max_hours=1", "study.price_per_hour=2"])
+
+    assert plan.main() == 0
+
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["smoke.plan.json"]
+    for head in ("probe ", "one trial ", "the sweep ", "cost ", "disk ", "memory ", "budget "):
+        assert f"\n{head}" in said
+
+    monkeypatch.setattr(sys, "argv", ["sweep", *TINY])
+    assert sweep.main() == 0
+
+    assert "forecast of time: " in capsys.readouterr().out
+    assert "forecast of tokens" in (tmp_path / "runs/smoke/report.html").read_text()
+
+
+def test_a_plan_of_wrong_settings_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan", *TINY, "optim.lr=-1"])
+
+    assert plan.main() == 2
+
+    assert "optim.lr: must lie between 0 and 1" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
