@@ -7,19 +7,22 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.control_tokens import control_tokens_of
+from lora_search.data.order import DataAxis
 from lora_search.data.preparation import pairs_text, prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.store import knows_rows
-from lora_search.data.tokens import LENGTH
+from lora_search.data.tokens import LENGTH, check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
+from lora_search.engine.effects import check_outline, check_rates, warn_of_few, warn_of_untrained
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
@@ -119,13 +122,20 @@ class Inputs:
     content: dict[str, str]
 
 
-def read_inputs(config: SweepConfig, rows: Loaded, identity: Identity | None) -> Inputs:
+def read_inputs(
+    config: SweepConfig,
+    rows: Loaded,
+    identity: Identity | None,
+    targets: Sequence[tuple[str, ...]] = (),
+) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
-    study was begun with."""
+    study was begun with. Raises ModelError where the base is not whole or lacks one of the targets."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
+    num_embeddings = check_outline(source, model, targets)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
+    check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)
     content = content_before_loading(config, source, model, tokenizer, splits)
     return Inputs(source, model, tokenizer, splits, content)
 
@@ -134,6 +144,7 @@ def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Id
     """Raise what is wrong with rows and settings, or differs from what the study was begun with, as far as it
     can be known before the model is loaded."""
     check_amount(config, space, len(inputs.splits.train))
+    check_rates(config, space, DataAxis(inputs.splits.train, config.seed))
     if identity is not None and identity.fingerprint:
         wanted = {**settings_part(config), **inputs.content, **space_part(space.distributions)}
         stored = known_so_far(identity.fingerprint, wanted)
@@ -171,13 +182,16 @@ def prepare_sweep(
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")
-    inputs = read_inputs(config, rows, identity)
-    for line in describe_rows(config, inputs.splits):
+    room = Room.of_space(config, space)
+    inputs = read_inputs(config, rows, identity, room.targets)
+    for line in [*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))]:
         progress.event(line)
     check_inputs(config, space, inputs, identity)
     base = load_base(inputs.source, inputs.model, config.engine)
+    for line in warn_of_untrained(base, control_tokens_of(inputs.splits.examples, inputs.tokenizer)):
+        progress.event(line)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
-    engine, sizes = build_engine(config, Room.of_space(config, space), base, inputs.splits, content)
+    engine, sizes = build_engine(config, room, base, inputs.splits, content)
     if sizes:
         progress.event(f"engine: {sizes}")
     check_older(config, identity, engine, content)

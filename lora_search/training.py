@@ -19,9 +19,12 @@ for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lora_search.data.preparation import prepare
+from lora_search.data.order import DataAxis
+from lora_search.data.preparation import prepare, write_pairs
+from lora_search.data.tokens import check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
+from lora_search.engine.effects import check_effect, check_outline
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.reading.load import load_rows
@@ -55,8 +58,12 @@ def train(
     ]
     rows, source = load_rows(config.data), resolve_model(config.model)
     model = pin_model(source, config.model)
+    num_embeddings = check_outline(source, model, Room.of(chosen).targets)
     tokenizer = load_tokenizer(source, model)
-    splits = prepare(config, rows, tokenizer, place / "data")
+    splits = prepare(config, rows, tokenizer)
+    check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)
+    check_effect(chosen, DataAxis(splits.train, config.seed))
+    write_pairs(splits, place / "data")
     before = content_before_loading(config, source, model, tokenizer, splits)
     base = load_base(source, model, config.engine)
     content = content_of(before, base, model, tokenizer)

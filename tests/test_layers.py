@@ -37,6 +37,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "pyarrow": {"reading.files"},
     "peft": {"files.peft"},
     "rich": {"output.terminal", "output.leaderboard", "output.overview"},
+    "gguf": {"model.checks"},
     "plotly": {"output.charts", "output.page"},
     "jinja2": {"output.page", "data.templates"},
 }

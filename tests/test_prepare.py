@@ -1,14 +1,32 @@
 """What is refused before a model is loaded, and what people are told of the search."""
 
+import json
+import math
+import os
+import struct
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from lora_search.data.rows import Splits
+from lora_search.data.control_tokens import control_tokens_of
+from lora_search.data.order import DataAxis
+from lora_search.data.rows import Example, Splits
 from lora_search.data.tokens import LENGTH
-from lora_search.errors import ConfigError, LoraSearchError
-from lora_search.prepare import check_amount, check_places, describe_rows, describe_search
+from lora_search.engine.effects import check_rates, warn_of_few, warn_of_untrained
+from lora_search.errors import ConfigError, LoraSearchError, ModelError
+from lora_search.model.loading import load_base, resolve_model
+from lora_search.model.tiny import CHATML, make_tiny_model, make_tiny_tokenizer
+from lora_search.output.terminal import Progress
+from lora_search.prepare import (
+    check_amount,
+    check_places,
+    describe_rows,
+    describe_search,
+    prepare_sweep,
+)
 from lora_search.settings.composition import compose
+from lora_search.settings.schema import EngineConfig, ModelConfig
 from lora_search.settings.space import parse_space
 
 
@@ -74,6 +92,137 @@ def test_data_too_small_for_one_step_or_one_rung_is_refused(overrides: list[str]
 
     with pytest.raises(ConfigError, match=message):
         check_amount(config, parse_space(config), 7)
+
+
+EIGHT = DataAxis((Example((1, 2), 1),) * 8, 0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.batch_size=8", "optim.warmup_ratio=0.05"],
+        ["train.batch_size=choice(2,8)", "optim.warmup_ratio=0.05"],
+        ["train.batch_size=range(2,9,2)", "train.epochs=choice(1,3)", "optim.warmup_ratio=0.05"],
+        ["train.batch_size=8", "optim.warmup_ratio=interval(0.0,0.1)"],
+        ["train.batch_size=2", "train.gradient_accumulation_steps=choice(1,4)", "optim.warmup_ratio=0.1"],
+        ["train.batch_size=8", "optim.warmup_ratio=0.1", "optim.schedule=choice(constant,linear)"],
+    ],
+)
+def test_a_space_in_which_a_trial_would_train_nothing_is_refused(overrides: list[str]) -> None:
+    config = compose("smoke", ["space.train.batch_size=null", "train.epochs=1", *overrides])
+    message = r"^optim.warmup_ratio: must leave a step .*8 training examples in steps of 8, 1 epoch\)"
+
+    with pytest.raises(ConfigError, match=message):
+        check_rates(config, parse_space(config), EIGHT)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.batch_size=8", "optim.warmup_ratio=0"],
+        ["train.batch_size=8", "train.epochs=2", "optim.warmup_ratio=0.05"],
+        ["train.batch_size=4", "optim.warmup_ratio=1.0"],
+        ["train.batch_size=choice(2,4)", "optim.schedule=choice(constant,linear,cosine)"],
+    ],
+)
+def test_a_space_in_which_every_trial_learns_passes(overrides: list[str]) -> None:
+    config = compose("smoke", ["space.train.batch_size=null", "train.epochs=1", *overrides])
+
+    check_rates(config, parse_space(config), EIGHT)
+
+
+@pytest.mark.parametrize(("rows", "unseen"), [(1, "7.6%"), (4, "3.8%"), (14, "2.0%")])
+def test_few_validation_rows_are_warned_about_with_the_number_that_would_do(rows: int, unseen: str) -> None:
+    (warning,) = warn_of_few(rows)
+
+    assert warning.startswith(
+        f"warning: with {rows} validation row(s), perplexities that differ by less than"
+    )
+    assert f"about {unseen} cannot be told apart; 58 rows would show 1%" in warning
+
+
+def test_enough_validation_rows_are_not_warned_about() -> None:
+    assert warn_of_few(15) == warn_of_few(1000) == []
+
+
+def test_control_tokens_that_the_base_never_learned_are_warned_about(tmp_path: Path) -> None:
+    folder, tokenizer = make_tiny_model(tmp_path), make_tiny_tokenizer()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("<|im_start|>")] = 0
+    weights["lm_head.weight"][tokenizer.convert_tokens_to_ids("<|im_end|>")] = 0
+    weights["lm_head.weight"][tokenizer.convert_tokens_to_ids("<|endoftext|>")] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    examples = [Example(tuple(tokenizer("<|im_start|>a<|im_end|>")["input_ids"]), 1)]
+    config = ModelConfig(path=str(folder))
+    base = load_base(resolve_model(config), config, EngineConfig(device="cpu"))
+
+    (warning,) = warn_of_untrained(base, control_tokens_of(examples, tokenizer))
+
+    assert "never learned the control tokens <|im_start|>, <|im_end|>: their embeddings are zero" in warning
+
+
+def test_learned_control_tokens_are_not_warned_about(tiny_llama: Path) -> None:
+    tokenizer, config = make_tiny_tokenizer(), ModelConfig(path=str(tiny_llama))
+    base = load_base(resolve_model(config), config, EngineConfig(device="cpu"))
+    examples = [Example(tuple(tokenizer("<|im_start|>a<|im_end|>")["input_ids"]), 1)]
+
+    assert warn_of_untrained(base, control_tokens_of(examples, tokenizer)) == []
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepare_smoke(*overrides: str) -> None:
+    config = compose("smoke", ["engine.device=cpu", *overrides])
+    prepare_sweep(config, "smoke", parse_space(config), Progress())
+
+
+def test_a_wrong_target_is_refused_without_reading_the_weights(in_a_folder_of_its_own: Path) -> None:
+    folder = make_tiny_model(in_a_folder_of_its_own / "model")
+    make_huge(folder)
+
+    with pytest.raises(
+        ModelError, match="lora.target_modules: the model has no layer 'w_proj'. There are: down"
+    ):
+        prepare_smoke(f"model.path={folder}", "lora.target_modules=[q_proj,w_proj]")
+    with pytest.raises(ModelError, match="lora.target_modules: the model has no layer 'x_proj'"):
+        prepare_smoke(f"model.path={folder}", "lora.target_modules=choice([q_proj],[x_proj])")
+
+    assert not Path("runs/lora_search.db").exists()
+
+
+def make_huge(folder: Path) -> None:
+    """Give the model a vocabulary of 40 million tokens: 20 GB of weights, in a file that is a hole."""
+    path, rows = folder / "model.safetensors", 40_000_000
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    shapes = {name: list(weight.shape) for name, weight in load_file(path).items()}
+    shapes |= {name: [rows, 64] for name, shape in shapes.items() if shape[0] > 300}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def test_a_token_without_an_embedding_is_refused_by_name(in_a_folder_of_its_own: Path) -> None:
+    folder = make_tiny_model(in_a_folder_of_its_own / "model")
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.chat_template = f"<|tool|>{CHATML}"
+    tokenizer.save_pretrained(folder)
+    known = len(make_tiny_tokenizer())
+
+    message = rf"has embeddings for {known} tokens, and its tokenizer gives '<\|tool\|>' the id {known} "
+    with pytest.raises(ModelError, match=message):
+        prepare_smoke(f"model.path={folder}")
+
+    assert not Path("runs/lora_search.db").exists()
 
 
 def test_a_value_that_lies_outside_its_range_is_told_of() -> None:

@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.rows import Example
 from lora_search.errors import ConfigError, DataError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import SweepConfig
@@ -18,6 +19,14 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the texts that become one token with a meaning of its own."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*tokenizer.all_special_tokens, *added} - {""})
+
+
+def control_tokens_of(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the control tokens that the examples hold: id -> text."""
+    known = {int(id): text for text in control_tokens(tokenizer)
+             if (id := tokenizer.convert_tokens_to_ids(text)) is not None}  # fmt: skip
+    used = set().union(*(example.input_ids for example in examples))
+    return {id: text for id, text in sorted(known.items()) if id in used}
 
 
 def check_control_text(

@@ -1,7 +1,8 @@
 """What rows become: pairs of text, examples in tokens, splits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,8 @@ class Splits:
     data_hash: str
     counts: dict[str, int]
     pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)  # the text of each split
+
+    @property
+    def examples(self) -> Iterator[Example]:
+        """Those of all splits, one after the other."""
+        return chain(self.train, self.validation, self.test)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -14,7 +14,7 @@ from lora_search.data.masks import ConversationRenderer
 from lora_search.data.rows import Example, Item, Pair
 from lora_search.data.store import Numbers, StoredItems
 from lora_search.data.templates import Renderer
-from lora_search.errors import DataError
+from lora_search.errors import DataError, ModelError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import DataConfig, require
 
@@ -50,6 +50,20 @@ def _times(row: Row) -> int:
     whole, rest = divmod(row.weight, 1)
     place = int(hashlib.sha256(f"{row.question}\n{row.response}".encode()).hexdigest()[:8], 16) / 16**8
     return int(whole) + (place < rest)
+
+
+def check_vocabulary(
+    path: str, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
+) -> None:
+    """Raise ModelError where a token of the rows has no embedding."""
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"model.path: {path} has embeddings for {num_embeddings} tokens, and its tokenizer gives "
+            f"{token!r} the id {largest} (from 0). Give model and tokenizer that belong together, or save "
+            "the model after resize_token_embeddings."
+        )
 
 
 def _example(pair: Pair, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:

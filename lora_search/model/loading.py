@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lora_search.errors import ConfigError, ModelError
+from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location, pinned
 from lora_search.ops.attention import NAME as ATTENTION
@@ -37,9 +38,9 @@ from lora_search.ops.device import keep_freed_memory, pick_device, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
 T = TypeVar("T")
-DAMAGED = "A file of it is damaged or cut short: fetch it again."
 UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError, pickle.UnpicklingError)
 NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
+UNTRAINED = 1e-16  # bfloat16 noise of an initialisation is far above
 REMEDIES = {  # what transformers' message contains -> what to do about it
     "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
     "backend tokenizer": NO_TOKENIZER,
@@ -102,6 +103,36 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return longest
 
 
+def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
+    """Return the model on the meta device: names and shapes of its layers, and no weights.
+
+    The weights of a local folder are compared, by their headers, with what its configuration asks for. From
+    the hub, nothing but the configuration is fetched for this.
+    """
+    place = location(source, config)
+    written = _from_pretrained(AutoConfig, source, config)
+    if Path(place).is_dir() and getattr(written, "quantization_config", None) is None:
+        model, found = _from_pretrained(
+            AutoModelForCausalLM,
+            source,
+            config,
+            device_map="meta",
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, with the names
+        )
+        _check_whole(config, model, found)
+        outline: PreTrainedModel = model
+        return outline
+    with torch.device("meta"):
+        return _explained(
+            config,
+            lambda: AutoModelForCausalLM.from_config(
+                written, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
+            ),
+        )
+
+
 def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     """Load the model once, frozen, every weight from the checkpoint, and checked in packed passes."""
     device = pick_device(engine.device)
@@ -127,6 +158,17 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     _keep_trainable(model)
     check_packing(model, config.path)
     return Base(model, source, device, dtype)
+
+
+def untrained_ids(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
+    """Return the ids whose embedding, or whose row of the output head, is zero: no training met them."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = torch.tensor(list(ids), dtype=torch.long)
+    largest = [
+        layer.weight[wanted.to(layer.weight.device)].abs().amax(dim=1).cpu() for layer in layers if layer
+    ]
+    is_zero = torch.stack([row <= UNTRAINED for row in largest]).any(dim=0).tolist()
+    return [id for id, zero in zip(ids, is_zero, strict=True) if zero]
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
@@ -166,6 +208,7 @@ def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, A
             f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
         )
     check_missing(config.path, found["missing_keys"])
+    check_unexpected(config.path, found["unexpected_keys"])
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ModelError(

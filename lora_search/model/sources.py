@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_search.errors import ModelError
 from lora_search.model.cache import cached, file_digest
+from lora_search.model.checks import check_folder, check_gguf, check_regular, check_unexpected
 from lora_search.model.tiny import make_tiny_model
 from lora_search.settings.schema import ModelConfig
 
@@ -36,12 +37,13 @@ def find_source(config: ModelConfig) -> str:
     if config.path == TINY:
         return str(cached("tiny-llama-1", make_tiny_model))
     path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return _converted_gguf(path)
     if path.is_dir():
         _check_folder(path)
         return str(path.resolve())
     if path.exists():
+        check_regular(path)
         raise ModelError(f"model.path: {path} is a file. Give a model folder, a .gguf file or a hub id.")
     if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
         raise ModelError(f"model.path: the folder {path} does not exist. Give a model folder or a hub id.")
@@ -97,6 +99,7 @@ def check_missing(path: str, missing_keys: Collection[str]) -> None:
 
 
 def _check_folder(path: Path) -> None:
+    check_folder(path)
     adapter = path / "adapter_config.json"
     if adapter.is_file():
         base = json.loads(adapter.read_text()).get("base_model_name_or_path", "its base")
@@ -152,8 +155,7 @@ def _packaged_gguf() -> Path:
 
 
 def _converted_gguf(path: Path) -> str:
-    if not path.is_file():
-        raise ModelError(f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id.")
+    check_gguf(path)
     digest = file_digest(path)[:16]
     return str(cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder)))
 
@@ -166,6 +168,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model, found = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.float32, output_loading_info=True, **options
         )
+    check_unexpected(str(gguf), found["unexpected_keys"])
     check_missing(str(gguf), found["missing_keys"])  # or random weights would pass for converted ones
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -7,7 +7,7 @@ rules of the key itself.
 import difflib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -24,6 +24,7 @@ from optuna.distributions import (
 from lora_search.errors import ConfigError
 from lora_search.settings.overlay import FIXED, _encode, _get, _types, searchable_keys, trial_settings
 from lora_search.settings.schema import SweepConfig
+from lora_search.trial import TrialSettings
 
 HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
 MAX_POINTS = 10_000  # a space of more points is not enumerated
@@ -94,6 +95,22 @@ def possible_targets(config: SweepConfig, space: Space) -> list[tuple[str, ...]]
     choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else [None]
     params: list[dict[str, object]] = [{} if c is None else {"lora.target_modules": c} for c in choices]
     return [trial_settings(config, p).target_modules for p in params]
+
+
+def corners(config: SweepConfig, space: Space, keys: Sequence[str]) -> list[TrialSettings]:
+    """Return the settings at every combination of the keys' choices and bounds, the sweep's own included."""
+    axes = [_ends(config, space, key) for key in keys]
+    points = (dict(zip(keys, values, strict=True)) for values in itertools.product(*axes))
+    return [trial_settings(config, point) for point in points]
+
+
+def _ends(config: SweepConfig, space: Space, key: str) -> list[object]:
+    distribution, own = space.distributions.get(key), _encode(_get(config, key))
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, (FloatDistribution, IntDistribution)):
+        return [distribution.low, distribution.high]
+    return [own]
 
 
 def largest(config: SweepConfig, space: Space, key: str) -> int:

@@ -1,0 +1,78 @@
+"""What a sweep would come to, before weights are read: trials that learn nothing, layers and tokens that the
+base lacks, rows too few to tell trials apart."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_search.data.order import DataAxis
+from lora_search.engine.optim import learning_rate
+from lora_search.errors import ConfigError
+from lora_search.model.loading import Base, load_outline, untrained_ids
+from lora_search.model.targets import target_layers
+from lora_search.settings.schema import ModelConfig, SweepConfig
+from lora_search.settings.space import Space, corners
+from lora_search.trial import TrialSettings
+
+# Of the difference between two settings, paired over so many validation rows: it falls with their square
+# root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
+STANDARD_ERROR, MEASURED_ROWS = 0.0085, 20
+TOO_COARSE, FINE = 0.02, 0.01  # of perplexity: what every sweep must see, what tells good trials apart
+STEP_KEYS = (
+    "train.batch_size", "train.gradient_accumulation_steps", "train.epochs", "optim.warmup_ratio",
+    "optim.schedule", "optim.lr",
+)  # fmt: skip
+
+
+def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]]) -> int:
+    """Return how many tokens the base knows. Raises ModelError, before weights are read, where the base is
+    not whole, or a layer that a trial may adapt does not exist."""
+    outline = load_outline(source, model)
+    for names in targets:
+        target_layers(outline, names)
+    layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
+    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
+
+
+def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:
+    """Raise ConfigError where some trial of the space would train nothing."""
+    check_effect(corners(config, space, STEP_KEYS), axis)
+
+
+def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
+    """Raise ConfigError where a trial would train nothing, as the learning rate of all its steps is 0."""
+    for settings in trials:
+        steps = axis.total_steps(settings)
+        if any(learning_rate(settings, step, steps) > 0 for step in range(steps)):
+            continue
+        epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
+        count = f"{len(axis.examples)} training examples in steps of {settings.examples_per_step}, {epochs}"
+        rule = "must leave a step whose learning rate is above 0, as warm-up starts from 0"
+        remedy = (
+            f"There is no other step ({count}): set optim.warmup_ratio=0, lower train.batch_size, raise "
+            "train.epochs, or give more data."
+        )
+        raise ConfigError("optim.warmup_ratio", settings.warmup_ratio, rule, remedy)
+
+
+def warn_of_few(num_validation: int) -> list[str]:
+    """Return a warning where chance hides what trials differ by."""
+    unseen = 2 * STANDARD_ERROR * math.sqrt(MEASURED_ROWS / num_validation)
+    if unseen <= TOO_COARSE:
+        return []
+    enough = math.ceil(MEASURED_ROWS * (2 * STANDARD_ERROR / FINE) ** 2)
+    return [
+        f"warning: with {num_validation} validation row(s), perplexities that differ by less than about "
+        f"{unseen:.1%} cannot be told apart; {enough} rows would show {FINE:.0%}. Raise "
+        "data.validation_fraction or data.max_validation_examples, or give more data."
+    ]
+
+
+def warn_of_untrained(base: Base, tokens: Mapping[int, str]) -> list[str]:
+    """Return a warning where the template writes control tokens that the base never learned."""
+    names = ", ".join(tokens[id] for id in untrained_ids(base.model, list(tokens)))
+    if not names:
+        return []
+    return [
+        f"warning: the base never learned the control tokens {names}: their embeddings are zero, and "
+        "adapters do not change them. Choose the instruct version of the model, or template=inst."
+    ]
