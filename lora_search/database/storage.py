@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQL
 
 from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
+from lora_search.database.sqlite_file import check_sqlite_file
 from lora_search.errors import ConfigError, DatabaseError, StudyError
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.secrets import redact
@@ -46,6 +47,7 @@ DRIVERS = (
 def open_storage(config: StudyConfig) -> RDBStorage:
     """Return the storage, its tables made where they were missing. Raises ConfigError or StudyError."""
     quieten_optuna()
+    check_storage(config)
     url = _parse(config.storage)
     if url.get_backend_name() == "sqlite":
         _make_folder(url)
@@ -72,6 +74,8 @@ def check_storage(config: StudyConfig) -> None:
             raise ConfigError(KEY, config.storage, rule, "Give another folder.")
         if not os.path.exists(url.database):  # unlike Path.exists, False where it may not look
             return
+        if "uri" not in url.query:
+            check_sqlite_file(Path(url.database))
     try:
         with explained_errors(config):
             engine = create_engine(url, **engine_options(url))

@@ -22,7 +22,7 @@ NAMES = (
 )
 VALUE = (
     r"'[^'\n]{0,200}'|\"[^\"\n]{0,200}\"|\{[^}\n]{0,200}\}|%(?:25)*7B.{0,200}?%(?:25)*7D"
-    r"|(?:(?!%(?:25)*(?:26|3B|20))[^&;\s'\"])+"
+    r"|(?!\.\.\.)(?:(?!%(?:25)*(?:26|3B|20))[^&;\s'\"])+"
 )
 # name=value, also percent-encoded (odbc_connect=...PWD%3D...%3B) and as in JSON ("password": "value")
 NAMED = re.compile(rf"(?i)(?:{NAMES})(?:['\"]?\s?(?:=|%(?:25)*3D)\s?|['\"]\s?:\s?)({VALUE})")

@@ -482,8 +482,8 @@ def test_rows_and_summary_tell_what_happened(tmp_path: Path) -> None:
         ("postgresql+psycopg://u:hun@ter2@h/db", "in percent form"),
         ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "cannot be used: connection failed"),
         ("postgresql+psycopg://127.0.0.1:1/db?user=u&password=hunter2", "cannot be used: connection failed"),
-        ("sqlite:///{folder}", "cannot be used: unable to open database file"),
-        ("sqlite:///{folder}/text.db", "cannot be used: file is not a database"),
+        ("sqlite:///{folder}", "must be a file, got"),
+        ("sqlite:///{folder}/text.db", "must be an SQLite database .file is not a database"),
         ("sqlite:///{folder}/text.db/sub/study.db", "the folder of .* cannot be made"),
     ],
 )

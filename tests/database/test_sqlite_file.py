@@ -1,0 +1,69 @@
+"""A file that is no database of ours is refused before anything is written to it."""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lora_search.database.storage import check_storage, open_storage
+from lora_search.errors import ConfigError
+from lora_search.settings.schema import StudyConfig
+
+
+def make(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def text(path: Path) -> None:
+    path.write_text("hello\n" * 100)
+
+
+def contacts(path: Path) -> None:
+    make(path, "CREATE TABLE contacts (name TEXT)")
+
+
+def other_studies(path: Path) -> None:
+    make(path, "CREATE TABLE studies (x INT)", "CREATE TABLE contacts (name TEXT)")
+
+
+def newer(path: Path) -> None:
+    open_storage(StudyConfig(storage=f"sqlite:///{path}")).engine.dispose()
+    make(path, "UPDATE version_info SET schema_version = 99")
+
+
+WRONG: list[tuple[Callable[[Path], None], str]] = [
+    (text, r"must be an SQLite database \(file is not a database\)"),
+    (contacts, r"is another application's database \(tables: contacts\)"),
+    (other_studies, r"is another application's database \(tables: contacts, studies\)"),
+    (newer, "was made by another version of Optuna: its schema is 99, this one's is 12"),
+    (Path.mkdir, "must be a file"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), WRONG)
+def test_a_file_that_is_no_database_of_ours_is_refused_and_stays_as_it_was(
+    tmp_path: Path, write: Callable[[Path], None], message: str
+) -> None:
+    path = tmp_path / "study.db"
+    write(path)
+    before = path.read_bytes() if path.is_file() else b""
+    config = StudyConfig(storage=f"sqlite:///{path}")
+
+    for ask in (check_storage, open_storage):
+        with pytest.raises(ConfigError, match=f"study.storage: {message}") as refused:
+            ask(config)
+        assert refused.value.exit_code == 2
+
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_an_empty_file_and_one_of_ours_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "study.db").touch()
+
+    for _ in range(2):
+        open_storage(StudyConfig(storage=f"sqlite:///{tmp_path}/study.db")).engine.dispose()
