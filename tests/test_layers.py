@@ -26,7 +26,7 @@ LARGEST_ROOM = 15
 HOMES = {  # library -> the rooms or modules that may import it
     "wandb": {"output.tracking"},
     "optuna_dashboard": {"output.dashboard_note"},
-    "optuna": {"settings.space", "search", "study", "database", "output.dashboard_note"},
+    "optuna": {"settings.space", "settings.edges", "search", "study", "database", "output.dashboard_note"},
     "sqlalchemy": {"database"},
     "hydra": {"settings.composition", "settings.space", "sweep"},
     "omegaconf": {"settings.composition", "settings.sweep_file"},

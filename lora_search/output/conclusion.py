@@ -14,7 +14,9 @@ from lora_search.output.leaderboard import leaderboard, line_of_test
 from lora_search.output.page import write_report
 from lora_search.output.ranking import FINISHED, base_of, best_of, is_final
 from lora_search.output.terminal import Progress, next_steps
+from lora_search.settings.edges import edge_notes
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.space import parse_space
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
@@ -42,15 +44,26 @@ def conclude(
         progress.console.print(line_of_test(test, best_of(rows)), markup=False, soft_wrap=True)
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
-        write_report(rows, {**attributes, **truth}, base_perplexity, folder / "report.html")
+        known = {**attributes, **truth}
+        if edges := edges_of_best(rows, config):
+            known["edge of the search"] = "; ".join(edges)
+        write_report(rows, known, base_perplexity, folder / "report.html")
     if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.most_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"
         )
+    for note in edges_of_best(rows, config):
+        progress.event(note)
     progress.console.print("Next:")
     found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
     steps = next_steps(config, folder, found, go_on="the same command" if is_interrupted else None)
     progress.console.print(steps, markup=False, soft_wrap=True)
+
+
+def edges_of_best(rows: Sequence[TrialRow], config: SweepConfig) -> list[str]:
+    """Return where the best trial lies at the edge of what was searched."""
+    best = best_of(rows)
+    return [] if best is None else edge_notes(config, parse_space(config), best.params)
 
 
 def conclude_so_far(

@@ -15,6 +15,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.errors import ConfigError
+from lora_search.search.extrapolation import as_complete
 from lora_search.search.trials import Cursor, settled
 from lora_search.settings.schema import SamplerConfig
 from lora_search.trial import draw_seed
@@ -74,9 +75,18 @@ class PerTrialSampler(samplers.BaseSampler):
 class Outlook(samplers.BaseSampler):
     """Lets a sampler see what matters of the study: all trials up to NUM_SPREAD, then the best and an even
     share of the others, so that a draw costs the same at any size. A paused trial is seen as pruned, and the
-    space is the sweep's own: a range that was widened stays part of it. For one study."""
+    space is the sweep's own: a range that was widened stays part of it. For one study.
 
-    def __init__(self, sampler: samplers.BaseSampler, space: Mapping[str, BaseDistribution]) -> None:
+    With ``completes``, for samplers that learn from COMPLETE trials only, pruned ones are shown as such."""
+
+    def __init__(
+        self,
+        sampler: samplers.BaseSampler,
+        space: Mapping[str, BaseDistribution],
+        *,
+        completes: bool = False,
+    ) -> None:
+        self._completes = completes
         self._sampler, self._view = sampler, create_study()
         self._space = {key: d for key, d in space.items() if not d.single()}
         self._cursor: Cursor | None = None
@@ -88,7 +98,8 @@ class Outlook(samplers.BaseSampler):
         for one in finished:
             self._remembered.add(one)
         others = [settled(t) for t in unfinished if t.number != trial.number]
-        self._view = create_study(storage=_Shown([*self._remembered.trials(), *others]))
+        seen = [*self._remembered.trials(), *others]
+        self._view = create_study(storage=_Shown(as_complete(seen) if self._completes else seen))
         self._sampler.before_trial(self._view, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -173,7 +184,9 @@ def make_sampler(
         remedy = "Use sampler=tpe, or search numbers by interval(...)"
         raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
     sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)), distributions)
-    return Outlook(sampler, distributions) if config.name == "tpe" else sampler
+    if config.name in ("tpe", "gp"):
+        return Outlook(sampler, distributions, completes=config.name == "gp")
+    return sampler
 
 
 def _make(config: SamplerConfig, sweep_seed: int, trial_seed: int) -> samplers.BaseSampler:

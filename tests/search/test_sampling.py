@@ -1,5 +1,7 @@
 """What a sampler sees of a study, small and large."""
 
+import math
+import statistics
 from collections.abc import Sequence
 
 import optuna
@@ -8,6 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_search.database.storage import quieten_optuna
+from lora_search.search.extrapolation import as_complete
 from lora_search.search.sampling import NUM_BEST, NUM_SPREAD, Remembered, make_sampler
 from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import SamplerConfig
@@ -112,3 +115,34 @@ def test_a_widened_range_stays_part_of_what_tpe_models_together() -> None:
     trial = study.ask(wide)
 
     assert trial.relative_params.keys() == {"lr", "r"}
+
+
+def distances_of_draws(name: str, num_pruned: int) -> list[float]:
+    """Return how far, in decades, five draws lie from the best learning rate after so many pruned trials."""
+    sampler = make_sampler(SamplerConfig(name=name, n_startup_trials=3), SPACE, 0)
+    study, distances = optuna.create_study(sampler=sampler), []
+    for number in range(num_pruned + 5):
+        trial = study.ask(SPACE)
+        distance = abs(math.log10(trial.params["lr"]) + 3)
+        trial.report(30.0 * math.exp(0.2 * distance), 1)
+        study.tell(trial, state=TrialState.PRUNED)
+        distances += [distance] if number >= num_pruned else []
+    return distances
+
+
+def test_gp_learns_from_pruned_trials() -> None:
+    by_gp, by_chance = distances_of_draws("gp", 4), distances_of_draws("random", 4)
+
+    assert statistics.median(by_gp) < 0.5 * statistics.median(by_chance)
+
+
+def test_a_pruned_trial_is_expected_to_fall_as_the_complete_ones_did_from_its_rung() -> None:
+    ends = create_trial(value=10.0, intermediate_values={1: 20.0, 2: 10.0})
+    pruned = [create_trial(state=TrialState.PRUNED, intermediate_values={1: v}) for v in (24.0, 30.0)]
+    silent = create_trial(state=TrialState.PRUNED, intermediate_values={1: math.nan})
+
+    shown = as_complete([ends, *pruned, silent])
+
+    assert [math.exp(trial.value or 0.0) for trial in shown] == pytest.approx([10.0, 12.0, 15.0])
+    assert {trial.state for trial in shown} == {TrialState.COMPLETE}
+    assert pruned[0].state == TrialState.PRUNED

@@ -1,0 +1,84 @@
+"""Where a winner lies at the edge of what was searched, and the override that searches beyond it."""
+
+import math
+from collections.abc import Mapping
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from lora_search.errors import ConfigError
+from lora_search.settings.overlay import trial_settings
+from lora_search.settings.schema import SweepConfig
+from lora_search.settings.space import Space
+
+NEAR = 0.1  # of the range, in its own scale
+
+
+def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) -> list[str]:
+    """Return one line for each searched number whose best value lies at an end of its range.
+
+    A range may be widened in the same study; choices may not, so theirs asks for a new one.
+    """
+    notes = []
+    for key, distribution in space.distributions.items():
+        value = params.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(distribution, CategoricalDistribution):
+            notes += _choice_note(key, [*distribution.choices], value)
+        elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):
+            notes += _range_note(config, key, distribution, value)
+    return notes
+
+
+def _range_note(
+    config: SweepConfig, key: str, distribution: FloatDistribution | IntDistribution, value: float
+) -> list[str]:
+    low, high, log = distribution.low, distribution.high, distribution.log
+    place = _place(value, low, high, log=log)
+    if NEAR < place < 1 - NEAR:
+        return []
+    is_low = place <= NEAR
+    wider = _beyond(low, high, is_low=is_low, log=log)
+    whole = isinstance(distribution, IntDistribution)
+    bound = max(1, round(wider)) if whole else float(f"{wider:.3g}")
+    ends = (bound, high) if is_low else (low, bound)
+    if (ends[0] >= low and ends[1] <= high) or not _is_allowed(config, key, bound):
+        return []  # nothing lies beyond: a rank of 0, a learning rate of 1
+    inner = f"interval({ends[0]},{ends[1]})"
+    wide = f"tag(log,{inner})" if log else inner
+    return [
+        f"{key}={value:.4g} lies at the {'lower' if is_low else 'upper'} end of its range: better may lie "
+        f"beyond. To go on there in the same study: 'space.{key}={wide}'"
+    ]
+
+
+def _choice_note(key: str, choices: list[object], value: float) -> list[str]:
+    numbers = sorted(c for c in choices if isinstance(c, int | float) and not isinstance(c, bool))
+    if len(numbers) < 2 or len(numbers) < len(choices) or value not in (numbers[0], numbers[-1]):
+        return []
+    end, word = ("largest", "larger") if value == numbers[-1] else ("smallest", "smaller")
+    return [f"{key}={value} is the {end} choice: a {word} one may be better, in a study of another name"]
+
+
+def _place(value: float, low: float, high: float, *, log: bool) -> float:
+    """Return where the value lies in its range: 0 at the lower end, 1 at the upper."""
+    if log:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+def _beyond(low: float, high: float, *, is_low: bool, log: bool) -> float:
+    """Return an end that makes the range half as wide again, in its own scale."""
+    if log:
+        factor = math.sqrt(high / low)
+        return low / factor if is_low else high * factor
+    half = (high - low) / 2
+    return low - half if is_low else high + half
+
+
+def _is_allowed(config: SweepConfig, key: str, value: object) -> bool:
+    try:
+        trial_settings(config, {key: value})
+    except ConfigError:
+        return False
+    return True
