@@ -10,6 +10,7 @@ from lora_search import __version__
 COMMANDS = {  # each is the module lora_search.NAME
     "sweep": "search hyperparameters: train, prune, resume, conclude",
     "plan": "forecast time, tokens, money and memory of a sweep: a probe of seconds, no study",
+    "inspect": "look at rows, lengths and the loss mask, without training",
     "score": "score winner and base on the test split; a sweep does it once, at its end",
     "export": "write an adapter, or merged weights, as a folder with a model card",
     "generate": "answer questions with base and trials, one by one or a whole file",

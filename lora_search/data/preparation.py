@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.control_tokens import check_control_text
@@ -148,15 +147,17 @@ def _cut(
 
 
 def _examples(items: StoredItems, numbers: Numbers, max_length: int) -> StoredRows[Example]:
-    lengths = np.minimum(items.lengths[numbers], max_length)
-    return StoredRows(numbers, lambda number: cut(items.example(number), max_length), lengths)
+    whole = items.lengths[numbers]
+    return StoredRows(numbers, lambda number: cut(items.example(number), max_length), whole, max_length)
 
 
 def _pairs(
     items: StoredItems, numbers: Numbers, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> StoredRows[Pair]:
-    lengths = np.minimum(items.lengths[numbers], max_length)
-    return StoredRows(numbers, lambda number: cut_pair(items.item(number), max_length, tokenizer), lengths)
+    whole = items.lengths[numbers]
+    return StoredRows(
+        numbers, lambda number: cut_pair(items.item(number), max_length, tokenizer), whole, max_length
+    )
 
 
 def _rows_digest(rows: Sequence[Row]) -> str:

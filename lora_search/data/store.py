@@ -155,9 +155,10 @@ def _table(batch: Sequence[Item]) -> dict[str, list[object]]:
 class StoredRows(Sequence[R]):
     """Rows of a split in their order; ``make`` gives each when it is asked for."""
 
-    def __init__(self, indices: Numbers, make: Callable[[int], R], lengths: Numbers) -> None:
+    def __init__(self, indices: Numbers, make: Callable[[int], R], whole_lengths: Numbers, most: int) -> None:
         self.indices, self.make = indices, make
-        self.lengths = lengths  # in tokens; at most, where a row is cut at the end of a turn
+        self.whole_lengths = whole_lengths
+        self.lengths = np.minimum(whole_lengths, most)  # at most: rows may be cut at the end of a turn
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -211,3 +212,8 @@ def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:
     """Return the longest rows, the longest first; of as many tokens the first ones."""
     order = np.argsort(-lengths_of(rows), kind="stable")[:count]
     return [rows[int(i)] for i in order]
+
+
+def lengths_before_cuts(rows: Sequence[Example]) -> Numbers:
+    """Return the tokens of each row before it was cut to the length of the settings."""
+    return rows.whole_lengths if isinstance(rows, StoredRows) else lengths_of(rows)
