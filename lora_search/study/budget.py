@@ -114,34 +114,35 @@ def read_intervals(storage: RDBStorage, study_id: int) -> dict[str, Interval]:
 
 
 class Speed:
-    """How fast one slot of this worker trains, evaluations and waiting included: from its last rungs."""
+    """How fast this worker trains, evaluations and waiting included: from the last rungs of its trials. It is
+    taken to be as fast with fewer of them."""
 
     RUNGS = 16
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}  # held trial -> when it began its present rung
-        self._rungs: list[tuple[float, float]] = []  # tokens and seconds of the last ones
+        self._rungs: list[tuple[float, float]] = []  # tokens of all trials, and seconds
 
     def begin(self, number: int, now: float) -> None:
         """Note that a trial takes up its next rung."""
         self._since[number] = now
 
-    def reach(self, number: int, tokens: float, now: float) -> None:
-        """Note that a trial has trained so many tokens since it took up its rung."""
+    def reach(self, number: int, tokens: float, num_trials: int, now: float) -> None:
+        """Note that a trial, one of so many, has trained so many tokens since it took up its rung."""
         if number in self._since and tokens > 0:
-            self._rungs.append((tokens, max(1e-6, now - self._since[number])))
+            self._rungs.append((tokens * num_trials, max(1e-6, now - self._since[number])))
             del self._rungs[: -self.RUNGS]
         self._since[number] = now
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return the tokens of one slot in a second; None before its first rung."""
+        """Return the tokens of all trials in a second; None before the first rung."""
         seconds = sum(seconds for _, seconds in self._rungs)
         return sum(tokens for tokens, _ in self._rungs) / seconds if seconds else None
 
-    def since_rung(self, number: int, now: float) -> float:
-        """Return the tokens that a trial has probably trained since its last rung."""
-        return (now - self._since.get(number, now)) * (self.tokens_per_second or 0.0)
+    def since_rung(self, number: int, num_trials: int, now: float) -> float:
+        """Return the tokens that a trial, one of so many, has probably trained since its last rung."""
+        return (now - self._since.get(number, now)) * (self.tokens_per_second or 0.0) / num_trials
 
 
 class Account:
@@ -230,9 +231,9 @@ class Budget:
         """Note that this worker takes a trial up."""
         self.speed.begin(number, self.account.clock())
 
-    def reach(self, number: int, tokens: int) -> None:
+    def reach(self, number: int, tokens: int, num_held: int) -> None:
         """Note that a trial of this worker has trained so many tokens since its last rung."""
-        self.speed.reach(number, tokens, self.account.clock())
+        self.speed.reach(number, tokens, num_held, self.account.clock())
 
     def has_room(self, held: Container[int]) -> bool:
         """Return whether one more trial of this worker could reach a rung, beside those that run."""
@@ -241,8 +242,9 @@ class Budget:
         if self.is_over:
             return False
         least = self.rung_tokens or 0.0
-        is_in_time = self._time_in_tokens(1) >= least
-        return is_in_time and all(left >= least for _, left in self._plans(held, one_more=1))
+        running = [t for t in self.ledger.open if t.state == TrialState.RUNNING and t.number in held]
+        is_in_time = self._time_in_tokens() / (len(running) + 1) >= least  # each trains at an even pace
+        return is_in_time and all(left >= least for _, left in self._plans(held))
 
     def beyond(self, held: Container[int], at_rung: Sequence[int]) -> list[int]:
         """Return the trials, of those that have just reached a rung, that cannot reach their next."""
@@ -251,29 +253,30 @@ class Budget:
         plans = self._plans(held)
         return [number for number in at_rung if any(number not in fitting for fitting, _ in plans)]
 
-    def _plans(self, held: Container[int], one_more: int = 0) -> list[tuple[set[int], float]]:
+    def _plans(self, held: Container[int]) -> list[tuple[set[int], float]]:
         """Return which trials fit, and what is left: by tokens all that run, by time those of this worker."""
         running = sorted((t for t in self.ledger.open if t.state == TrialState.RUNNING), key=_place)
-        mine, num = [t for t in running if t.number in held], one_more
+        mine = [t for t in running if t.number in held]
         tokens = math.inf if self.config.max_tokens is None else self.config.max_tokens - self.ledger.tokens
-        time_left = self._time_in_tokens(len(mine) + num)
         others = {t.number for t in running} - {t.number for t in mine}
-        by_time, left = affordable([self._need(t, since_rung=True) for t in mine], time_left)
+        by_time, left = affordable([self._need(t, len(mine)) for t in mine], self._time_in_tokens())
         return [affordable([self._need(t) for t in running], tokens), (by_time | others, left)]
 
-    def _need(self, trial: FrozenTrial, *, since_rung: bool = False) -> Need:
+    def _need(self, trial: FrozenTrial, num_mine: int | None = None) -> Need:
+        """Return what a trial needs from its last rung on, or, where it is one of so many, from now on."""
         rung, per_rung = trial.last_step or 0, self.rung_tokens or 0.0
         left = max(0, _num_rungs(trial) - rung)
-        trained = self.speed.since_rung(trial.number, self.account.clock()) if since_rung else 0.0
-        trained = min(trained, per_rung)
+        trained = 0.0
+        if num_mine is not None:
+            trained = min(per_rung, self.speed.since_rung(trial.number, num_mine, self.account.clock()))
         return Need(trial.number, per_rung * min(1, left) - trained, per_rung * left - trained)
 
-    def _time_in_tokens(self, num_trials: int) -> float:
-        """Return the tokens that so many trials of this worker can train in the time that is left."""
+    def _time_in_tokens(self) -> float:
+        """Return the tokens that this worker can train in the time that is left."""
         seconds, speed = self.account.seconds_left(), self.speed.tokens_per_second
         if speed is None or math.isinf(seconds):
             return math.inf if seconds > 0 else 0.0
-        return max(0.0, seconds) * speed * num_trials
+        return max(0.0, seconds) * speed
 
 
 def _place(trial: FrozenTrial) -> tuple[int, float, int]:

@@ -154,7 +154,7 @@ class SweepStudy:
                     progress = progress_after(trial.seen, news)
                     trained = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
                     trial.write({PROGRESS: progress})
-                    self.budget.reach(number, trained)
+                    self.budget.reach(number, trained, len(self.held))
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
