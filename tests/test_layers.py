@@ -38,7 +38,6 @@ HOMES = {  # library -> the rooms or modules that may import it
     "peft": {"files.peft"},
     "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},
     "gguf": {"model.checks"},
-    "plotly": {"output.charts", "output.page"},
     "jinja2": {"output.page", "data.templates"},
 }
 

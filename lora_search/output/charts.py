@@ -1,116 +1,136 @@
-"""The report's charts. Colours are Okabe and Ito's, safe for colour-blind readers; shapes say the same again.
-
-Backgrounds are clear and greys are middling, so that the charts stand on light and dark pages.
-"""
+"""The report's charts: SVG whose colours are the page's (Okabe and Ito's, safe for colour-blind readers) and
+whose shapes say the same again. They print, scale, and need no script. Pure."""
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-
-import plotly.graph_objects as go
 
 from lora_search.output.formatting import show_perplexity, show_value
 from lora_search.trial import TrialRow
 
-INK, GRID = "#7d8794", "rgba(128,128,128,0.18)"
-# What a row is shown as: name in the legend, colour, marker at the end, opacity, line width.
-LOOKS = {
-    "BEST": ("best", "#009E73", "star", 1.0, 3.5),
-    "COMPLETE": ("complete", "#0072B2", "circle", 0.85, 1.8),
-    "RUNNING": ("running", "#56B4E9", "circle-open", 0.85, 1.8),
-    "WAITING": ("waiting", "#E69F00", "square-open", 0.85, 1.8),
-    "PRUNED": ("pruned", "#D55E00", "x", 0.4, 1.4),
-    "FAIL": ("failed", "#CC79A7", "diamond", 0.4, 1.4),
-}
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 MAX_CATEGORIES = 6  # a number with at most so many values is drawn as choices
 LOG_RATIO = 5.0  # values that spread further than this get a log axis
+WIDE, NARROW, HIGH, LOW = 1040, 420, 400, 260
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "WAITING": "waiting"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to pixels. ``names``: the places of categories, one unit apart."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+    names: tuple[str, ...] = ()
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a value."""
+        low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (value - low) / ((high - low) or 1.0)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return the values to mark, with their labels."""
+        if self.names:
+            return [(float(i), name) for i, name in enumerate(self.names)]
+        if self.is_log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            parts = (1, 2, 5) if self.high / self.low < 200 else (1,)
+            values = [part * 10.0**decade for decade in decades for part in parts]
+        else:
+            step = _step((self.high - self.low) / 5)
+            first = math.ceil(self.low / step - 1e-9)
+            values = [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return [(v, _label(v)) for v in values if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
 
 
 def learning_curves(
     rows: Sequence[TrialRow], best: TrialRow | None, base_perplexity: float, evals_per_epoch: int | None
 ) -> str:
     """Return the perplexity of every trial over the data it has seen, from the untrained base model on."""
-    figure = go.Figure()
-    named: set[str] = set()
-    for row in sorted(rows, key=lambda r: (r is best, r.state == "COMPLETE")):  # the best is drawn on top
-        if not row.perplexities:
-            continue
-        name, colour, marker, opacity, width = look_of(row, best)
-        rungs = [0, *row.perplexities]
-        figure.add_scatter(
-            x=[rung / (evals_per_epoch or 1) for rung in rungs],
-            y=[base_perplexity, *row.perplexities.values()],
-            name=name,
-            legendgroup=name,
-            showlegend=name not in named,
-            mode="lines+markers",
-            opacity=opacity,
-            line={"color": colour, "width": width},
-            marker={
-                "color": colour,
-                "symbol": marker,
-                "size": [0] * (len(rungs) - 1) + [15 if row is best else 11],
-            },
-            hovertemplate=f"<b>%{{y:.3f}}</b> after %{{x}}<br>{describe(row)}<extra></extra>",
-        )
-        named.add(name)
-    figure.add_hline(y=base_perplexity, line_dash="dash", line_color=INK, line_width=1)
-    figure.add_annotation(
-        text=f"base model {show_perplexity(base_perplexity)}",
-        x=1,
-        xref="paper",
-        xanchor="right",
-        y=math.log10(base_perplexity) if is_log(rows, base_perplexity) else base_perplexity,
-        yanchor="bottom",
-        showarrow=False,
-        font_color=INK,
-    )
-    title = "epochs of examples seen" if evals_per_epoch else "rung"
-    figure.update_xaxes(title_text=title, rangemode="tozero")
-    figure.update_yaxes(title_text="validation perplexity", **y_axis(rows, base_perplexity))
-    return finish(figure, height=440, has_legend=True)
+    rungs = evals_per_epoch or 1
+    curves = [(row, curve) for row in rows if (curve := curve_of(row, base_perplexity))]
+    longest = max((rung for _, curve in curves for rung, _ in curve), default=1)
+    x = axis_over([0.0, longest / rungs], LEFT, WIDE - RIGHT, from_zero=True)
+    y = value_axis([value for _, curve in curves for _, value in curve], base_perplexity, HIGH)
+    marks = base_line(y, base_perplexity, WIDE)
+    for row, curve in sorted(curves, key=lambda pair: (pair[0] is best, pair[0].state == "COMPLETE")):
+        points = [(x.at(rung / rungs), y.at(value)) for rung, value in curve]
+        kind = kind_of(row, best)
+        marks += [line(points, kind), mark(*points[-1], kind, describe(row, row.perplexity))]
+    titles = ("epochs of examples seen" if evals_per_epoch else "rung", "validation perplexity")
+    label = f"Learning curves of {len(curves)} trials: validation perplexity over epochs"
+    return chart(WIDE, HIGH, label, x, y, titles, marks)
 
 
 def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perplexity: float, key: str) -> str:
-    """Return best perplexity against one searched setting; hollow trials did not run to their end."""
+    """Return best perplexity against one searched setting; crosses did not run to their end."""
     measured = [row for row in rows if row.perplexity is not None and key in row.params]
+    measured = [row for row in measured if math.isfinite(row.perplexity or math.nan)]
+    y = value_axis([row.perplexity for row in measured if row.perplexity], base_perplexity, LOW)
     values = [row.params[key] for row in measured]
-    numbers = [value for value in values if isinstance(value, int | float)]
-    is_number = len(numbers) == len(values) and len(set(numbers)) > MAX_CATEGORIES
-    figure = go.Figure()
-    for name, colour, marker, _, _ in LOOKS.values():
-        picked = [i for i, row in enumerate(measured) if look_of(row, best)[0] == name]
-        figure.add_scatter(
-            x=[values[i] if is_number else escape(show_value(values[i])) for i in picked],
-            y=[measured[i].perplexity for i in picked],
-            mode="markers",
-            marker={"color": colour, "symbol": marker, "size": 15 if name == "best" else 10},
-            opacity=1.0 if name in ("best", "complete") else 0.6,
-            hovertemplate=[f"<b>%{{y:.3f}}</b><br>{describe(measured[i])}<extra></extra>" for i in picked],
-        )
-    figure.add_hline(y=base_perplexity, line_dash="dash", line_color=INK, line_width=1)
-    figure.update_yaxes(**y_axis(rows, base_perplexity))
-    if is_number:
+    x, places = setting_axis(values)
+    marks = base_line(y, base_perplexity, NARROW)
+    pairs = sorted(zip(measured, places, strict=True), key=lambda pair: pair[0] is best)
+    marks += [
+        mark(x.at(place), y.at(row.perplexity), kind_of(row, best), describe(row, row.perplexity))
+        for row, place in pairs
+        if row.perplexity is not None
+    ]
+    label = f"Lowest perplexity of {len(measured)} trials against {key}"
+    return chart(NARROW, LOW, label, x, y, (key, "perplexity"), marks)
+
+
+def setting_axis(values: Sequence[object]) -> tuple[Axis, list[float]]:
+    """Return the axis of a searched setting, and where on it each value is."""
+    start, end = float(LEFT), float(NARROW - RIGHT)
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if numbers and len(numbers) == len(values) and len(set(numbers)) > MAX_CATEGORIES:
         spread = max(numbers) / min(numbers) if min(numbers) > 0 else 0.0
-        figure.update_xaxes(type="log" if spread > LOG_RATIO else "linear", exponentformat="power", nticks=6)
-        if spread > LOG_RATIO:
-            figure.update_xaxes(dtick=1 if spread > 30 else "D2")
-    else:
-        order = [escape(show_value(value)) for value in sorted(values, key=choice_order)]
-        figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(dict.fromkeys(order)))
-    figure.update_xaxes(title_text=escape(key))
-    return finish(figure, height=280, has_legend=False)
+        return axis_over(numbers, start, end, is_log=spread > LOG_RATIO), numbers
+    names = list(dict.fromkeys(show_value(value) for value in sorted(values, key=choice_order)))
+    return named_axis(names or ["-"], start, end), [float(names.index(show_value(v))) for v in values]
 
 
-def look_of(row: TrialRow, best: TrialRow | None) -> tuple[str, str, str, float, float]:
-    return LOOKS["BEST" if row is best else row.state]
+def curve_of(row: TrialRow, base_perplexity: float) -> list[tuple[int, float]]:
+    """Return (rung, perplexity) from the base on; empty before the first rung."""
+    finite = [(rung, value) for rung, value in row.perplexities.items() if math.isfinite(value)]
+    start = [(0, base_perplexity)] if math.isfinite(base_perplexity) else []
+    return [*start, *finite] if finite else []
 
 
-def describe(row: TrialRow) -> str:
-    """Return a trial's hover text, with nothing in it that a browser could run."""
-    params = "<br>".join(f"{escape(key)} {escape(show_value(value))}" for key, value in row.params.items())
-    return f"trial {row.number}, {row.state.lower()}<br>{params}".replace("%{", "% {")
+def value_axis(values: Sequence[float], base_perplexity: float, height: int) -> Axis:
+    """Return the axis of perplexities: far outliers turn it into a log axis."""
+    shown = [v for v in (*values, base_perplexity) if math.isfinite(v) and v > 0] or [1.0]
+    is_log = max(shown) / min(shown) > LOG_RATIO
+    return axis_over(shown, height - BOTTOM, TOP, is_log=is_log)
+
+
+def base_line(y: Axis, base_perplexity: float, width: int) -> list[str]:
+    """Return the dashed line of the base with its name."""
+    if not math.isfinite(base_perplexity):
+        return []
+    height = y.at(base_perplexity)
+    name = f"base model {show_perplexity(base_perplexity)}"
+    return [
+        line([(LEFT, height), (width - RIGHT, height)], "base"),
+        f'<text x="{width - RIGHT}" y="{height + 15:.1f}" text-anchor="end">{name}</text>',
+    ]
+
+
+def kind_of(row: TrialRow, best: TrialRow | None) -> str:
+    return "best" if row is best else STATES.get(row.state, "running")
+
+
+def describe(row: TrialRow, perplexity: float | None) -> str:
+    """Return what the pointer shows of a trial."""
+    params = ", ".join(f"{key} {show_value(value)}" for key, value in row.params.items())
+    return f"trial {row.number}, {row.state.lower()}: perplexity {show_perplexity(perplexity)}; {params}"
 
 
 def choice_order(value: object) -> tuple[int, float, str]:
@@ -120,38 +140,84 @@ def choice_order(value: object) -> tuple[int, float, str]:
     )
 
 
-def is_log(rows: Sequence[TrialRow], base_perplexity: float) -> bool:
-    values = [*(value for row in rows for value in row.perplexities.values()), base_perplexity]
-    finite = [value for value in values if math.isfinite(value) and value > 0]
-    return bool(finite) and max(finite) / min(finite) > LOG_RATIO
+def axis_over(
+    values: Sequence[float], start: float, end: float, *, is_log: bool = False, from_zero: bool = False
+) -> Axis:
+    """Return an axis with a little room around the values."""
+    low, high = min(values), max(values)
+    if is_log:
+        room = (high / low) ** 0.06 if high > low else 1.5
+        return Axis(low / room, high * room, start, end, is_log=True)
+    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return Axis(0.0 if from_zero else low - room, high + room, start, end)
 
 
-def y_axis(rows: Sequence[TrialRow], base_perplexity: float) -> dict[str, object]:
-    """Return the axis that all charts share: far outliers turn it into a log axis."""
-    if is_log(rows, base_perplexity):
-        return {"type": "log", "dtick": "D2"}
-    return {"type": "linear"}
+def named_axis(names: Sequence[str], start: float, end: float) -> Axis:
+    """Return an axis of categories."""
+    return Axis(-0.5, len(names) - 0.5, start, end, names=tuple(names))
 
 
-def finish(figure: go.Figure, *, height: int, has_legend: bool) -> str:
-    """Return the chart as HTML that needs plotly.js on the page."""
-    figure.update_xaxes(
-        gridcolor=GRID, zeroline=False, linecolor=GRID, tickfont_color=INK, title_font_color=INK
+def chart(
+    width: int, height: int, label: str, x: Axis, y: Axis, titles: tuple[str, str], marks: Sequence[str]
+) -> str:
+    """Return the chart: grid, labels, titles of the axes, then the marks. ``label``: what a screen reader
+    says."""
+    grid = [
+        f'<path class="grid" d="M{LEFT} {y.at(v):.1f}H{width - RIGHT}"/>'
+        f'<text x="{LEFT - 7}" y="{y.at(v) + 4:.1f}" text-anchor="end">{escape(name)}</text>'
+        for v, name in y.ticks()
+    ]
+    grid += [
+        f'<path class="grid" d="M{x.at(v):.1f} {TOP}V{height - BOTTOM}"/>'
+        f'<text x="{x.at(v):.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{escape(name)}</text>'
+        for v, name in x.ticks()
+    ]
+    middle = (LEFT + width - RIGHT) / 2
+    names = (
+        f'<text x="{middle:.0f}" y="{height - 6}" text-anchor="middle">{escape(titles[0])}</text>'
+        f'<text transform="translate(13 {(TOP + height - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(titles[1])}</text>"
     )
-    figure.update_yaxes(
-        gridcolor=GRID, zeroline=False, linecolor=GRID, tickfont_color=INK, title_font_color=INK
-    )
-    figure.update_layout(
-        height=height,
-        margin={"l": 56, "r": 12, "t": 12, "b": 48},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        showlegend=has_legend,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        hoverlabel={"align": "left"},
-    )
-    html: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
-    )
-    return html
+    body = "".join([*grid, names, *marks])
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+
+
+def line(points: Sequence[tuple[float, float]], kind: str) -> str:
+    """Return a line through pixels, looking as its class says."""
+    path = "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
+    return f'<path class="line {kind}" d="M{path}"/>'
+
+
+def mark(px: float, py: float, kind: str, text: str, size: float = 5.0) -> str:
+    """Return a mark whose shape says the same as its colour, and its text for pointer and screen reader."""
+    s = size
+    shapes = {
+        "pruned": f'<path d="M{-s} {-s}L{s} {s}M{-s} {s}L{s} {-s}"/>',
+        "failed": f'<path d="M0 {-s}L{s} 0L0 {s}L{-s} 0Z"/>',
+        "waiting": f'<rect x="{-s}" y="{-s}" width="{2 * s}" height="{2 * s}"/>',
+        "best": f'<path d="{_star(s * 1.7)}"/>',
+    }
+    shape = shapes.get(kind, f'<circle r="{s}"/>')
+    title = f"<title>{escape(text)}</title>"
+    return f'<g class="mark {kind}" transform="translate({px:.1f} {py:.1f})">{title}{shape}</g>'
+
+
+def _star(radius: float) -> str:
+    corners = [
+        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
+        for i, r in enumerate([radius, radius * 0.45] * 5)
+    ]
+    return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in corners) + "Z"
+
+
+def _step(rough: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    return next(scale * step for step in STEPS if scale * step >= rough * (1 - 1e-9)) if rough > 0 else 1.0
+
+
+def _label(value: float) -> str:
+    text = f"{value:.4g}"
+    if "e" not in text and (value == 0 or abs(value) >= 1e-3):
+        return text
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -21,6 +21,7 @@ from lora_search.study.results import TestScore
 from lora_search.trial import TrialRow
 
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
+OUT_OF_REACH = 100_000  # validation rows that nobody has
 NARROW_TRIALS = 6  # trials whose settings are shown as columns where rows are too long
 
 
@@ -116,7 +117,7 @@ def tied_line(rows: Sequence[TrialRow], certainty: Certainty) -> str:
     names = listed([str(row.number) for row in tied])
     verb = "trials {} are" if len(tied) > 1 else "trial {} is"
     beginning = f"{verb.format(names)} tied with trial {best.number}: within two standard errors on "
-    numbers = [f"{number:,}" for number in needed if number is not None]
+    numbers = [rows_in_words(number) for number in needed if number is not None]
     rows_needed = f"; about {listed(numbers)} rows would separate them" if numbers else ""
     return f"{beginning}{comparisons[0].num_rows} validation rows{rows_needed}"
 
@@ -132,6 +133,11 @@ def line_of_test(score: TestScore, best: TrialRow | None = None) -> str:
     if best is not None and best.number != score.trial:
         text += f"; the best is trial {best.number} by now (lora-search score --again)"
     return text
+
+
+def rows_in_words(number: int) -> str:
+    """Return 1,234, or that it is out of reach."""
+    return f"{number:,}" if number <= OUT_OF_REACH else f"more than {OUT_OF_REACH:,}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -4,22 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from plotly.offline import get_plotlyjs
 
 from lora_search.files.atomic import write_file
-from lora_search.output.charts import learning_curves, parameter_chart
+from lora_search.output.certainty import SURE, Certainty, certainty_of
+from lora_search.output.charts import kind_of, learning_curves, parameter_chart
 from lora_search.output.formatting import (
     short_names,
     show_change,
     show_count,
+    show_difference,
     show_perplexity,
     show_seconds,
     show_value,
 )
+from lora_search.output.leaderboard import line_of_test, state_of, tied_line
 from lora_search.output.ranking import best_of, is_final, ranked, searched_keys
+from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
-HIDDEN = ("fingerprint", "command")  # the settings say the same; shown above
+KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")
+HIDDEN = ("fingerprint", "command", "settings", "test_score")  # the settings say the same; shown above
 
 
 def write_report(
@@ -28,6 +32,7 @@ def write_report(
     """Write the report of a study, replacing an older one in one go. Hostile text in it stays text.
     Raises WriteError."""
     best, keys = best_of(rows), searched_keys(rows)
+    certainty = certainty_of(rows, path.parent)
     epoch_rungs = attributes.get("setting/sweep.train.evals_per_epoch", "")
     page = template().render(
         name=attributes.get("study", path.parent.name),
@@ -42,7 +47,11 @@ def write_report(
         tiles=tiles(rows),
         stopped=[row for row in ranked(rows) if row.state in ("PRUNED", "FAIL")],
         saved=share_saved(rows),
-        plotly_js=get_plotlyjs(),
+        legend=[kind for kind in KINDS if kind in {kind_of(row, best) for row in rows}],
+        sure=how_sure(rows, attributes, certainty, best),
+        certainty=certainty,
+        places=certainty.decimals(best.perplexity) if best and best.perplexity else None,
+        hints=hints(rows, best),
         curves=learning_curves(
             rows, best, base_perplexity, int(epoch_rungs) if epoch_rungs.isdigit() else None
         ),
@@ -61,8 +70,67 @@ def template() -> Template:
     )
     environment.filters |= {"value": show_value, "perplexity": show_perplexity, "duration": show_seconds}
     environment.filters |= {"count": show_count}
-    environment.globals |= {"change": show_change}
+    environment.globals |= {"change": show_change, "difference": show_difference, "state_of": state_of}
     return environment.get_template("page.html.j2")
+
+
+def how_sure(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow | None
+) -> list[str]:
+    """Return what the rows say for and against the winner, a sentence each."""
+    if best is None:
+        return []
+    said: list[str] = []
+    to_base = certainty.against_base.get(best.number)
+    if to_base is not None:
+        low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))
+        said.append(
+            f"Against the base model on the same {to_base.num_rows} validation rows: "
+            f"{show_difference(to_base.change, to_base.change_error)} (95 % interval {low:+.1f} to "
+            f"{high:+.1f} %). The trial was chosen on these rows, so this is a little too good."
+        )
+    test = read_test_score(attributes)
+    said.append(f"{line_of_test(test, best)}." if test else "The test split has not been scored.")
+    tied = tied_line(rows, certainty)
+    if tied:
+        said.append(f"{tied[0].upper()}{tied[1:]}.")
+    elif certainty.against_best:
+        said.append("No other complete trial is within two standard errors of it.")
+    else:
+        said.append("How the trials compare row by row is not known here, so neither is who is tied.")
+    return said
+
+
+def hints(rows: Sequence[TrialRow], best: TrialRow | None) -> list[tuple[str, str]]:
+    """Return what might help further, each with the override to type."""
+    if best is None:
+        return []
+    found = [(f"{key} of the best is the {word} value that was tried.", override)
+             for key in best.params for word, override in at_edge(rows, best, key)]  # fmt: skip
+    if best.perplexities and best.best_rung == max(best.perplexities):
+        text = "The best trial was still improving at its end: more epochs may help."
+        found.insert(0, (text, "train.epochs=N"))
+    return found
+
+
+def at_edge(rows: Sequence[TrialRow], best: TrialRow, key: str) -> list[tuple[str, str]]:
+    """Return whether the best value is the smallest or largest of those tried, and a wider range to type."""
+    values = [v for row in rows if isinstance(v := row.params.get(key), int | float)]
+    value, tried = best.params[key], sorted(set(values))
+    if not isinstance(value, int | float) or isinstance(value, bool) or len(tried) < 3:
+        return []
+    low, high = tried[0], tried[-1]
+    found = []
+    for edge, word, factor in ((low, "smallest", 0.5), (high, "largest", 2.0)):
+        if value != edge:
+            continue
+        if all(isinstance(v, int) for v in tried):
+            choices = sorted({*tried, max(1, round(edge * factor))})
+            found.append((word, f"'{key}=choice({', '.join(map(str, choices))})'"))
+        else:
+            ends = (low / 3, high) if word == "smallest" else (low, high * 3)
+            found.append((word, f"'{key}=tag(log, interval({show_value(ends[0])}, {show_value(ends[1])}))'"))
+    return found
 
 
 def tiles(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:

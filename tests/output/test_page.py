@@ -1,14 +1,17 @@
 """The report is one file, says what the study says, and runs nothing that came from data."""
 
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lora_search.files.row_scores import BASE, write_scores
 from lora_search.output.page import facts, share_saved, write_report
-from lora_search.trial import TrialRow
+from lora_search.trial import RowScores, TrialRow
 from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, BEST, HOSTILE, ROWS, make_row
 
 
@@ -92,8 +95,8 @@ def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
     page = report(tmp_path, ROWS)
 
     assert page.loaded == []
-    assert "plotly.js v" in page.scripts[0]
-    assert len(page.scripts) > 4  # plotly and one per chart
+    assert page.scripts == []
+    assert (tmp_path / "faq" / "report.html").stat().st_size < 1_000_000
 
 
 def test_hostile_text_stays_text_everywhere(tmp_path: Path) -> None:
@@ -108,11 +111,47 @@ def test_hostile_text_stays_text_everywhere(tmp_path: Path) -> None:
 
 
 def test_curves_start_at_the_base_model_and_run_over_epochs(tmp_path: Path) -> None:
-    page = report(tmp_path, [make_row(0, best=8.0, rungs=8)])
+    report(tmp_path, [make_row(0, best=8.0, rungs=8)])
 
-    curve = page.scripts[-4]
-    assert '"x":[0.0,0.25,0.5,0.75,1.0,1.25,1.5,1.75,2.0]' in curve
-    assert re.search(r'"y":\[14\.2,.*8\.0\]', curve)
+    html = (tmp_path / "faq" / "report.html").read_text()
+    (path,) = re.findall(r'<path class="line best" d="M([^"]+)"', html)
+    points = [tuple(map(float, point.split())) for point in path.split("L")]
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(points)]
+    base = re.findall(r'<path class="line base" d="M\S+ (\S+)L', html)[0]  # the curves come first
+    assert len(points) == 9  # the base and 8 rungs, a quarter of an epoch apart
+    assert steps == pytest.approx([steps[0]] * 8, abs=0.11)
+    assert points[0][1] == float(base)
+    assert points[-1][1] == max(y for _, y in points)  # lowest perplexity, furthest down
+
+
+def test_it_says_how_sure_the_winner_is(tmp_path: Path) -> None:
+    folder = tmp_path / "faq"
+    hard_R, tokens_R = np.linspace(300.0, 500.0, 20), np.full(20, 100)
+    wobble_R = np.where(np.arange(20) % 2 == 0, 3.0, -3.0)
+    write_scores(folder, RowScores(hard_R + 50.0, tokens_R), 0, BASE)
+    rows = []
+    for number, excess_R in enumerate((0.0 * wobble_R, 0.5 + wobble_R, 20.0 + wobble_R)):
+        scores = RowScores(hard_R + excess_R, tokens_R)
+        write_scores(folder / "trials" / str(number), scores, 12)
+        rows.append(make_row(number, best=scores.perplexity))
+
+    page = report(tmp_path, rows)
+
+    text = " ".join(page.text.split())
+    assert "Trial 1 is tied with trial 0: within two standard errors on 20 validation rows" in text
+    assert "Against the base model on the same 20 validation rows: -39.3" in text  # exp(-0.5) - 1
+    assert "The test split has not been scored." in text
+    states = {row[0]: row[-1] for row in page.tables[0][1:]}
+    assert states["1"] == "complete, tied"
+    assert states["2"] == "complete"
+
+
+def test_a_best_value_at_the_edge_comes_with_a_wider_range_to_type(tmp_path: Path) -> None:
+    text = report(tmp_path, ROWS).text
+
+    assert "lora.r of the best is the largest value that was tried." in text
+    assert "'lora.r=choice(8, 16, 32, 64)'" in text
+    assert "The best trial was still improving at its end" in text
 
 
 @pytest.mark.parametrize(

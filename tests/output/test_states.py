@@ -108,7 +108,8 @@ def test_every_state_is_shown_in_every_view(
 def test_an_interrupted_trial_is_drawn_and_named_in_the_legend() -> None:
     drawn = learning_curves([row_of("WAITING", CURVES["two"])], None, BASE_PERPLEXITY, 4)
 
-    assert '"name":"waiting"' in drawn
+    assert '<g class="mark waiting"' in drawn
+    assert "waiting: perplexity" in drawn
 
 
 def test_a_trial_that_was_only_told_complete_is_not_the_best_anywhere(tmp_path: Path) -> None:
