@@ -29,7 +29,8 @@ def load_rows(
         return Loaded(
             [], digest=found.digest, revisions=found.revisions, reread=partial(load_rows, config, found)
         )
-    counts, notes, rows = found.counts.copy(), list[str](), list[Row]()
+    counts, rows = found.counts.copy(), list[Row]()
+    notes = [f"{path}: read at commit {commit}" for path, commit in found.revisions.items()]
     for source in found.sources:
         layout = _read(source, config, rows, counts)
         notes.append(f"{source.name}{f' ({source.split})' if source.split else ''}: {layout.describe()}")

@@ -1,0 +1,52 @@
+"""Hub data sets from the library's cache, without a network."""
+
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+
+from lora_search.errors import DataError
+from lora_search.reading.load import load_rows
+from lora_search.settings.schema import DataConfig
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a data set of two splits into an empty cache, as a download leaves it; no network from then on."""
+    rows = {"train": [("Why?", "So."), ("When?", "Now.")], "test": [("Who?", "You.")]}
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, pairs in rows.items():
+        datasets.Dataset.from_list([{"question": q, "answer": a} for q, a in pairs]).to_parquet(
+            source / f"{name}.parquet"
+        )
+    files = {name: str(source / f"{name}.parquet") for name in rows}
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    builder = datasets.load_dataset_builder("parquet", data_files=files, cache_dir=str(tmp_path / "made"))
+    builder.dataset_name, builder.info.dataset_name = "faq", "faq"
+    builder.info.config_name = "default"
+    folder = tmp_path / "cache" / "org___faq" / "default" / "0.0.0" / COMMIT
+    builder.download_and_prepare(str(folder))
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_cached_data_set_is_read_with_its_splits_and_its_commit(revision: str | None) -> None:
+    loaded = load_rows(DataConfig(path="org/faq", revision=revision))
+
+    assert [(row.question, row.split) for row in loaded.rows] == [
+        ("Why?", "train"), ("When?", "train"), ("Who?", "test"),
+    ]  # fmt: skip
+    assert loaded.revisions == {"org/faq": COMMIT}
+    assert loaded.notes[0] == f"org/faq: read at commit {COMMIT}"
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize("data", [{"path": "org/none"}, {"path": "org/faq", "revision": "f" * 40}])
+def test_what_is_not_in_the_cache_is_one_message(data: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"data.path: org/\w+ is no file or folder here.*not in the cache"):
+        load_rows(DataConfig(**data))  # type: ignore[arg-type]
