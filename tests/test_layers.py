@@ -116,3 +116,22 @@ def test_each_library_has_its_home() -> None:
     ]
 
     assert strays == []
+
+
+def test_the_tree_in_the_readme_is_the_tree_of_the_package() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Where things live")[2]
+    drawn: dict[str, set[str]] = {}
+    folder = ""
+    for line in section.split("```")[1].splitlines()[2:]:
+        label, has_purpose, _ = line.partition("#")
+        if has_purpose:
+            folder = label.strip().removesuffix("/").replace("*.py", "")
+            drawn.setdefault(folder, set())
+        else:
+            drawn[folder].update(line.split())
+
+    there: dict[str, set[str]] = {"": set()}
+    for module in modules():
+        folder, _, name = module.rpartition(".")
+        there.setdefault(folder, set()).update({name} - {"__init__"})
+    assert drawn == there
