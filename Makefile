@@ -30,11 +30,11 @@ sweep: $(READY)  ## run a sweep: make sweep ARGS="-cn NAME key=value ..." (as lo
 
 test: $(READY)  ## run the fast tests, every promise at small size (under 4 minutes on 2 cores)
 	@echo "fast tests: under 4 minutes on 2 cores; make test-all adds the slow ones"
-	@$(BIN)/python -m pytest --durations=5 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --durations=5 $(ARGS)
 
 test-all: $(READY)  ## run all tests, with storms of kills and real servers (about 20 minutes on 2 cores)
 	@echo "all tests: about 20 minutes on 2 cores; make test runs the fast ones only"
-	@$(BIN)/python -m pytest --slow --durations=20 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --slow --durations=20 $(ARGS)
 
 lint: $(READY)  ## check format, style and types (half a minute)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy lora_search

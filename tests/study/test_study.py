@@ -206,6 +206,7 @@ def draw_by_hand(study: SweepStudy) -> None:
 def test_a_trial_waits_for_the_parameters_of_those_before_it_and_never_doubles_them(tmp_path: Path) -> None:
     config = make_config(tmp_path, space=ONE_POINT, sampler=SamplerConfig(name="random"))
     config.study.first_trial_is_default = False
+    config.study.heartbeat_seconds = 600  # an unsigned trial older than that is a dead worker's
     first, second = open_study(config, tmp_path), open_study(config, tmp_path)
     first.storage.create_new_trial(first.study._study_id)
 
