@@ -4,10 +4,12 @@ Imports no torch.
 """
 
 import argparse
+import json
 import sys
 
 from lora_search.command_line import find_study, run, study_parser
-from lora_search.output.page import write_report
+from lora_search.files.atomic import write_file
+from lora_search.output.page import report_facts, report_markdown, write_report
 from lora_search.output.ranking import base_of
 from lora_search.output.terminal import Progress
 from lora_search.study.folder import find_owned
@@ -16,7 +18,10 @@ from lora_search.study.study import SweepStudy
 
 def main() -> int:
     """Write the report of the study that the command line names; return the exit code."""
-    return run(report, study_parser("report", "Write runs/<study>/report.html anew, also while it runs."))
+    parser = study_parser("report", "Write runs/<study>/report.html anew, also while it runs.")
+    parser.add_argument("--format", choices=("html", "json", "md"), default="html",
+                        help="json and md say the same as report.html (default: %(default)s)")  # fmt: skip
+    return run(report, parser)
 
 
 def report(arguments: argparse.Namespace, progress: Progress) -> None:
@@ -24,8 +29,14 @@ def report(arguments: argparse.Namespace, progress: Progress) -> None:
     found = find_study(arguments)
     rows, attributes = SweepStudy.read(found.config)
     find_owned(found.config, found.folder)
-    path = found.folder / "report.html"
-    write_report(rows, attributes, base_of(attributes), path)
+    path, base = found.folder / f"report.{arguments.format}", base_of(attributes)
+    if arguments.format == "html":
+        write_report(rows, attributes, base, path)
+    elif arguments.format == "json":
+        known = report_facts(rows, attributes, base, found.folder)
+        write_file(path, json.dumps(known, indent=2, allow_nan=False).encode())
+    else:
+        write_file(path, report_markdown(rows, attributes, base, found.folder).encode())
     progress.event(f"wrote {path}")
 
 

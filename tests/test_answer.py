@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_search import delete, export, generate, score, status, sweep
+from lora_search import delete, export, generate, report, score, status, sweep
 from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
@@ -289,3 +289,20 @@ def test_status_and_its_kin_import_no_torch() -> None:
     code = f"import sys\nfrom lora_search import {names}\nsys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_says_the_same_as_json_and_markdown(typed: Callable[..., int]) -> None:
+    rows, attributes = SweepStudy.read(STUDY)
+    best, _ = study_now()
+
+    assert typed(report.main, "--format", "json") == 0
+    assert typed(report.main, "--format", "md") == 0
+
+    facts = json.loads(Path("runs/smoke/report.json").read_text())
+    assert {t["number"]: t["perplexity"] for t in facts["trials"]} == {r.number: r.perplexity for r in rows}
+    assert facts["best"] == best.number
+    assert facts["base_perplexity"] == float(attributes["base_perplexity"])
+    assert facts["test_score"]["trial"] == best.number
+    markdown = Path("runs/smoke/report.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in markdown) == len(rows) + 3  # head, rule, base
+    assert any(line.startswith(f"| {best.number} | ") for line in markdown)

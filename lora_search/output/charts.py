@@ -78,7 +78,7 @@ def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perple
     marks = base_line(y, base_perplexity, NARROW)
     pairs = sorted(zip(measured, places, strict=True), key=lambda pair: pair[0] is best)
     marks += [
-        mark(x.at(place), y.at(row.perplexity), kind_of(row, best), describe(row, row.perplexity))
+        mark(x.at(place), y.at(row.perplexity), kind_of(row, best), describe(row, row.perplexity, [key]))
         for row, place in pairs
         if row.perplexity is not None
     ]
@@ -127,9 +127,10 @@ def kind_of(row: TrialRow, best: TrialRow | None) -> str:
     return "best" if row is best else STATES.get(row.state, "running")
 
 
-def describe(row: TrialRow, perplexity: float | None) -> str:
-    """Return what the pointer shows of a trial."""
-    params = ", ".join(f"{key} {show_value(value)}" for key, value in row.params.items())
+def describe(row: TrialRow, perplexity: float | None, keys: Sequence[str] | None = None) -> str:
+    """Return what the pointer shows of a trial, with all its parameters or those that are named."""
+    shown = row.params if keys is None else {key: row.params[key] for key in keys}
+    params = ", ".join(f"{key} {show_value(value)}" for key, value in shown.items())
     return f"trial {row.number}, {row.state.lower()}: perplexity {show_perplexity(perplexity)}; {params}"
 
 

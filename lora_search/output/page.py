@@ -1,6 +1,8 @@
 """runs/<study>/report.html: one file that opens without network. Reads the study; imports no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -72,6 +74,63 @@ def template() -> Template:
     environment.filters |= {"count": show_count}
     environment.globals |= {"change": show_change, "difference": show_difference, "state_of": state_of}
     return environment.get_template("page.html.j2")
+
+
+def report_facts(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, folder: Path
+) -> dict[str, object]:
+    """Return what the report says, for programs: numbers unrounded; what is not finite is None."""
+    best, certainty = best_of(rows), certainty_of(rows, folder)
+
+    def of_trial(row: TrialRow) -> dict[str, object]:
+        to_best, to_base = certainty.against_best.get(row.number), certainty.against_base.get(row.number)
+        return {
+            **{key: value for key, value in asdict(row).items() if key != "perplexities"},
+            "perplexities": {rung: finite(value) for rung, value in row.perplexities.items()},
+            "is_best": row is best,
+            "is_tied": certainty.is_tied(row),
+            "against_best": asdict(to_best) | {"rows_needed": to_best.rows_needed} if to_best else None,
+            "against_base": asdict(to_base) if to_base else None,
+        }
+
+    test = read_test_score(attributes)
+    return {
+        "study": attributes.get("study", folder.name),
+        "base_perplexity": finite(base_perplexity),
+        "best": best.number if best else None,
+        "is_final": is_final(rows, attributes),
+        "how_sure": how_sure(rows, attributes, certainty, best),
+        "test_score": asdict(test) if test else None,
+        "hints": hints(rows, best),
+        "trials": [of_trial(row) for row in ranked(rows)],
+        "facts": facts(attributes),
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def report_markdown(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, folder: Path
+) -> str:
+    """Return what the report says as Markdown."""
+    best, certainty, keys = best_of(rows), certainty_of(rows, folder), searched_keys(rows)
+    places = certainty.decimals(best.perplexity) if best and best.perplexity else None
+    table = [["trial", "perplexity", "change", *keys, "rungs", "state"]]
+    table.append(["-", show_perplexity(base_perplexity, places), "", *("" for _ in keys), "", "base model"])
+    for row in ranked(rows):
+        values = [show_value(row.params[key]) if key in row.params else "" for key in keys]
+        result = [show_perplexity(row.perplexity, places), show_change(base_perplexity, row.perplexity)]
+        ending = [str(len(row.perplexities)), state_of(row, certainty)]
+        table.append([str(row.number), *result, *values, *ending])
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    sure = [f"- {sentence}" for sentence in how_sure(rows, attributes, certainty, best)]
+    further = [f"- {text} `{override}`" for text, override in hints(rows, best)]
+    parts = [f"# {attributes.get('study', folder.name)}", "\n".join(sure), "\n".join(lines)]
+    parts += ["## What may help further\n\n" + "\n".join(further)] if further else []
+    return "\n\n".join(parts) + "\n"
 
 
 def how_sure(
