@@ -45,7 +45,7 @@ from lora_search.study.fingerprint import (
     settings_part,
     space_part,
 )
-from lora_search.study.folder import claim_folder, find_owned, study_folder
+from lora_search.study.folder import check_folder, claim_folder, find_owned, study_folder
 from lora_search.study.identity import Identity
 from lora_search.study.study import SweepStudy
 from lora_search.worker.command import typed_command
@@ -58,8 +58,9 @@ def check_places(config: SweepConfig) -> Identity | None:
     """Make the study's folder; return the identity of the study if there is one. Raises where the folder is
     another study's or cannot be written to, or the database cannot be used or has another program's study
     of that name."""
-    check_adoptable(config.study)
     folder = Path(config.runs_dir) / config.study.name
+    check_folder(config.study, folder.parent)
+    check_adoptable(config.study)
     identity = find_owned(config.study, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

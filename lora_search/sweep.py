@@ -75,10 +75,11 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable
     from lora_search.study.claims import reclaim_all
-    from lora_search.study.folder import find_owned, study_folder
+    from lora_search.study.folder import check_folder, find_owned, study_folder
     from lora_search.study.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
+    check_folder(config.study, Path(config.runs_dir))
     check_adoptable(config.study)
     find_owned(config.study, Path(config.runs_dir) / config.study.name)
     study_folder(config)

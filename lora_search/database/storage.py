@@ -124,6 +124,13 @@ def require_database(config: StudyConfig) -> None:
         )
 
 
+def database_file(config: StudyConfig) -> Path | None:
+    """Return the SQLite file behind study.storage; None where the database is none."""
+    url = _parse(config.storage)
+    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)) if is_file else None
+
+
 def quieten_optuna() -> None:
     """Leave Optuna's errors only; what its warnings say is handled here or documented."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)

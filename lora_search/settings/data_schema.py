@@ -4,13 +4,14 @@ import codecs
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_search.settings.rules import require, require_choice
+from lora_search.settings.rules import require, require_choice, require_range
 
 AUTO = "auto"
 PACKAGED = "construction-faq"  # data.path of the packaged pairs
 FORMATS = (
     AUTO, "messages", "sharegpt", "prompt_completion", "alpaca", "instruction_response", "question_answer",
 )  # fmt: skip
+MAX_ROWS, MAX_TOKENS = 10**9, 1_048_576  # of a file; of one row: no model's context is longer
 VALIDATION_ROWS = 1000  # what auto comes to: more rows cost time at every rung and separate few trials more
 PARTS = ("instruction", "context", "response", "messages", "system", "tools")
 OPTIONAL = ("context", "system", "tools")
@@ -110,14 +111,21 @@ class DataConfig:
             cap = getattr(self, key)
             fits = cap is None or (cap == AUTO and key.startswith("max")) or _at_least(cap, 1)
             require(fits, f"data.{key}", cap, "must be at least 1, or null for all")
+            if isinstance(cap, int):
+                require_range(f"data.{key}", cap, 1, MAX_ROWS, "null takes all rows")
         is_length = self.max_length == AUTO or _at_least(self.max_length, 8)
         require(is_length, "data.max_length", self.max_length, "must be a number of tokens >= 8, or auto")
+        if isinstance(self.max_length, int):
+            remedy = "auto takes what the rows need"
+            require_range("data.max_length", self.max_length, 8, MAX_TOKENS, remedy)
         percentile = self.max_length_percentile
         require(0 < percentile <= 100, "data.max_length_percentile", percentile, "must lie in (0, 100]")
         choices, key = self.max_length_choices, "data.max_length_choices"
         require(
             all(c >= 8 for c in choices), key, choices, "must be numbers of tokens >= 8", "Try [512,1024]"
         )
+        for choice in choices:
+            require_range(key, choice, 8, MAX_TOKENS, "Try [512,1024]")
         rule = "are for data.max_length=auto only"
         require(not choices or self.max_length == AUTO, key, choices, rule, "Set data.max_length=auto")
 

@@ -13,11 +13,15 @@ from typing import Any
 from lora_search.settings.data_schema import ColumnsConfig as ColumnsConfig
 from lora_search.settings.data_schema import DataConfig as DataConfig
 from lora_search.settings.rules import require as require
-from lora_search.settings.rules import require_choice
+from lora_search.settings.rules import require_choice, require_range
 from lora_search.settings.secrets import redact
 
 ALL_LINEAR = "all-linear"
 WRITE_OUT = "Write the folder out: neither the shell nor a database expands it here"
+TRAIN_MOST = {  # more is a slip of the keyboard, not a plan
+    "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
+}  # fmt: skip
+DAY, MAX_HOURS = 86_400, 10_000
 MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
 
 
@@ -121,16 +125,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn"))
-        for key in ("epochs", "evals_per_epoch", "batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, key)
-            require(value >= 1, f"train.{key}", value, "must be at least 1")
+        for key, most in TRAIN_MOST.items():
+            require_range(f"train.{key}", getattr(self, key), 1, most)
+        examples = self.batch_size * self.gradient_accumulation_steps
+        remedy = "An optimizer step of more examples than the data has trains nothing"
+        require_range("train.batch_size x train.gradient_accumulation_steps", examples, 1, 1_000_000, remedy)
+        rungs = self.epochs * self.evals_per_epoch
+        remedy = "Each is an evaluation and a row in the database: take fewer epochs or evaluations"
+        require_range("train.epochs x train.evals_per_epoch", rungs, 1, 100_000, remedy)
         patience = self.early_stopping_patience
-        require(
-            patience is None or patience >= 1,
-            "train.early_stopping_patience",
-            patience,
-            "must be >= 1 or null",
-        )
+        if patience is not None:
+            remedy = "null trains to the end"
+            require_range("train.early_stopping_patience", patience, 1, 100_000, remedy)
 
 
 @dataclass(kw_only=True)
@@ -142,10 +148,12 @@ class EngineConfig:
     dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are float32 always
 
     def __post_init__(self) -> None:
-        for key, least in (("slots", 1), ("tokens_per_pass", 8)):
+        for key, least, most in (("slots", 1, 1024), ("tokens_per_pass", 8, 16_777_216)):
             value = getattr(self, key)
-            fits = value == "auto" or (isinstance(value, int) and value >= least)
-            require(fits, f"engine.{key}", value, f"must be at least {least}, or auto")
+            if value != "auto":
+                is_number = isinstance(value, int)
+                require(is_number, f"engine.{key}", value, f"must be at least {least}, or auto")
+                require_range(f"engine.{key}", int(value), least, most, "auto takes what memory holds")
         recompute = self.gradient_checkpointing
         known_choice = isinstance(recompute, bool) or recompute == "auto"
         require(known_choice, "engine.gradient_checkpointing", recompute, "must be true, false or auto")
@@ -161,7 +169,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require_choice("sampler.name", self.name, ("tpe", "gp", "random", "grid", "qmc", "cmaes"))
-        require(self.n_startup_trials >= 0, "sampler.n_startup_trials", self.n_startup_trials, "must be >= 0")
+        require_range("sampler.n_startup_trials", self.n_startup_trials, 0, 100_000)
 
 
 @dataclass(kw_only=True)
@@ -177,16 +185,14 @@ class PrunerConfig:
     def __post_init__(self) -> None:
         names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         require_choice("pruner.name", self.name, names)
-        require(self.first_rung >= 1, "pruner.first_rung", self.first_rung, "must be at least 1")
-        require(
-            self.reduction_factor >= 2, "pruner.reduction_factor", self.reduction_factor, "must be at least 2"
-        )
+        require_range("pruner.first_rung", self.first_rung, 1, 100_000)
+        require_range("pruner.reduction_factor", self.reduction_factor, 2, 1000, "Try 3")
         require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must lie between 0 and 100")
-        require(self.patience >= 1, "pruner.patience", self.patience, "must be at least 1")
+        require_range("pruner.patience", self.patience, 1, 100_000)
         rule = "works with the rungs of asha only"
         fits = self.name == "asha" or not self.resume_paused
         require(fits, "pruner.resume_paused", self.resume_paused, rule, "Use pruner=asha")
-        require(self.n_startup_trials >= 0, "pruner.n_startup_trials", self.n_startup_trials, "must be >= 0")
+        require_range("pruner.n_startup_trials", self.n_startup_trials, 0, 100_000)
 
 
 @dataclass(kw_only=True)
@@ -218,27 +224,26 @@ class StudyConfig:
         require(not has_home, "study.storage", self.storage, "must not name a folder by ~", WRITE_OUT)
         require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
                 "Try sqlite:///runs/lora_search.db")  # fmt: skip
-        require(
-            self.heartbeat_seconds >= 1,
-            "study.heartbeat_seconds",
-            self.heartbeat_seconds,
-            "must be at least 1",
-        )
-        require(self.max_retries >= 0, "study.max_retries", self.max_retries, "must be at least 0")
-        require(self.keep_gib >= 0, "study.keep_gib", self.keep_gib, "must be at least 0")
-        require(self.patience_seconds >= 0, "study.patience_seconds", self.patience_seconds, "must be >= 0")
-        require(self.max_failures_in_a_row >= 1, "study.max_failures_in_a_row", self.max_failures_in_a_row,
-                "must be at least 1")  # fmt: skip
+        for key, least, most in (
+            ("heartbeat_seconds", 1, DAY), ("patience_seconds", 0, 365 * DAY), ("max_retries", 0, 1000),
+            ("max_failures_in_a_row", 1, 100_000), ("keep_gib", 0, 1_000_000),
+        ):  # fmt: skip
+            require_range(f"study.{key}", getattr(self, key), least, most)
 
     def _check_limits(self) -> None:
-        for key in ("max_hours", "max_tokens", "max_cost", "price_per_hour"):
-            value = getattr(self, key)
-            require(value is None or 0 < value < float("inf"), f"study.{key}", value, "must be > 0, or null")
+        for key, most in (
+            ("max_hours", MAX_HOURS), ("max_tokens", 10**15), ("max_cost", 10**9), ("price_per_hour", 10**6)
+        ):  # fmt: skip
+            value, rule = getattr(self, key), "must be > 0, or null"
+            require(value is None or value > 0, f"study.{key}", value, rule, "null sets no limit")
+            require(value is None or value <= most, f"study.{key}", value, f"must be at most {most:,}",
+                    "null sets no limit")  # fmt: skip
         priced = self.max_cost is None or self.price_per_hour is not None
         remedy = "Set study.price_per_hour, what one worker and its device cost in an hour"
         require(priced, "study.max_cost", self.max_cost, "needs study.price_per_hour", remedy)
-        require(self.n_trials is None or self.n_trials >= 1, "study.n_trials", self.n_trials,
-                "must be at least 1, or null where a budget ends the sweep")  # fmt: skip
+        if self.n_trials is not None:
+            remedy = "null where study.max_hours or another budget ends the sweep"
+            require_range("study.n_trials", self.n_trials, 1, 100_000, remedy)
         has_end = any(
             limit is not None for limit in (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
         )
@@ -278,9 +283,10 @@ class LauncherConfig:
 
     def __post_init__(self) -> None:
         require_choice("launcher.name", self.name, ("inline", "local"))
-        for key, least in (("workers", 1), ("max_restarts", 0), ("worker", 0)):
+        for key, least, most in (("workers", 1, 256), ("max_restarts", 0, 1000), ("worker", 0, 255)):
             value = getattr(self, key)
-            require(value is None or value >= least, f"launcher.{key}", value, f"must be at least {least}")
+            if value is not None:
+                require_range(f"launcher.{key}", value, least, most)
         remedy = "Add launcher=local"
         require(self.workers is None or self.name == "local", "launcher.workers", self.workers,
                 "is for launcher=local only", remedy)  # fmt: skip

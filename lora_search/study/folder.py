@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_search.database.storage import database_file
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import TEMPORARY, explained_writing, sync
 from lora_search.settings.schema import StudyConfig, SweepConfig
@@ -13,17 +14,76 @@ from lora_search.study.identity import Identity, find_identity
 
 MARKER = "study.json"  # the id of the study
 RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # what a study leaves in its folder
+WRITTEN = (*RESULTS, MARKER, "best.new", "workers", "wandb")
+SIDES = ("", "-wal", "-shm", "-journal")  # what SQLite writes next to a database file, by its ending
+
+
+def check_folder(study: StudyConfig, runs_dir: Path) -> None:
+    """Raise ConfigError where the study's folder is no place to write to. Makes nothing.
+
+    It must be inside runs_dir, be neither the database nor another study's folder on a disk that ignores
+    case, hold no link that leads out of runs_dir, and the database must not be among what is written there.
+    """
+    folder = runs_dir / study.name
+    _check_inside(folder)
+    _check_database(folder, study)
+    _check_case(folder)
+    _check_links(folder)
+
+
+def _check_inside(folder: Path) -> None:
+    runs = folder.parent
+    rule, real = f"must be a folder inside {runs}", Path(os.path.realpath(folder))
+    if str(real.parent) != os.path.realpath(runs) or (os.path.lexists(folder) and not folder.is_dir()):
+        leads = f"{rule}, and {folder} leads to {real}"
+        raise ConfigError("study.name", folder.name, leads, "Choose another study.name.")
+
+
+def _check_database(folder: Path, study: StudyConfig) -> None:
+    """Refuse a database whose place the study's files need."""
+    file = database_file(study)
+    if file is None:
+        return
+    place, database = os.path.realpath(folder).casefold(), os.path.realpath(file).casefold()
+    if place in [database + side for side in SIDES]:
+        rule = f"must be another name than a file of the database {file}"
+        raise ConfigError("study.name", study.name, rule, "Choose another study.name or study.storage.")
+    inside = Path(database).relative_to(place).parts if database.startswith(place + os.sep) else ()
+    if inside and inside[0] in WRITTEN:
+        rule = f"must not be in {folder / inside[0]}, which the sweep writes"
+        raise ConfigError("study.storage", str(file), rule, "Give a file outside the study's folder.")
+
+
+def _check_case(folder: Path) -> None:
+    """Refuse a new folder that a disk which ignores case would take for an existing one."""
+    if os.path.lexists(folder):
+        return
+    with suppress(OSError):
+        for name in os.listdir(folder.parent):
+            if name.casefold() == folder.name.casefold():
+                rule = f"must differ from {folder.parent / name} by more than upper and lower case"
+                raise ConfigError("study.name", folder.name, rule, f"Choose {name} or another study.name.")
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a link in the folder that leads out of runs_dir: the sweep would write through it.
+
+    wandb/ itself must be no such link; what W&B links inside it, to its own log, is W&B's.
+    """
+    runs = os.path.realpath(folder.parent)
+    for parent, folders, files in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in (*folders, *files)):
+            if os.path.islink(path) and not os.path.realpath(path).startswith(runs + os.sep):
+                rule = f"must hold no link that leads out of it, and {path} leads to {os.path.realpath(path)}"
+                raise ConfigError("runs_dir", str(folder.parent), rule, "Remove the link.")
+        folders[:] = [name for name in folders if name != "wandb"]
 
 
 def study_folder(config: SweepConfig) -> Path:
     """Return where the sweep writes, made where it is missing. Raises ConfigError where that is not inside
     runs_dir."""
-    runs = Path(config.runs_dir)
-    folder = runs / config.study.name
-    rule, remedy = f"must be a folder inside {runs}", "Choose another study.name."
-    if folder.resolve().parent != runs.resolve() or (folder.exists() and not folder.is_dir()):
-        leads = f"{rule}, and {folder} leads to {folder.resolve()}"
-        raise ConfigError("study.name", config.study.name, leads, remedy)
+    folder = Path(config.runs_dir) / config.study.name
+    _check_inside(folder)
     with explained_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -32,8 +92,10 @@ def study_folder(config: SweepConfig) -> Path:
 def find_owned(config: StudyConfig, folder: Path) -> Identity | None:
     """Return the identity of the study that the settings name, None where there is none yet.
 
-    Raises ConfigError where the folder holds the results of another one. Makes nothing.
+    Raises ConfigError where the folder is no place to write to or holds the results of another study. Makes
+    nothing.
     """
+    check_folder(config, folder.parent)
     seen = _look(folder)  # first: whoever marks the folder has made its study before
     identity = find_identity(config)
     _judge(folder, seen, identity)

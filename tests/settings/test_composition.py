@@ -92,7 +92,10 @@ BAD = [
     ("train.epochs=", "train.epochs: Value '' of type 'str' could not be converted to Integer."),
     ("train.epochs=1.5", "train.epochs: Value '1.5' of type 'float' could not be converted to Integer."),
     ("train.epochs=null", "train.epochs: must have a value, got null."),
-    ("train.early_stopping_patience=0", "train.early_stopping_patience: must be >= 1 or null, got 0"),
+    (
+        "train.early_stopping_patience=0",
+        "train.early_stopping_patience: must be at least 1, got 0. null trains to the end",
+    ),
     ("optim.lr=choice()", "optim.lr=choice(): cannot be read: empty choice is not legal."),
     ("train.batch_size=choice(null,2)", "null cannot be among the choices of Hydra's grammar. Leave it out."),
     ("model.path=my model!", """Quote the value for Hydra and for the shell: 'model.path="my model!"'"""),
