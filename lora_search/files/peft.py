@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
     """Write the base with the adapter added into its weights, in the base's dtype, as safetensors."""
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged = _put_on(base, adapter, "default").merge_and_unload()
     with explained_writing(to):
         merged.save_pretrained(to)
 
@@ -81,10 +82,16 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     model = base
     for name, folder in adapters.items():
         if model is base:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            model = _put_on(base, folder, name)
         else:
             model.load_adapter(str(folder), adapter_name=name)
     return model
+
+
+def _put_on(base: Any, adapter: Path, name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for what peft calls
+        return PeftModel.from_pretrained(base, str(adapter), adapter_name=name)
 
 
 @contextmanager
