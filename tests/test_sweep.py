@@ -178,6 +178,7 @@ BAD_INPUT = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])
 def test_wrong_input_is_one_clear_message_and_exit_code_2(
     arguments: list[str],
@@ -196,6 +197,7 @@ def test_wrong_input_is_one_clear_message_and_exit_code_2(
     assert not (tmp_path / "runs" / "lora_search.db").exists() or "countable" in message
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

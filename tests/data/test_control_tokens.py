@@ -26,6 +26,7 @@ def settings(on_control_text: str = "refuse", system_prompt: str | None = None) 
     return SweepConfig(data=data, template=template)
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("part", "text", "message"), PLANTED)
 def test_a_text_that_spells_a_control_token_is_refused_with_its_place(
     part: str, text: str, message: str

@@ -220,6 +220,7 @@ def test_a_template_that_loses_or_changes_a_text_is_refused_with_the_difference(
 HTML = Row("Is 1 < 2 & 2 > 1?", "", "Yes: <b>1 < 2</b>", "faq.jsonl:7")
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_a_template_that_escapes_html_is_refused_at_the_row_that_it_changes(role: str) -> None:
     tokenizer = tokenizer_with(changed("message['content'] | e", role))
@@ -302,6 +303,7 @@ def test_a_template_that_cuts_the_thinking_out_of_an_answer_is_refused() -> None
         render(row, TemplateConfig(), tokenizer_with(CUT_THINKING))
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("template", ["{{ 'a' + 1 }}", "{% for", "{{ nothing.at.all }}", "{{ 1 / 0 }}"])
 def test_a_template_that_fails_is_one_message(template: str) -> None:
     with pytest.raises(ConfigError, match="template.name: the model's template refuses: "):

@@ -45,6 +45,7 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("write", "message"), WRONG)
 def test_a_file_that_is_no_database_of_ours_is_refused_and_stays_as_it_was(
     tmp_path: Path, write: Callable[[Path], None], message: str

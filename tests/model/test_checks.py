@@ -84,6 +84,7 @@ def test_the_outline_has_the_layers_of_the_model_and_no_weights(tmp_path: Path, 
     assert len(target_layers(outline, ("all-linear",))) > 4
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("target", "message"), [("w_proj", "no layer 'w_proj'. There are: "), ("embed_tokens", "is a Embedding")]
 )
@@ -153,6 +154,7 @@ def test_a_shard_that_is_cut_short_is_named_with_both_sizes(folder: Path) -> Non
     assert f"{path} has {size - 1:,} bytes, and {size:,} by its own header" in message
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": 1}', "{", '{"weight_map": {"a": {}}}']
 )
@@ -179,6 +181,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("content", "message"), KINDS)
 def test_weights_of_another_kind_are_named_as_what_they_are(
     folder: Path, content: bytes, message: str
@@ -188,6 +191,7 @@ def test_weights_of_another_kind_are_named_as_what_they_are(
     assert f"model.safetensors {message}" in refusal(lambda: check_folder(folder))
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"no pickle"])
 def test_a_pickle_of_another_kind_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").unlink()
@@ -196,6 +200,7 @@ def test_a_pickle_of_another_kind_is_refused(folder: Path, content: bytes) -> No
     assert "pytorch_model.bin is " in refusal(lambda: check_folder(folder))
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "model.safetensors", "adapter_config.json"]
 )
@@ -206,6 +211,7 @@ def test_a_pipe_in_the_folder_is_refused(folder: Path, name: str) -> None:
     assert f"{name} is a pipe" in refusal(lambda: resolve_model(ModelConfig(path=str(folder))))
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_device_in_the_folder_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -222,6 +228,7 @@ def test_a_configuration_of_gigabytes_is_refused_unread(folder: Path) -> None:
     )
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("suffix", ["", ".gguf"])
 @pytest.mark.parametrize(("kind", "message"), [("pipe", "is a pipe"), ("device", "is a device")])
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path, suffix: str, kind: str, message: str) -> None:

@@ -162,6 +162,7 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     assert "model.norm.weight is [32] in the file, [64] by the configuration" in message
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, None])
 def test_damaged_weights_are_refused(folder: Path, content: bytes | None) -> None:
     weights = folder / "model.safetensors"
@@ -170,6 +171,7 @@ def test_damaged_weights_are_refused(folder: Path, content: bytes | None) -> Non
     assert "damaged or cut short: fetch it again" in refusal(lambda: load(folder))
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"GGUF\x03\0\0\0" + b"\1" * 40])
 def test_a_damaged_gguf_is_refused(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
@@ -200,6 +202,7 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
     assert "It holds no tokenizer.json: save the tokenizer beside the model." in message
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_json_that_cannot_be_read_is_refused(folder: Path, name: str) -> None:
     config = ModelConfig(path=str(folder))

@@ -80,6 +80,7 @@ ENCODED = [
 ]  # fmt: skip
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("encoding", "line"), ENCODED, ids=[encoding for encoding, _ in ENCODED])
 def test_another_encoding_is_named_and_the_remedy_reads_it_right(
     tmp_path: Path, encoding: str, line: str
@@ -162,6 +163,7 @@ WRONG_KINDS = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("name", "content", "message"), WRONG_KINDS, ids=range(len(WRONG_KINDS)))
 def test_a_file_of_another_kind_than_its_name_says_is_refused(
     tmp_path: Path, name: str, content: bytes, message: str
@@ -178,6 +180,7 @@ def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path: Path) -
             assert f"{name} is no regular file but a pipe, socket or device" in refusal(tmp_path / name)
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("name", ["big.jsonl", "big.json", "big.csv", "big.parquet", "big.xlsx"])
 def test_gigabytes_of_nothing_are_refused_in_a_moment(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("wb") as file:

@@ -141,6 +141,7 @@ BAD_CHATS = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("turns", "message"), BAD_CHATS, ids=range(len(BAD_CHATS)))
 def test_a_broken_conversation_is_refused_with_its_line(tmp_path: Path, turns: object, message: str) -> None:
     told = refusal(write(tmp_path / "chat.jsonl", {"messages": CHAT}, {"messages": turns}))
@@ -161,6 +162,7 @@ UNKNOWN = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("row", "proposal"), UNKNOWN, ids=range(len(UNKNOWN)))
 def test_all_that_is_missing_is_named_at_once_with_a_proposal(
     tmp_path: Path, row: object, proposal: str

@@ -278,6 +278,7 @@ BAD_LINES = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_refused_with_its_place_and_remedy(
     tmp_path: Path, line: str, reason: str, message: str
@@ -325,6 +326,7 @@ def test_a_file_of_bad_rows_alone_is_refused_even_when_they_may_be_skipped(tmp_p
     assert "2 of 2 rows cannot be used" in refusal(config)
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

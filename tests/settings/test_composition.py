@@ -155,6 +155,7 @@ BAD = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
 def test_a_wrong_override_is_one_message(override: str, message: str) -> None:
     with pytest.raises(InputError) as caught:

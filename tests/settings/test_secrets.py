@@ -68,6 +68,7 @@ def postgres_uri() -> Iterator[str]:
         yield sqlalchemy_uri(server)
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize("name", ["..", "../evil", "a/b", "/etc", ".hidden", "a b", "", "x" * 101])
 def test_a_study_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="study.name: must be 1 to 100 letters"):
@@ -115,6 +116,7 @@ def write_loading_script(folder: Path) -> Path:
     return folder / "set"
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     "write", [write_pickle, write_pickle_named_jsonl, write_pickle_named_parquet, write_loading_script]
 )

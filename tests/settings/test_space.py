@@ -117,6 +117,7 @@ def test_the_points_of_a_countable_space_are_counted_and_crossed_off() -> None:
     assert parse_space(SweepConfig(space=MIXED)).untried([]) is None
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("key", "expression", "message"),
     [
@@ -190,6 +191,7 @@ def test_a_sweep_of_several_trials_must_search_something() -> None:
     assert parse_space(SweepConfig(study=StudyConfig(n_trials=1))).distributions == {}
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("space", "message"),
     [

@@ -185,6 +185,7 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
     assert [stop.trial_number for stop in study.beyond_budget([run.number])] == [run.number]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

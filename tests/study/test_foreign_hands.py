@@ -40,6 +40,7 @@ OUTSIDE = [
 ]
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(("params", "reason"), OUTSIDE)
 def test_a_point_outside_the_space_fails_with_the_reason_and_the_sweep_goes_on(
     tmp_path: Path, params: dict[str, object], reason: str
@@ -104,6 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.wrong_input
 @pytest.mark.parametrize(
     ("directions", "with_trial", "rule"),
     [
