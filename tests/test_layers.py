@@ -36,6 +36,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "openpyxl": {"reading.files"},
     "pyarrow": {"reading.files"},
     "peft": {"files.peft"},
+    "filelock": {"output.conclusion"},
     "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},
     "gguf": {"model.checks"},
     "jinja2": {"output.page", "data.templates"},

@@ -1,7 +1,10 @@
 """RMSNorm, rotary embedding and gated MLP as one autograd node each, put into a loaded model.
 
 transformers spells them out in 6 to 10 elementwise operations, and autograd as many again. Each region is
-replaced only where a probe gives the module's own numbers; any other stays as it is.
+replaced only where a probe gives the module's own numbers; any other stays as it is. Without the norm a pass
+keeps 1.17x the memory for the way back, without the MLP 1.23x; each, and the rotary, saves 1 to 3 % of the
+time on a CPU in bfloat16 (`python -m tests.benchmarks.ops`). Rotary saves no memory; a layer takes 12 kernels
+for 20, there and back.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """The end of a sweep, or where it stands: leaderboard, best adapter, report, what to type next. No torch."""
 
-import fcntl
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock
 
 from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
@@ -78,10 +78,7 @@ def conclude_so_far(
         progress.event(f"no answer so far: {error}")
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> BaseFileLock:
     """Wait for other invocations on the same study: they often come to its end at the same moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(folder / ".lock")

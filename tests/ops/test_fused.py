@@ -1,17 +1,28 @@
 """Each fused region against what transformers computes, and its gradient against the numerical one."""
 
 import copy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from lora_search.model.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.ops.fused import GatedSilu, RmsNorm, Rotary, fuse, rotary
 
+
+def their_rotary() -> Any:
+    """Return transformers' own function, also where a model loaded before has replaced it."""
+    function = modeling_llama.apply_rotary_pos_emb
+    return function.args[0] if isinstance(function, partial) else function
+
+
+THEIR_ROTARY = their_rotary()
 UNFUSED = ("gpt_neox", "opt", "starcoder2")  # layer norms and plain MLPs
 
 
@@ -32,6 +43,29 @@ def test_rotary_equals_that_of_transformers() -> None:
     rotated = [(x * cos.unsqueeze(1)) + (modeling_llama.rotate_half(x) * sin.unsqueeze(1)) for x in (q, k)]
 
     torch.testing.assert_close(rotary(q, k, cos, sin), tuple(rotated))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU a kernel each."""
+
+    VIEWS = ("slice", "view", "unsqueeze", "expand", "transpose", "detach", "alias")
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.count += not function._schema.name.removeprefix("aten::").startswith(self.VIEWS)
+        return function(*arguments, **(named or {}))
+
+
+def test_rotary_takes_two_thirds_of_the_kernels_of_transformers() -> None:
+    q, k, (cos, sin) = double(1, 4, 5, 8), double(1, 2, 5, 8), double(2, 1, 5, 8)
+    counts = []
+    for rotate in (rotary, THEIR_ROTARY):
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        with Kernels() as kernels:
+            torch.autograd.backward(rotate(q, k, cos, sin), (q.detach(), k.detach()))
+        counts.append(kernels.count)
+
+    assert counts[0] <= counts[1] * 2 / 3, counts
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

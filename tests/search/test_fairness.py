@@ -62,7 +62,9 @@ def assert_even(survived: np.ndarray) -> None:
     assert np.abs(survived.mean(axis=0) - rate).max() < 4 * deviation
 
 
-@pytest.mark.parametrize("name", ["hyperband", "median", "percentile", "patient", "wilcoxon"])
+@pytest.mark.parametrize(
+    "name", ["hyperband", "median", "percentile", "patient", pytest.param("wilcoxon", marks=pytest.mark.slow)]
+)
 def test_with_optunas_rules_every_slot_survives_as_often(name: str) -> None:
     survived = []
     for seed in range(SEEDS):

@@ -135,7 +135,9 @@ def test_every_sampler_and_pruner_ends_with_exactly_n_trials(
     assert states(study).keys() <= {"COMPLETE", "PRUNED"}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "cmaes"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(s, marks=pytest.mark.slow) for s in ("random", "qmc", "cmaes"))]
+)
 def test_a_continued_sweep_tries_what_an_uninterrupted_one_does(tmp_path: Path, sampler: str) -> None:
     params = []
     for name, totals in (("whole", [7]), ("halves", [4, 7])):
