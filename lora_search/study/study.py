@@ -4,12 +4,10 @@ A trial that was interrupted stays the same trial: RUNNING goes back to WAITING,
 reports, and whoever claims it next continues from its checkpoint.
 """
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import optuna
@@ -25,17 +23,9 @@ from lora_search.search.pruning import make_pruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.search.trials import (
     FINISHED,
-    PAUSED,
-    PROGRESS,
-    UNSIGNED,
-    is_held_by,
-    progress_after,
-    progress_of,
     settled,
-    text_of,
     trial_rows,
 )
-from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
@@ -43,6 +33,7 @@ from lora_search.study.adoption import check_adoptable
 from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
+from lora_search.study.held import HeldTrials
 from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
@@ -74,9 +65,9 @@ class SweepStudy:
         self.changes: list[str] = []  # what may differ from when the study was made, and does
         self.table = TrialTable(storage, study.study_name)
         self.losses = Losses(self.table)
-        self.held: dict[int, int] = {}  # number -> last rung; who has measured that is not judged any more
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
-        self.worker = worker_name(os.getpid())
+        self.trials = HeldTrials(config, study, self.table, worker_name(os.getpid()))
+        self.held = self.trials.last_rungs  # a trial that has measured its last rung is not judged any more
         study_id = storage.get_study_id_from_name(study.study_name)
         self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
         epoch_tokens = number_of(study.user_attrs, "data.train_tokens")
@@ -130,6 +121,11 @@ class SweepStudy:
             sweep_study.ledger.read(everything=True)
         return sweep_study
 
+    @property
+    def worker(self) -> str:
+        """The name of this worker in the database."""
+        return self.trials.worker
+
     def claim(self, max_trials: int) -> list[TrialRun]:
         """Return up to so many trials to train, never beyond n_trials in all; interrupted ones come first."""
         self.losses.check_trials(len(self.ledger.trials))
@@ -145,22 +141,15 @@ class SweepStudy:
     def report(self, measurements: Sequence[Measurement]) -> None:
         """Write all measurements; none is judged before all are written. A rung is written once."""
         for number in dict.fromkeys(m.trial_number for m in measurements):
-            news = [m for m in measurements if m.trial_number == number]
-            with self.table.locked(number) as trial:
-                if is_held_by(trial.seen, self.worker):
-                    rungs = {m.rung: m.perplexity for m in reversed(news) if math.isfinite(m.perplexity)}
-                    for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
-                        trial.report(rung, rungs[rung])
-                    progress = progress_after(trial.seen, news)
-                    trained = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
-                    trial.write({PROGRESS: progress})
-                    self.budget.reach(number, trained, len(self.held))
+            trained = self.trials.report(number, [m for m in measurements if m.trial_number == number])
+            if trained is not None:
+                self.budget.reach(number, trained, len(self.held))
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
         self.ledger.read()
         held = [self.ledger.find(number) for number in self.held]
-        taken = {t.number: "taken over by another worker" for t in held if not is_held_by(t, self.worker)}
+        taken = {t.number: "taken over by another worker" for t in held if not self.trials.has(t)}
         judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self.held[t.number]]
         reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
@@ -176,7 +165,7 @@ class SweepStudy:
 
     def put_back(self, stop: Stop) -> None:
         """Put a held trial back, for a later start to continue."""
-        self._put_back(stop.trial_number, {"reason": stop.reason})
+        self.trials.put_back(stop.trial_number, {"reason": stop.reason})
         self.held.pop(stop.trial_number, None)
 
     def prune(self, stop: Stop) -> str:
@@ -210,9 +199,7 @@ class SweepStudy:
 
     def note_recovery(self, measurement: Measurement) -> None:
         """Store what was wrong with the checkpoint that a held trial went on from."""
-        with self.table.locked(measurement.trial_number) as trial:
-            if is_held_by(trial.seen, self.worker):
-                trial.write({"recovery": measurement.recovery})
+        self.trials.note(measurement.trial_number, {"recovery": measurement.recovery})
 
     @property
     def was_silent(self) -> bool:
@@ -222,31 +209,16 @@ class SweepStudy:
 
     def let_go(self) -> list[int]:
         """Forget the held trials that other workers took over; return their numbers."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        kept = {t.number for t in running if is_held_by(t, self.worker)}
-        lost = [number for number in self.held if number not in kept]
-        for number in lost:
-            del self.held[number]
-        return lost
+        return self.trials.drop_lost()
 
     def put_back_unheld(self) -> None:
         """Put back what a claim that the database cut short left RUNNING in this worker's name."""
-        for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if left.number not in self.held and is_held_by(left, self.worker):
-                self._put_back(left.number, {})
+        self.trials.put_back_unheld()
 
     def hand_back(self, reason: str) -> None:
         """Put every held trial back, for the same command or another worker to continue."""
-        for number in self.held:
-            self._put_back(number, {"reason": reason})
-        self.held.clear()
+        self.trials.put_back_all(reason)
         self.account.close()
-
-    def _put_back(self, number: int, attributes: Mapping[str, object]) -> None:
-        """Let the trial be claimed again, unless it is another worker's by now, or paused."""
-        with self.table.locked(number) as trial:
-            if is_held_by(trial.seen, self.worker) and not trial.seen.user_attrs.get(PAUSED):
-                trial.write({**attributes, **UNSIGNED}, TrialState.WAITING)
 
     def heartbeat(self) -> None:
         """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
@@ -256,8 +228,7 @@ class SweepStudy:
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
         self.losses.check_trials(len(self.ledger.trials))
-        for number in self.held:
-            self.table.beat(number)
+        self.trials.beat()
         self._last_heartbeat, self._last_beat = now, time.time()
 
     def reclaim_stale(self) -> int:
@@ -360,27 +331,18 @@ class SweepStudy:
         return None
 
     def _take(self, number: int) -> TrialRun | None:
-        """Begin a trial that was drawn; None where another worker took it over in the meantime."""
-        with self.table.locked(number) as trial:
-            if not is_held_by(trial.seen, self.worker):
-                return None
-            settings = trial_settings(self.config, trial.seen.params)
-            text = json.dumps(asdict(settings))
-            if was_changed(text_of(trial.seen, "settings"), text):
-                trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
-                return None
-            trial.write({"settings": text, "reason": ""})
-        self.held[number] = settings.num_rungs
+        """Begin a trial that was drawn; None where that cannot be."""
+        if (begun := self.trials.begin(number)) is None:
+            return None
+        settings, record = begun
         self.budget.begin(number)
-        folder, seed = str(self.trials_folder / str(number)), draw_seed(self.config.seed, number)
-        known = dict(trial.seen.intermediate_values)
         return TrialRun(
             number=number,
-            seed=seed,
+            seed=draw_seed(self.config.seed, number),
             settings=settings,
-            folder=folder,
+            folder=str(self.trials_folder / str(number)),
             study_id=self.identity.id or "",
-            perplexities=known,
+            perplexities=dict(record.intermediate_values),
         )
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
@@ -395,29 +357,11 @@ class SweepStudy:
             self.table.enqueue_first(params)
 
     def _end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> str:
-        """End the trial unless another worker took it over; return the name of its state.
-
-        It is held until its end is written: what the database refused may be called again.
-        """
-        with self.table.locked(number) as trial:
-            if is_held_by(trial.seen, self.worker):
-                trial.write({"reason": reason}, state, value)
-            else:
-                state = trial.seen.state
-        self.held.pop(number, None)
-        if state in FINISHED:
+        """End the trial unless another worker took it over; return the name of its state."""
+        ended = self.trials.end(number, state, reason, value)
+        if ended in FINISHED:
             drop_checkpoint(self.trials_folder, number)
-        return state.name
-
-
-def was_changed(before: str, now: str) -> bool:
-    """Return whether a trial that began has other settings by now; keys that an older version did not have
-    do not count."""
-    try:
-        old = json.loads(before or "{}")
-    except ValueError:
-        return True
-    return not isinstance(old, dict) or any(old.get(k, v) != v for k, v in json.loads(now).items())
+        return ended.name
 
 
 def check_study(

@@ -224,7 +224,7 @@ def test_what_a_deleted_database_held_is_saved_and_the_sweep_goes_on_with_it(
 ) -> None:
     config = make_config(tmp_path, n_trials=12)
     study = open_study(config, tmp_path)
-    study.worker = worker_name(os.getpid()) + "9"  # a process that runs no more when the copy is used
+    study.trials.worker = worker_name(os.getpid()) + "9"  # a process that runs no more when the copy is used
     with pytest.raises(StudyError):
         work(study, Attacked(lambda: attack(tmp_path)), RecordingTracker(), quiet()[0])
     held = {row.number: row.perplexities for row in study_rows(study)}
@@ -286,7 +286,7 @@ def test_a_study_in_which_others_wrote_attributes_is_read_and_goes_on(tmp_path: 
     study.judge()
     study.hand_back("interrupted")
     again = open_study(replace(config), tmp_path)
-    again.worker = study.worker + "9"
+    again.trials.worker = study.worker + "9"
     again.reclaim_stale()
 
     assert len(again.rows()) >= 9

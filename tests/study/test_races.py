@@ -35,7 +35,7 @@ def config_of(folder: Path, storage: str, **changes: object) -> SweepConfig:
 def opened(folder: Path, storage: str, **changes: object) -> tuple[SweepStudy, SweepStudy]:
     """Return a rival, and a worker that it takes for dead."""
     rival, study = (open_study(config_of(folder, storage, **changes), folder) for _ in range(2))
-    study.worker = GONE
+    study.trials.worker = GONE
     return rival, study
 
 
@@ -95,7 +95,7 @@ def put_back_unheld(folder: Path, storage: str) -> Arranged:
 def reclaim(folder: Path, storage: str) -> Arranged:
     rival, study, _ = holding(folder, storage)
     study.held.clear()
-    study.worker = worker_name(1)  # another one, that is alive
+    study.trials.worker = worker_name(1)  # another one, that is alive
     return rival, study, study.reclaim_stale
 
 

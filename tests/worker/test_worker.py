@@ -114,7 +114,7 @@ def test_a_worker_stays_while_others_train_and_takes_over_what_they_leave(
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
     config = make_config(tmp_path, n_trials=3)
     other = open_study(config, tmp_path)
-    other.worker = "elsewhere:1:1"
+    other.trials.worker = "elsewhere:1:1"
     left = other.claim(1)[0]
     study, (progress, lines) = open_study(config, tmp_path), quiet()
     waits = threading.Event()
@@ -223,7 +223,7 @@ def test_two_workers_of_one_budget_both_leave(tmp_path: Path, monkeypatch: pytes
     config.study.max_tokens, config.study.n_trials = 2000, None
     known = {"data.train_tokens": "400"}
     studies = [SweepStudy.open(config, parse_space(config), {"a": "1"}, known, tmp_path) for _ in range(2)]
-    studies[1].worker = "elsewhere:1:1"
+    studies[1].trials.worker = "elsewhere:1:1"
     threads = [
         threading.Thread(target=work, args=(study, CurveEngine(2), RecordingTracker(), quiet()[0]))
         for study in studies

@@ -1,0 +1,131 @@
+"""The trials that this worker holds, and every write to one of them.
+
+Each write first checks, in the same transaction, that the trial still belongs to this worker. A trial that
+another worker took over or ended is left as it is.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.database.trial_table import TrialTable
+from lora_search.search.trials import (
+    PAUSED,
+    PROGRESS,
+    UNSIGNED,
+    is_held_by,
+    progress_after,
+    progress_of,
+    text_of,
+)
+from lora_search.settings.overlay import trial_settings
+from lora_search.settings.schema import SweepConfig
+from lora_search.trial import Measurement, TrialSettings
+
+
+class HeldTrials:
+    """``last_rungs`` maps the number of each held trial to its last rung."""
+
+    def __init__(self, config: SweepConfig, study: optuna.Study, table: TrialTable, worker: str) -> None:
+        self.config, self.study, self.table, self.worker = config, study, table, worker
+        self.last_rungs: dict[int, int] = {}
+
+    def begin(self, number: int) -> tuple[TrialSettings, FrozenTrial] | None:
+        """Begin a trial that was drawn; return its settings and its record. None where another worker took it
+        over in the meantime, or where another program changed its parameters: that trial fails."""
+        with self.table.locked(number) as trial:
+            if not self.has(trial.seen):
+                return None
+            settings = trial_settings(self.config, trial.seen.params)
+            text = json.dumps(asdict(settings))
+            if was_changed(text_of(trial.seen, "settings"), text):
+                trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
+                return None
+            trial.write({"settings": text, "reason": ""})
+        self.last_rungs[number] = settings.num_rungs
+        return settings, trial.seen
+
+    def report(self, number: int, news: Sequence[Measurement]) -> int | None:
+        """Write a trial's measurements, each rung once; return the tokens trained since its last report. None
+        where it is another worker's."""
+        with self.table.locked(number) as trial:
+            if not self.has(trial.seen):
+                return None
+            rungs = {m.rung: m.perplexity for m in reversed(news) if math.isfinite(m.perplexity)}
+            for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
+                trial.report(rung, rungs[rung])
+            progress = progress_after(trial.seen, news)
+            trial.write({PROGRESS: progress})
+            trained: int = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
+        return trained
+
+    def note(self, number: int, attributes: Mapping[str, object]) -> None:
+        """Store attributes of a trial."""
+        with self.table.locked(number) as trial:
+            if self.has(trial.seen):
+                trial.write(attributes)
+
+    def end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> TrialState:
+        """End a trial and return its state: another one where another worker took it over.
+
+        It is held until its end is written: what the database refused may be called again.
+        """
+        with self.table.locked(number) as trial:
+            if self.has(trial.seen):
+                trial.write({"reason": reason}, state, value)
+            else:
+                state = trial.seen.state
+        self.last_rungs.pop(number, None)
+        return state
+
+    def put_back(self, number: int, attributes: Mapping[str, object]) -> None:
+        """Let a trial be claimed again, unless it is paused."""
+        with self.table.locked(number) as trial:
+            if self.has(trial.seen) and not trial.seen.user_attrs.get(PAUSED):
+                trial.write({**attributes, **UNSIGNED}, TrialState.WAITING)
+
+    def put_back_all(self, reason: str) -> None:
+        """Put every held trial back, for the same command or another worker to continue."""
+        for number in self.last_rungs:
+            self.put_back(number, {"reason": reason})
+        self.last_rungs.clear()
+
+    def put_back_unheld(self) -> None:
+        """Put back what a claim that the database cut short left RUNNING in this worker's name."""
+        for left in self._running():
+            if left.number not in self.last_rungs and self.has(left):
+                self.put_back(left.number, {})
+
+    def drop_lost(self) -> list[int]:
+        """Forget the trials that other workers took over; return their numbers."""
+        kept = {trial.number for trial in self._running() if self.has(trial)}
+        lost = [number for number in self.last_rungs if number not in kept]
+        for number in lost:
+            del self.last_rungs[number]
+        return lost
+
+    def beat(self) -> None:
+        """Record the heartbeat of every held trial."""
+        for number in self.last_rungs:
+            self.table.beat(number)
+
+    def has(self, trial: FrozenTrial) -> bool:
+        """Whether the record says that the trial is this worker's."""
+        return is_held_by(trial, self.worker)
+
+    def _running(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def was_changed(before: str, now: str) -> bool:
+    """Return whether a trial that began has other settings now; keys that an older version did not have do
+    not count."""
+    try:
+        old = json.loads(before or "{}")
+    except ValueError:
+        return True
+    return not isinstance(old, dict) or any(old.get(k, v) != v for k, v in json.loads(now).items())
