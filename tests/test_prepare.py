@@ -49,7 +49,10 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
             "postgresql+psycopg://u:secret@localhost:1/db",
             "study.storage: postgresql.*:\\*\\*\\*@.*cannot be used",
         ),
-        ("sqlite:///notes.txt", "study.storage: sqlite:///notes.txt cannot be used: file is not a database"),
+        (
+            "sqlite:///notes.txt",
+            r"study.storage: must be an SQLite database \(file is not a database\), got .notes.txt.",
+        ),
     ],
 )
 def test_a_database_that_cannot_be_used_is_refused(

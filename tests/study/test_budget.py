@@ -192,7 +192,7 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
         ({"max_hours": 0.0}, "study.max_hours: must be > 0, or null, got 0.0"),
         ({"max_hours": float("nan")}, "study.max_hours: must be > 0, or null, got nan"),
         ({"max_tokens": -1}, "study.max_tokens: must be > 0, or null, got -1"),
-        ({"price_per_hour": float("inf")}, "study.price_per_hour: must be > 0, or null, got inf"),
+        ({"price_per_hour": float("inf")}, "study.price_per_hour: must be at most 1,000,000, got inf"),
         ({"max_cost": 5.0}, "study.max_cost: needs study.price_per_hour, got 5.0"),
         ({"n_trials": None}, "study.n_trials: must be a number where no budget is set, got None"),
         ({"n_trials": 0}, "study.n_trials: must be at least 1"),
