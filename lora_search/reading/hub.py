@@ -131,10 +131,15 @@ def table_records(table: Any, name: str) -> Iterator[Record]:
 
 def fetch(url: str, key: str) -> Path:
     """Return the local copy of a file behind a URL, downloaded once into the library's cache."""
+    from aiohttp import ClientError  # what fsspec raises for a server that cannot be reached
+
     datasets = library()
     try:
         with contextlib.redirect_stderr(None):
             return Path(datasets.DownloadManager().download(url))
-    except (OSError, ValueError, RuntimeError) as error:
+    except ImportError as error:
+        remedy = "Install what it names, or download the file yourself."
+        raise DataError(f"{key}: {redact(url)} cannot be downloaded: {error}. {remedy}") from None
+    except (ClientError, OSError, ValueError, RuntimeError) as error:
         said = redact(str(error)).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{key}: {redact(url)} cannot be downloaded: {said[0].rstrip('.')}.") from None

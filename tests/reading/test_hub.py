@@ -1,12 +1,16 @@
 """Hub data sets from the library's cache, without a network."""
 
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import datasets
 import huggingface_hub
 import pytest
 
 from lora_search.errors import DataError
+from lora_search.reading.hub import fetch
 from lora_search.reading.load import load_rows
 from lora_search.settings.schema import DataConfig
 
@@ -51,3 +55,37 @@ def test_a_cached_data_set_is_read_with_its_splits_and_its_commit(revision: str 
 def test_what_is_not_in_the_cache_is_one_message(data: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"data.path: org/\w+ is no file or folder here.*not in the cache"):
         load_rows(DataConfig(**data))  # type: ignore[arg-type]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_a_file_behind_a_url_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faq.jsonl").write_text('{"question": "How tall?", "answer": "Ten metres."}\n')
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
+    handler = partial(QuietHandler, directory=str(tmp_path))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            found = fetch(f"http://127.0.0.1:{server.server_port}/faq.jsonl", "data.path")
+            with pytest.raises(DataError, match=r"data.path: http://.*/none.jsonl cannot be downloaded: "):
+                fetch(f"http://127.0.0.1:{server.server_port}/none.jsonl", "data.path")
+        finally:
+            server.shutdown()
+            thread.join()
+
+    assert "Ten metres." in found.read_text()
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    "url", ["http://bob:s3cret@127.0.0.1:1/x.jsonl", "gs://bucket/x.jsonl", "abc://h/x.jsonl"]
+)
+def test_a_url_that_cannot_be_read_is_one_message_without_its_password(url: str) -> None:
+    with pytest.raises(DataError, match=r"data.path: \w+://.* cannot be downloaded: ") as refused:
+        fetch(url, "data.path")
+
+    assert "s3cret" not in str(refused.value)

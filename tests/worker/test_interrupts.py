@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM sent to the real command, at the moments when libraries like to print tracebacks."""
+"""Ctrl-C, SIGTERM and SIGHUP sent to the real command, when libraries like to print tracebacks."""
 
 import signal
 import time
@@ -25,7 +25,7 @@ def test_ctrl_c_while_torch_is_imported_leaves_at_once_without_a_traceback(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_data_and_model_are_loaded_leaves_at_once(
     tmp_path: Path, number: signal.Signals
 ) -> None:
