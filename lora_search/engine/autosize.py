@@ -1,8 +1,8 @@
-"""How many trials and tokens to train at once: from a short probe of memory and speed on this device.
+"""How many trials and tokens to train at once, from a short probe of memory and speed on this device.
 
-Costs up to ten training passes. Peak memory is taken as c0 + c1 * tokens + c2 * slots: c2 is known, the line
-through the smallest and the largest pass gives c0 and c1. On a GPU the allocator says what a pass took; on a
-CPU the tensors kept for backward are counted.
+Costs up to ten training passes. Peak memory is modelled as c0 + c1 * tokens + c2 * slots: c2 is known, the
+line through the smallest and the largest pass gives c0 and c1. On a GPU the allocator reports what a pass
+took; on a CPU the tensors saved for the backward pass are counted.
 """
 
 import math
@@ -22,8 +22,8 @@ from lora_search.ops.device import give_back_memory, is_out_of_memory
 from lora_search.ops.recompute import decoder_layers, recompute_layers
 from lora_search.settings.schema import EngineConfig
 
-MARGIN = {"cuda": 0.85, "cpu": 0.5}  # share of what is free that is planned with
-MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # beyond it a pass of a 1B to 8B (135M) model gains no speed
+MARGIN = {"cuda": 0.85, "cpu": 0.5}  # share of the free memory to plan with
+MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # larger passes of a 1B to 8B (135M) model are no faster
 MOST_SLOTS = {"cuda": 32, "cpu": 8}
 ENOUGH = 0.95  # the smallest number of slots that reaches this share of the best speed
 BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
@@ -31,7 +31,7 @@ BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
 
 @dataclass(frozen=True)
 class Fit:
-    """What the engine trains at once, and how that was found, for the log."""
+    """How much the engine trains at once, and for the log how that was chosen."""
 
     slots: int
     tokens_per_pass: int
@@ -41,7 +41,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Bytes of a training pass as a line over its tokens, and tokens per second at some sizes."""
+    """Memory of a training pass as a linear function of its tokens, and tokens per second at some sizes."""
 
     fixed_bytes: float
     bytes_per_token: float
@@ -57,10 +57,10 @@ def fit(
     most_slots: int,
     free_bytes: int,
 ) -> Fit:
-    """Return slots and tokens per pass as set, or chosen where they are auto.
+    """Return slots and tokens per pass as set, or chosen if they are auto.
 
-    ``batch_size`` is the smallest of the space: what one trial alone can put into a pass. ``free_bytes`` is
-    what the device has left. Raises LoraSearchError where not even one row of one trial fits.
+    ``batch_size`` is the smallest of the space: the most rows that one trial alone can put into a pass.
+    ``free_bytes`` is the free memory of the device. Raises LoraSearchError if a single row does not fit.
     """
     device = model.device.type
     room = MARGIN[device] * free_bytes
@@ -84,9 +84,9 @@ def fit(
 
 
 def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -> PassCost:
-    """Return what training passes of about these many tokens take, of the longest rows as the worst case.
+    """Return the cost of training passes of about these sizes in tokens, on the longest rows.
 
-    It ends early at a size that runs out of memory; where the first one does, a token costs all there is.
+    Stops at the first size that runs out of memory; if that is the smallest, a token costs all the memory.
     """
     longest = longest_rows(rows, max(sizes))  # a row has a token at least
     used, points = [], {}
@@ -109,13 +109,13 @@ def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -
 
 
 def bytes_per_slot(bank: SlotBank) -> int:
-    """Return what one more slot takes: its row in the bank and in the optimizer."""
+    """Return the memory of one more slot: its row in the bank and in the optimizer."""
     copy = 0 if bank.used_SP is bank.theta_SP else bank.used_SP.element_size()
     return bank.theta_SP.shape[1] * (BYTES_PER_PARAMETER + copy)
 
 
 def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:
-    """Return one trial's batch, and its multiples up to what a pass may hold."""
+    """Return the sizes to probe: one trial's batch and its multiples, up to the largest pass."""
     top = MOST_TOKENS[device] // 2 if config.tokens_per_pass == "auto" else int(config.tokens_per_pass)
     sizes = [max(1, int(batch_size * mean))]
     while sizes[-1] * 2 <= top and len(sizes) < 5:
@@ -129,9 +129,9 @@ def _tokens(config: EngineConfig, cost: PassCost, room: float, longest: int, mos
     fitting = _fitting(cost, room)
     if fitting < longest:
         needed = (cost.fixed_bytes + cost.bytes_per_token * longest) / 2**30
-        amount = f"{needed:.1f} GiB" if math.isfinite(needed) else "more than there is"
+        amount = f"{needed:.1f} GiB" if math.isfinite(needed) else "more memory than there is"
         raise LoraSearchError(
-            f"engine.tokens_per_pass: a row of {longest} tokens needs {amount} beside the base, and "
+            f"engine.tokens_per_pass: a row of {longest} tokens needs {amount} on top of the base, and "
             f"{max(room, 0.0) / 2**30:.1f} GiB are left. Lower data.max_length (at most {max(fitting, 0)}) "
             "or lora.r, or take a device with more memory."
         )
@@ -139,12 +139,12 @@ def _tokens(config: EngineConfig, cost: PassCost, room: float, longest: int, mos
 
 
 def _fitting(cost: PassCost, room: float) -> int:
-    """Return the most tokens of a pass within the room."""
+    """Return the most tokens of a pass that fit."""
     return max(0, int(max(room - cost.fixed_bytes, 0.0) / max(cost.bytes_per_token, 1.0)))
 
 
 def _recomputed(cost: PassCost, decoder: nn.Module) -> PassCost:
-    """Return what passes take once layers are computed again: the inputs of all, the inside of one."""
+    """Return the cost with gradient checkpointing: the inputs of all layers, the activations of one."""
     layers = len(decoder_layers(decoder))
     weight = next(decoder.parameters())
     inputs = layers * weight.shape[-1] * weight.element_size()
@@ -160,7 +160,7 @@ def _slots(cost: PassCost, tokens: int, batch_tokens: float, most: int) -> int:
 def _note(slots: int, tokens: int, predicted: float, cost: PassCost, batch_size: int) -> str:
     alone, best = next(iter(cost.speeds.values())), max(cost.speeds.values())
     return (
-        f"{slots} slots, {tokens} tokens per pass, about {predicted / 2**30:.1f} GiB beside the base; probe: "
+        f"{slots} slots, {tokens} tokens per pass, about {predicted / 2**30:.1f} GiB plus the base; probe: "
         f"{best:.0f} tokens/s packed, {alone:.0f} with batch {batch_size} alone ({best / alone:.2f}x)"
     )
 
@@ -193,7 +193,7 @@ def _timed(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _peak_bytes(model: PackedModel, pack: SlotRows) -> int:
-    """Return what a training pass takes at its peak, beyond what lies there already."""
+    """Return the peak memory of a training pass, above what is already allocated."""
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)

@@ -1,9 +1,9 @@
-"""The slot bank: the adapters of all slots over one frozen base, and their way to and from PEFT's format.
+"""The slot bank: the adapters of all slots over one frozen base, converted to and from PEFT's names.
 
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
-A slot's adapters lie in one flat row of theta_SP, per layer A [R, D] then B transposed [R, O], sized for
-the largest rank; what a trial does not use stays zero. Optimizer and checkpoint see rows, the layers see
-views into them, in the dtype of the base.
+A slot's adapters are one flat row of theta_SP: per layer A [R, D], then B transposed [R, O], sized for the
+largest rank; entries that a trial does not use stay zero. Optimizer and checkpoint work on rows, the layers
+on views into them, in the dtype of the base.
 """
 
 import math
@@ -33,16 +33,16 @@ def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tupl
 
 
 class SlotLinear(nn.Module):
-    """A frozen linear layer plus the adapters of whichever slots have tokens in the pass."""
+    """A frozen linear layer plus the adapters of the slots that have tokens in the pass."""
 
     def __init__(self, base: nn.Linear, bank: "SlotBank", layer: int) -> None:
         super().__init__()
         self.base, self.layer = base, layer
-        self._bank = [bank]  # in a list: the bank is no submodule
+        self._bank = [bank]  # in a list, so that the bank is not a submodule
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's, as `fused` looks for it: a gated MLP is fused with adapters on its layers too."""
+        """The base layer's weight: `fused` reads it, so a gated MLP with adapters is fused too."""
         return self.base.weight
 
     @property
@@ -83,7 +83,7 @@ class SlotBank:
         num_parameters = max_rank * sum(d_in + d_out for d_in, d_out in self.shapes)
         self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
         self.grad_SP = torch.zeros_like(self.theta_SP)
-        self.used_SP = self.theta_SP.to(dtype)  # what the matmuls see: theta itself in float32
+        self.used_SP = self.theta_SP.to(dtype)  # the matmuls' copy; in float32 it is theta itself
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
         self.stacked = [LayerBank(*views) for views in self._stacked_views()] if self.is_grouped else []
@@ -93,12 +93,12 @@ class SlotBank:
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
 
     def scaling(self, slot: int | None) -> float:
-        """Return what the slot's adapters are scaled by while dropout is off; 0 where it has none."""
+        """Return the scale of the slot's adapters while dropout is off; 0 if it has none."""
         held = (adapters[slot].scaling for adapters in self.adapters if slot in adapters)
         return next(held, 0.0)
 
     def remove(self, model: nn.Module) -> None:
-        """Put the bare layers back into the model."""
+        """Restore the model's own layers."""
         for name in self.names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
@@ -142,7 +142,7 @@ class SlotBank:
         self.refresh(slot)
 
     def refresh(self, slot: int) -> None:
-        """Let the matmuls see the slot's row after theta has changed."""
+        """Copy the slot's changed row of theta to where the matmuls read it."""
         if self.used_SP is not self.theta_SP:
             self.used_SP[slot].copy_(self.theta_SP[slot])
 
@@ -166,7 +166,7 @@ class SlotBank:
     def load(
         self, row_P: torch.Tensor, r: int, names: Sequence[str], state: Mapping[str, torch.Tensor]
     ) -> None:
-        """Put back what `tensors` gave."""
+        """Load what `tensors` returned."""
         for index, a_RD, b_RO in self.views(row_P, r, names):
             a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
             b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)

@@ -1,4 +1,4 @@
-"""An engine of the right size for a sweep: which layers carry adapters, how many slots, how large a pass."""
+"""Builds an engine of the right size for a sweep: adapted layers, number of slots, size of a pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from lora_search.trial import TrialSettings
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine must hold: all targets that a trial may have, largest rank, smallest batch, trials."""
+    """What an engine must hold: all possible target modules, the largest rank, the smallest batch, trials."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -32,14 +32,14 @@ class Room:
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
-        """Return room for just these trials."""
+        """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
         max_rank, min_batch = max(t.r for t in trials), min(t.batch_size for t in trials)
         return cls(targets, max_rank, min_batch, len(trials))
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: Space) -> "Room":
-        """Return room for every trial of a space."""
+        """Return the size needed for any trial of a space."""
         targets = tuple(possible_targets(config, space))
         max_rank = largest(config, space, "lora.r")
         return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.most_trials)
@@ -48,13 +48,13 @@ class Room:
 def build_engine(
     config: SweepConfig, room: Room, base: Base, splits: Splits, content: Mapping[str, str]
 ) -> tuple[Engine, str]:
-    """Return an engine of that room, and how its size was chosen ("": it was set).
+    """Return an engine of that size, and how the size was chosen ("" if it was set).
 
-    ``content``: what the numbers depend on, as digests, for what the engine keeps. Raises ModelError where a
-    target does not exist.
+    ``content`` holds digests of what the numbers depend on; the engine stores them with its files. Raises
+    ModelError if a target does not exist.
     """
     layers: dict[str, nn.Linear] = {}
-    record = base_record(config, base, splits, content)  # before the adapters go on
+    record = base_record(config, base, splits, content)  # before adapters are added
     for targets in room.targets:
         layers |= target_layers(base.model, targets)
     everything = target_layers(base.model, (ALL_LINEAR,))
@@ -76,7 +76,7 @@ def build_engine(
 
 
 def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
-    """Choose what is auto by a probe with one slot, which leaves the model as it was."""
+    """Choose the auto settings by a probe with one slot; the model is left unchanged."""
     slots, tokens = config.engine.slots, config.engine.tokens_per_pass
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)

@@ -1,4 +1,4 @@
-"""Everything that a trial's numbers depend on, but its settings and its seed, as digests."""
+"""Digests of everything that a trial's numbers depend on, except its settings and seed."""
 
 from collections.abc import Mapping
 
@@ -16,21 +16,21 @@ from lora_search.study.fingerprint import digest_of
 def content_before_loading(
     config: SweepConfig, source: str, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, splits: Splits
 ) -> dict[str, str]:
-    """Return what is known before the model is loaded; ``model`` names the commit of a hub id."""
+    """Return the digests known before the model is loaded; ``model`` names the commit of a hub id."""
     return base_content(source, model, tokenizer) | data_content(splits, config.template, tokenizer)
 
 
 def content_of(
     before: Mapping[str, str], base: Base, model: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """Return all of it; the weights too where they came from the hub, and the dtype that `auto` came to."""
+    """Return all digests, with those of weights fetched from the hub and the dtype that `auto` chose."""
     weights = {} if "content.weights" in before else base_content(base.source, model, tokenizer)
     dtype = {"engine.dtype": str(base.dtype).removeprefix("torch.")}
     return {**before, **weights, **layers_content(base.model), **dtype}
 
 
 def base_record(config: SweepConfig, base: Base, splits: Splits, content: Mapping[str, str]) -> BaseRecord:
-    """Return what the adapters say of the base; it carries none yet."""
+    """Return the adapters' record of the base, which must carry no adapters yet."""
     return BaseRecord(
         path=base.source,
         revision=content.get("content.commit"),

@@ -1,5 +1,5 @@
-"""What a sweep would come to, before weights are read: trials that learn nothing, layers and tokens that the
-base lacks, rows too few to tell trials apart."""
+"""Checks of a sweep before weights are read: trials that would learn nothing, layers or tokens that the base
+lacks, too few rows to tell trials apart."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +13,10 @@ from lora_search.settings.schema import ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
 from lora_search.trial import TrialSettings
 
-# Of the difference between two settings, paired over so many validation rows: it falls with their square
-# root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
+# Standard error of the paired difference between two settings over this many validation rows: it falls with
+# their square root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
 STANDARD_ERROR, MEASURED_ROWS = 0.0085, 20
-TOO_COARSE, FINE = 0.02, 0.01  # of perplexity: what every sweep must see, what tells good trials apart
+TOO_COARSE, FINE = 0.02, 0.01  # differences in perplexity: large ones, and those between good trials
 STEP_KEYS = (
     "train.batch_size", "train.gradient_accumulation_steps", "train.epochs", "optim.warmup_ratio",
     "optim.schedule", "optim.lr",
@@ -24,8 +24,8 @@ STEP_KEYS = (
 
 
 def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]]) -> int:
-    """Return how many tokens the base knows. Raises ModelError, before weights are read, where the base is
-    not whole, or a layer that a trial may adapt does not exist."""
+    """Return the size of the base's vocabulary. Raises ModelError, before weights are read, if the base is
+    incomplete or a layer that a trial may adapt does not exist."""
     outline = load_outline(source, model)
     for names in targets:
         target_layers(outline, names)
@@ -34,12 +34,12 @@ def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, 
 
 
 def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:
-    """Raise ConfigError where some trial of the space would train nothing."""
+    """Raise ConfigError if some trial of the space would train nothing."""
     check_effect(corners(config, space, STEP_KEYS), axis)
 
 
 def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
-    """Raise ConfigError where a trial would train nothing, as the learning rate of all its steps is 0."""
+    """Raise ConfigError if the learning rate of all steps of a trial is 0, so it would train nothing."""
     for settings in trials:
         steps = axis.total_steps(settings)
         if any(learning_rate(settings, step, steps) > 0 for step in range(steps)):
@@ -55,7 +55,7 @@ def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
 
 
 def warn_of_few(num_validation: int) -> list[str]:
-    """Return a warning where chance hides what trials differ by."""
+    """Return a warning if noise hides the differences between trials."""
     unseen = 2 * STANDARD_ERROR * math.sqrt(MEASURED_ROWS / num_validation)
     if unseen <= TOO_COARSE:
         return []
@@ -68,7 +68,7 @@ def warn_of_few(num_validation: int) -> list[str]:
 
 
 def warn_of_untrained(base: Base, tokens: Mapping[int, str]) -> list[str]:
-    """Return a warning where the template writes control tokens that the base never learned."""
+    """Return a warning if the template writes control tokens that the base never learned."""
     names = ", ".join(tokens[id] for id in untrained_ids(base.model, list(tokens)))
     if not names:
         return []

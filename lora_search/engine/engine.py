@@ -1,8 +1,8 @@
-"""Trains many trials at once over one frozen base and yields what they measure. Knows no Optuna, no W&B.
+"""Trains many trials at once over one frozen base and yields their measurements. No Optuna, no W&B.
 
 `advance` runs one packed pass; a slot steps when its own effective batch is complete and is evaluated when it
 reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into
-passes. Whatever goes wrong with one trial ends that trial only (`failures`).
+passes. An error in one trial ends only that trial (`failures`).
 """
 
 import logging
@@ -61,8 +61,8 @@ class Engine:
         self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]
         self.throughput = Throughput()
         self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
-        self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until it steps
-        self._outcomes: list[Measurement] = []  # of trials that failed, or whose checkpoint knew more
+        self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until its next step
+        self._outcomes: list[Measurement] = []  # of failed trials, or from checkpoints ahead of the study
 
     @property
     def free_slots(self) -> int:
@@ -74,9 +74,9 @@ class Engine:
         return self.throughput.tokens_per_second
 
     def admit(self, runs: Sequence[TrialRun]) -> None:
-        """Give each trial a slot; one that left a checkpoint goes on from there.
+        """Give each trial a slot; a trial with a checkpoint resumes from it.
 
-        What the checkpoint knows and the study does not, and who could not begin, `advance` tells.
+        `advance` returns the measurements that the study lacks, and the trials that could not start.
         """
         for run in runs:
             index = self.slots.index(None)
@@ -114,7 +114,7 @@ class Engine:
         return outcomes
 
     def _take_pass(self) -> Packed:
-        """Take the rows of the next pass: of all trials, or of one that is under suspicion."""
+        """Take the rows of the next pass: of all trials, or of one that may have made the last pass fail."""
         self._suspects = [slot for slot in self._suspects if slot in self.slots]
         chosen = self._suspects[:1] or [slot for slot in self.slots if slot is not None]
         active = [(self.slots.index(slot), slot) for slot in chosen]
@@ -123,7 +123,7 @@ class Engine:
         return [(i, slot, slot.take(i, n)) for (i, slot), n in zip(active, taken, strict=True) if n]
 
     def evaluate_base(self) -> RowScores:
-        """Return how the bare base predicts the validation rows."""
+        """Return the bare base's scores of the validation rows."""
         return self.scores([None], self.splits.validation)[0]
 
     def views(self) -> list[SlotView]:
@@ -132,7 +132,7 @@ class Engine:
         return [slot.view(self.axis.rung_examples(slot.settings, slot.position.rung + 1)) for slot in busy]
 
     def _forward_backward(self, packed: Packed) -> bool:
-        """Add the pass's gradients to the bank; return False where memory ran out: to be repeated."""
+        """Add the pass's gradients to the bank; return False if memory ran out: repeat the pass."""
         lap, losses = Lap(self.model.device), []
         try:
             losses = self._losses(packed)
@@ -151,8 +151,8 @@ class Engine:
         return True
 
     def _losses(self, packed: Packed) -> list[torch.Tensor]:
-        """Return each slot's part of its batch's loss. A function of its own, so that nothing holds the graph
-        any more when memory ran out and the pass is repeated."""
+        """Return each slot's part of its batch's loss. A separate function, so that
+        nothing references the graph when memory runs out and the pass is repeated."""
         nlls = self.model.nll([rows for _, _, rows in packed])
         pairs = zip(nlls, packed, strict=True)
         losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
@@ -160,8 +160,8 @@ class Engine:
         return [loss.detach() for loss in losses]
 
     def _repeat(self, packed: Packed, trouble: str | None) -> None:
-        """Take back what a pass that failed may have left, and queue its batches anew: the same rows, masks
-        and sums, in smaller passes where memory ran out (None), else slot by slot."""
+        """Discard the gradients of a failed pass and queue its batches again: the same rows, masks and sums,
+        in smaller passes if memory ran out (None), else slot by slot."""
         for index, slot, _ in packed:
             self.bank.grad_SP[index].zero_()
             self._next_batch(slot)
@@ -172,12 +172,12 @@ class Engine:
             self._fail(slots[0], trouble)
         else:
             self._suspects = slots
-            logger.warning("a pass failed: %s; its trials run again one by one", trouble)
+            logger.warning("a pass failed: %s; its trials are run again one by one", trouble)
 
     def _explain(self, error: Exception) -> str | None:
-        """Return what a trial did wrong, None where memory ran out; raise what ends the whole sweep."""
+        """Return why a trial failed, None if memory ran out; raise errors that end the whole sweep."""
         if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-            remedy = "The trials go back; the same command goes on."
+            remedy = "The trials return to the study; run the same command again."
             raise LoraSearchError(
                 f"engine.device: the device failed: {first_line(error)}. {remedy}"
             ) from None
@@ -188,10 +188,10 @@ class Engine:
         return None if is_out_of_memory(error) else failure_reason(error)
 
     def _for_one(self, slot: Slot, act: Callable[[], T]) -> T | None:
-        """Do what concerns one trial; whatever it raises is the end of that trial only."""
+        """Run ``act`` for one trial; an exception ends only that trial."""
         try:
             return act()
-        except Exception as error:  # noqa: BLE001  (a bug in one trial is not the others')
+        except Exception as error:  # noqa: BLE001  (a bug in one trial must not end the others)
             self._fail(slot, self._explain(error) or failure_reason(error))
             return None
 
@@ -213,12 +213,12 @@ class Engine:
         )
 
     def _step(self, index: int, slot: Slot) -> bool:
-        """Take the optimizer step of a complete effective batch; return whether a rung is reached."""
+        """Take the optimizer step of a complete effective batch; return whether it reached a rung."""
         lr = learning_rate(slot.settings, slot.position.optimizer_steps, slot.total_steps)
         slot.end_step(lr, self.optimizer.step(index, slot.settings, lr))
         self.bank.refresh(index)
         self._suspects = [suspect for suspect in self._suspects if suspect is not slot]
-        if slot.watch.is_sick:
+        if slot.watch.has_diverged:
             self._diverge(slot)
             return False
         if self._has_reached(slot, slot.position.rung + 1):
@@ -248,21 +248,21 @@ class Engine:
         ]
 
     def _evaluate(self, due: Sequence[tuple[int, Slot]]) -> list[RowScores | None]:
-        """Return how each slot predicts the validation rows, packed, or else one by one; None for who fails
-        alone."""
+        """Return each slot's scores of the validation rows, packed or else one by one; None for a slot that
+        fails alone."""
         if len(due) > 1:
             try:
                 return list(self.scores([index for index, _ in due], self.splits.validation))
             except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
                 logger.warning(
-                    "an evaluation failed: %s; its trials run again one by one", self._explain(error)
+                    "an evaluation failed: %s; its trials are run again one by one", self._explain(error)
                 )
         rows = self.splits.validation
         values = [self._for_one(slot, partial(self.scores, [index], rows)) for index, slot in due]
         return [value[0] if value else None for value in values]
 
     def place(self, settings: TrialSettings, adapter: Path) -> int:
-        """Put a finished adapter into a free slot for `scores` and return that; `bank.release` empties it.
+        """Load a finished adapter into a free slot for `scores`; return the slot. `bank.release` empties it.
         Raises DamagedFileError."""
         index, names = self.slots.index(None), self.resolve_targets(settings.target_modules)
         weights, _ = read_peft(adapter)
@@ -272,7 +272,7 @@ class Engine:
         return index
 
     def scores(self, slots: Sequence[int | None], rows: Sequence[Example]) -> list[RowScores]:
-        """Return how each slot, None for the bare base, predicts the rows."""
+        """Return each slot's scores of the rows; slot None is the bare base."""
         is_known = rows is self.splits.validation
         shared = self.num_shared if is_known else shareable_tokens(self.model, rows)
         while True:
@@ -285,7 +285,7 @@ class Engine:
             self._halve_passes(len(rows) if self.tokens_per_pass > longest else 1)
 
     def _rungs(self, index: int, slot: Slot, scores: RowScores) -> list[Measurement]:
-        """Record every rung that the trial's last step passed: more than one where a step spans several."""
+        """Record every rung that the trial's last step passed; a step may span several."""
         steps = slot.step_records()
         perplexity = scores.perplexity
         finite = math.isfinite(perplexity) and all(math.isfinite(s.loss + s.grad_norm) for s in steps)

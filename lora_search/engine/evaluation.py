@@ -17,9 +17,9 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # r
 def shareable_tokens(model: PackedModel, rows: Sequence[Example]) -> int:
     """Return how many tokens all rows begin with: system prompt and the like, computed once for all of them.
 
-    The last token of a prompt predicts a completion, so it is never among them. 0 where the device's
-    attention does not take rows with fewer queries than keys as it should: seen on the two shortest rows and,
-    for the sake of windows, on the longest one.
+    The last token of a prompt predicts a completion, so it is never among them. Returns 0 if the device's
+    attention gives wrong results for rows with fewer queries than keys, tested on the two shortest rows and,
+    because of sliding windows, on the longest one.
     """
     *_, longest = by_length = sorted(rows, key=lambda row: len(row.input_ids))
     shortest_prompt = min(row.num_prompt_tokens for row in rows)
@@ -28,7 +28,7 @@ def shareable_tokens(model: PackedModel, rows: Sequence[Example]) -> int:
         return 0
     try:
         error = max(_error_of_sharing(model, probe, num_shared) for probe in (by_length[:2], [longest]))
-    except RuntimeError:  # a kernel that does not take them at all
+    except RuntimeError:  # a kernel that does not support them
         return 0
     return num_shared if error <= ROUNDING.get(model.dtype, 0.0) else 0
 
@@ -48,7 +48,7 @@ def score_rows(
     after_pass: Callable[[], None] = lambda: None,
 ) -> list[RowScores]:
     """Return the NLL of each row under each slot, rows in the order given; one synchronisation in all."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # like lengths go together
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # similar lengths share a pass
     place = np.argsort(order)
     rows = [rows[i] for i in order]
     parts: list[list[torch.Tensor]] = [[] for _ in slots]

@@ -1,7 +1,7 @@
 """AdamW, clipping and learning-rate schedules for one slot's row of a flat bank. No synchronisation with
 the host.
 
-Arithmetic as torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and the schedules of transformers.
+Same arithmetic as torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and the schedules of transformers.
 """
 
 import math
@@ -12,7 +12,7 @@ from lora_search.trial import TrialSettings
 
 
 def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float:
-    """Return the rate of optimizer step ``step`` (0-based); warm-up as in transformers starts at zero."""
+    """Return the rate of optimizer step ``step`` (0-based); warm-up starts at 0, as in transformers."""
     warmup_steps = math.ceil(total_steps * settings.warmup_ratio)
     if step < warmup_steps:
         return settings.lr * step / max(1, warmup_steps)
@@ -34,7 +34,7 @@ class SlotAdamW:
         self.steps = [0] * theta_SP.shape[0]
 
     def reset(self, slot: int) -> None:
-        """Forget what the slot's last trial left behind."""
+        """Reset the slot's state."""
         self.grad_SP[slot].zero_()
         self.exp_avg_SP[slot].zero_()
         self.exp_avg_sq_SP[slot].zero_()

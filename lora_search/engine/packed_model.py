@@ -1,5 +1,5 @@
-"""One pass: rows of many slots laid end to end through the frozen base; only completion tokens reach the
-LM head. In an evaluation the tokens that all rows of a slot begin with are computed once for all of them.
+"""One pass: the concatenated rows of many slots through the frozen base; only completion tokens reach the LM
+head. In an evaluation, the prefix that all rows of a slot share is computed once.
 
 Legend: T tokens of the pass, N completion tokens, D width.
 """
@@ -22,8 +22,8 @@ from lora_search.ops.nll import Head
 
 @dataclass(frozen=True)
 class SlotRows:
-    """What one slot puts into a pass. ``ordinals`` number the rows as its trial sees them, for dropout; the
-    first ``num_shared`` tokens, the same in all rows, stand in the pass once (not together with dropout)."""
+    """One slot's rows in a pass. ``ordinals`` number the rows as the trial sees them, for dropout; the first
+    ``num_shared`` tokens, the same in all rows, are in the pass once (not together with dropout)."""
 
     slot: int | None
     rows: Sequence[Example]
@@ -43,11 +43,11 @@ class SlotRows:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that stand end to end from ``start`` on; those before them in their row stand at ``prefix``."""
+    """Contiguous tokens from ``start`` on; those before them in their row are at ``prefix``."""
 
     token_ids: Sequence[int]
     start: int
-    targets: tuple[range, ...] = ()  # the places of completion tokens
+    targets: tuple[range, ...] = ()  # the positions of completion tokens
     num_before: int = 0
     prefix: int = 0
 
@@ -85,7 +85,7 @@ class PackedModel:
         ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
         target_positions = torch.tensor([place for s in segments for places in s.targets for place in places])
-        self.bank.plan = self._plan(packs)  # it stays: layers may be computed again on the way back
+        self.bank.plan = self._plan(packs)  # kept: layers may be recomputed in the backward pass
         attention = {
             name: self._upload(value) if isinstance(value, torch.Tensor) else value
             for name, value in attention_arguments(segments).items()
@@ -97,11 +97,11 @@ class PackedModel:
             **attention,
         )
         target_N = self._upload(ids_T[target_positions])
-        hidden_TD = output.last_hidden_state[0]  # index_select: its way back needs no sort
+        hidden_TD = output.last_hidden_state[0]  # index_select: its backward needs no sort
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:
-        """Return who owns which tokens, and what dropout hashes: one key a token, one threshold a slot."""
+        """Return each slot's tokens and what dropout hashes: one key per token, one threshold per slot."""
         slots = tuple(pack.slot for pack in packs)
         bounds = (0, *accumulate(pack.num_tokens for pack in packs))
         grouping = self._grouping(packs) if self.bank.is_grouped else ()
@@ -118,10 +118,10 @@ class PackedModel:
         return Plan(slots, bounds, key_T, threshold_T, *grouping)
 
     def _grouping(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return where each slot's tokens end, int32 [S], what each token's adapter is scaled by, [T], and
-        which slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
+        """Return the end of each slot's tokens, int32 [S], the scale of each token's adapter, [T], and which
+        slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
         slots = [-1 if pack.slot is None else pack.slot for pack in packs]
-        assert slots == sorted(slots), "grouped matmuls take tokens in the order of the slots"
+        assert slots == sorted(slots), "grouped matmuls need tokens in the order of the slots"
         counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
         for slot, pack in zip(slots, packs, strict=True):
             counts_S[max(slot, 0)] += pack.num_tokens
@@ -144,7 +144,7 @@ def _per_token(values: torch.Tensor, packs: Sequence[SlotRows]) -> torch.Tensor:
 
 
 def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:
-    """Return what stands in the pass: of each pack what its rows share, then the rest of each row."""
+    """Return the layout of the pass: each pack's shared prefix, then the rest of each of its rows."""
     segments: list[Segment] = []
     start = 0
     for pack in packs:
@@ -163,7 +163,7 @@ def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:
 
 
 def attention_arguments(segments: Sequence[Segment]) -> dict[str, torch.Tensor | int]:
-    """Return the boundaries for `rows_attention`; of the keys as well, and where each comes from, where
+    """Return the boundaries for `rows_attention`; those of the keys and each key's source too if
     some are shared."""
     arguments: dict[str, torch.Tensor | int] = {
         "cu_seq_lens_q": _boundaries([len(s.token_ids) for s in segments]),

@@ -3,14 +3,14 @@ one trial."""
 
 from collections.abc import Iterator, Sequence
 
-KEYS_PER_TOKEN = 4  # keys and values of one layer are the smaller part of what a training pass keeps
+KEYS_PER_TOKEN = 4  # one layer's keys and values are a small part of what a training pass keeps
 
 
 def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) -> list[int]:
     """Return how many rows to take from the front of each queue, at most ``tokens_per_pass`` tokens in all.
 
-    The queue that has the fewest tokens so far comes next, so every slot advances at the same pace. A
-    single row longer than the budget still goes through, alone.
+    The queue with the fewest tokens so far is next, so every slot advances at the same pace. A single row
+    longer than the budget still gets a pass of its own.
     """
     taken_rows = [0] * len(pending_lengths)
     taken_tokens = [0] * len(pending_lengths)
@@ -32,7 +32,10 @@ def fill_pass(pending_lengths: Sequence[Sequence[int]], tokens_per_pass: int) ->
 
 def common_prefix(rows: Sequence[tuple[int, ...]]) -> int:
     """Return how many tokens all rows begin with."""
-    first, last = min(rows), max(rows)  # what the first and the last in order share, all share
+    first, last = (
+        min(rows),
+        max(rows),
+    )  # a prefix shared by the first and the last in sorted order is shared by all
     different = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(different, min(len(first), len(last)))
 

@@ -1,4 +1,4 @@
-"""One trial in training: its place on the data axis, the rest of its batch, what it has measured."""
+"""One trial in training: its position on the data axis, the rest of its batch, its measurements."""
 
 import math
 from collections import deque
@@ -16,40 +16,40 @@ from lora_search.trial import EndReason, Measurement, SlotView, StepRecord, Tria
 
 @dataclass
 class Batch:
-    """An effective batch on its way: rows still to go as (example, ordinal), and what has come in so far."""
+    """An effective batch in progress: the remaining rows as (example, ordinal), and the sums so far."""
 
     rows: deque[tuple[Example, int]]
     num_examples: int
     num_completion_tokens: int
     losses: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
-    laps: list[tuple[Lap, float]] = field(default_factory=list)  # a pass and this batch's share of it
+    laps: list[tuple[Lap, float]] = field(default_factory=list)  # the passes and this batch's share of each
 
 
 class Watch:
-    """Whether a slot's steps were finite, without waiting for the device: on CUDA known some steps later."""
+    """Detects non-finite steps without synchronising: on CUDA they show some steps later."""
 
     def __init__(self) -> None:
-        self._on_their_way: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
-        self._is_sick = False
+        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._has_diverged = False
 
     def note(self, value: torch.Tensor) -> None:
-        """Send a step's loss plus gradient norm on its way to the host."""
+        """Start copying a step's loss plus gradient norm to the host."""
         seen = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
         seen.copy_(value, non_blocking=True)
         copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
-        self._on_their_way.append((seen, copied))
+        self._in_flight.append((seen, copied))
 
     @property
-    def is_sick(self) -> bool:
-        while self._on_their_way and has_come(self._on_their_way[0][1]):
-            value, _ = self._on_their_way.popleft()
-            self._is_sick = self._is_sick or not math.isfinite(value.item())
-        return self._is_sick
+    def has_diverged(self) -> bool:
+        while self._in_flight and is_copied(self._in_flight[0][1]):
+            value, _ = self._in_flight.popleft()
+            self._has_diverged = self._has_diverged or not math.isfinite(value.item())
+        return self._has_diverged
 
 
-def has_come(copied: torch.cuda.Event | None) -> bool:
-    """Return whether a copy to the host is over; None: it was one within the host."""
+def is_copied(copied: torch.cuda.Event | None) -> bool:
+    """Return whether a copy to the host is done; None is a copy within the host."""
     return copied is None or bool(copied.query())
 
 
@@ -68,7 +68,7 @@ class Slot:
     last_loss: float | None = None
     last_perplexity: float | None = None
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # the adapter of the best rung, on the host
-    recovery: str = ""  # what was wrong with its checkpoint, until a measurement takes it along
+    recovery: str = ""  # what was wrong with its checkpoint, until the next measurement reports it
     watch: Watch = field(default_factory=Watch)
 
     @property
@@ -82,13 +82,13 @@ class Slot:
         self.batch = Batch(rows, len(rows), sum(num_completion_tokens(row) for row in examples))
 
     def take(self, index: int, count: int) -> SlotRows:
-        """Return the next rows as this slot's part of a pass."""
+        """Return this slot's next rows for a pass."""
         rows = [self.batch.rows.popleft() for _ in range(count)]
         examples, ordinals = [row for row, _ in rows], [ordinal for _, ordinal in rows]
         return SlotRows(index, examples, self.run.seed, ordinals, self.settings.dropout)
 
     def end_step(self, lr: float, grad_norm: torch.Tensor) -> None:
-        """Record the optimizer step that the batch led to."""
+        """Record the batch's optimizer step."""
         batch, position = self.batch, self.position
         seen = position.examples_seen + batch.num_examples
         loss = torch.stack(batch.losses).sum()
@@ -99,7 +99,7 @@ class Slot:
         self.laps += batch.laps
 
     def step_records(self) -> tuple[StepRecord, ...]:
-        """Bring the steps since the last rung to the host, in one synchronisation."""
+        """Return the steps since the last rung, in one synchronisation."""
         losses = torch.stack([loss for _, loss, _, _ in self.steps]).tolist()
         norms = torch.stack([norm for _, _, _, norm in self.steps]).tolist()
         return tuple(
@@ -108,7 +108,7 @@ class Slot:
         )
 
     def reach_rung(self, perplexity: float) -> bool:
-        """Stand at the next rung; return whether it is the best so far. What the study has of it stays."""
+        """Move to the next rung; return whether it is the best so far. A value that the study has is kept."""
         rung = self.position.rung + 1
         perplexity = self.run.perplexities.get(rung, perplexity)
         curve = (*self.position.curve, (self.position.examples_seen, perplexity))
@@ -126,7 +126,7 @@ class Slot:
         detail: str = "",
         tokens_per_second: float = 0.0,
     ) -> Measurement:
-        """Return what the trial measured where it stands."""
+        """Return the trial's measurement at its current rung."""
         position, recovery = self.position, self.recovery
         self.recovery = ""
         return Measurement(
@@ -147,7 +147,7 @@ class Slot:
         )
 
     def missing_measurements(self) -> list[Measurement]:
-        """Return the rungs that the checkpoint has and the study has not: its worker died in between."""
+        """Return the rungs that the checkpoint has and the study lacks: the worker died in between."""
         position, missing = self.position, []
         for rung, (seen, perplexity) in enumerate(position.curve, start=1):
             if rung not in self.run.perplexities:
@@ -161,7 +161,7 @@ class Slot:
         return missing
 
     def ending(self, finite: bool) -> tuple[EndReason | None, str]:
-        """Return why the trial ends at the rung it is at, and that in words; None where it goes on."""
+        """Return why the trial ends at its current rung, as a reason and a text; None if it continues."""
         position, patience = self.position, self.settings.early_stopping_patience
         if not finite:
             return "diverged", f"loss, gradient or validation not finite at rung {position.rung}"
@@ -173,7 +173,7 @@ class Slot:
         return None, ""
 
     def view(self, next_rung_examples: float) -> SlotView:
-        """Return what the slot is doing, for people."""
+        """Return the slot's state for display."""
         batch = self.batch
         return SlotView(
             trial_number=self.run.number,

@@ -1,8 +1,8 @@
-"""What of a trial outlives its process: checkpoint/ and adapter/ in its folder.
+"""What outlives a trial's process: checkpoint/ and adapter/ in its folder.
 
-adapter/ holds the rung that the study says is best, whatever was killed or damaged in between: a checkpoint
-carries the best adapter too, and an adapter says of which rung it is. Cost: 4 adapters a checkpoint, 3 where
-the last rung is the best.
+adapter/ holds the best rung by the study, even after a kill or damage: a checkpoint contains the best adapter
+too, and an adapter records its rung. A checkpoint takes as much space as 4 adapters, or 3 if the last rung is
+the best.
 """
 
 import hashlib
@@ -37,18 +37,18 @@ START = Position(
 
 @dataclass(frozen=True)
 class Keeper:
-    """Writes and reads the folders of trials for one engine. ``base`` says what they all train on."""
+    """Writes and reads the folders of trials for one engine. ``base`` is the record of their base."""
 
     bank: SlotBank
     optimizer: SlotAdamW
     base: BaseRecord
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
-        """Write the slot's adapter as it is now, and its row scores beside it. Raises WriteError."""
+        """Write the slot's current adapter and its row scores. Raises WriteError."""
         state = self.bank.tensors(self.bank.theta_SP[index], slot.settings.r, slot.names)
         slot.best = {
             name: tensor.clone() for name, tensor in state.items()
-        }  # on a CPU they are the bank's own
+        }  # on a CPU they are views of the bank
         self._export(slot.run, slot.names, slot.position, slot.best)
         write_scores(Path(slot.run.folder), scores, slot.position.best_rung)
 
@@ -66,7 +66,7 @@ class Keeper:
     def resume(
         self, index: int, run: TrialRun, names: Sequence[str]
     ) -> tuple[Position, dict[str, torch.Tensor], str]:
-        """Put the last whole checkpoint into the slot; return position, best adapter, what was wrong."""
+        """Load the last intact checkpoint into the slot; return position, best adapter, what was wrong."""
         expected = {
             kind: self.bank.tensors(row_P, run.settings.r, names) for kind, row_P in self._rows(index).items()
         }
@@ -79,7 +79,7 @@ class Keeper:
         self.bank.refresh(index)
         self.optimizer.steps[index] = position.optimizer_steps
         position, best, lost = self._settle_adapter(run, names, position, state)
-        recovery = _tell(troubles, position.rung, lost)
+        recovery = _recovery_message(troubles, position.rung, lost)
         if recovery:
             logger.warning("trial %d: %s", run.number, recovery)
         return position, best, recovery
@@ -89,7 +89,7 @@ class Keeper:
     ) -> tuple[Position, dict[str, torch.Tensor], str]:
         """Make adapter/ hold the best rung that study and checkpoint know of.
 
-        The study may be ahead: then the best adapter is on the disk, or comes back with its rung.
+        If the study is ahead, the best adapter is on disk or is trained again.
         """
         known = {rung: perplexity for rung, (_, perplexity) in enumerate(position.curve, start=1)}
         known |= run.perplexities
@@ -134,14 +134,14 @@ class Keeper:
         return {kind: bank_SP[index] for kind, bank_SP in banks.items()}
 
     def _origins(self, run: TrialRun) -> tuple[str, str]:
-        """Name the study and what decides a trial's numbers: a folder may hold the files of a study that is
-        gone. New files get the first name; those of older versions have the second."""
+        """Return digests of the study and of what decides a trial's numbers: a folder may hold files of a
+        deleted study. New files get the first digest; those of older versions have the second."""
         here = [asdict(run.settings), run.seed, run.study_id, self.base.digest]
         return _digest(here), self._origin_before_studies_had_ids(run)
 
     def _origin_before_studies_had_ids(self, run: TrialRun) -> str:
-        """LEGACY: the origin by the formula of versions that knew no study id; only ever read, never written.
-        The study has compared what they did not know (`prepare.check_older`)."""
+        """LEGACY: the origin in versions without a study id; read, never written. `prepare.check_older` has
+        compared what it does not cover."""
         model = (Path(self.base.path).name, str(self.bank.used_SP.dtype))
         return _digest([asdict(run.settings), run.seed, self.base.data_hash, *model])
 
@@ -172,9 +172,9 @@ def _check_shapes(found: Checkpoint, expected: Mapping[str, Tensors]) -> None:
         raise DamagedFileError("has other layers or shapes than the trial")
 
 
-def _tell(troubles: Sequence[str], rung: int, lost: str) -> str:
-    """Return in words what was wrong and what was done; nothing where nothing was wrong."""
-    went_on = f"went on from rung {rung}" if rung else "trained anew from the start"
+def _recovery_message(troubles: Sequence[str], rung: int, lost: str) -> str:
+    """Return what was wrong and what was done about it; empty if nothing was wrong."""
+    resumed = f"resumed from rung {rung}" if rung else "restarted from the beginning"
     parts = ["; ".join(troubles)] if troubles else []
     parts += [f"{lost} is lost until that rung is trained again"] if lost else []
-    return f"{'; '.join(parts)}: {went_on}" if parts else ""
+    return f"{'; '.join(parts)}: {resumed}" if parts else ""

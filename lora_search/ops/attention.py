@@ -1,9 +1,8 @@
-"""Causal attention over rows laid end to end, as an attention function of transformers. No pad token is
-ever computed.
+"""Causal attention over concatenated rows, as an attention function of transformers. It computes no padding.
 
-On CUDA in half precision PyTorch's variable-length kernel, on a CPU `block_attention` for short rows, else
-one scaled_dot_product_attention per row. Scores that are capped (Gemma 2) are written out row by row, at
-the cost of a [heads, length, length] score matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
+Uses PyTorch's variable-length kernel on CUDA in half precision, `block_attention` for short rows on a CPU,
+and otherwise one scaled_dot_product_attention per row. Capped scores (Gemma 2) are computed row by row and
+need a [heads, length, length] matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
 """
 
 import inspect
@@ -18,7 +17,7 @@ from transformers import AttentionInterface
 from lora_search.ops.block_attention import LONGEST_ROW, RowAttention
 
 NAME = "lora_search_rows"
-# From 2.12 on one must say that key and value may have fewer heads (pytorch pull request 179468).
+# PyTorch 2.12 and later need a flag when key and value have fewer heads (pytorch pull request 179468).
 TAKES_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 FEWER_KEY_HEADS: dict[str, Any] = {"enable_gqa": True} if TAKES_FLAG else {}
 
@@ -43,12 +42,12 @@ def rows_attention(
     """Return [1, T, heads, width] for query [1, heads, T, width]; key and value may have fewer heads.
 
     ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. Where rows share their first tokens,
-    ``key_source`` [K] says which token each key is of, ``cu_seq_lens_k`` their boundaries; the last query of
-    a row sees all its keys. transformers passes more keywords; that none of them matters to a base is what
-    `packing_check` checks when it is loaded.
+    ``key_source`` [K] maps each key to its token and ``cu_seq_lens_k`` holds their boundaries; the last query
+    of a row sees all its keys. transformers passes more keywords; `packing_check` verifies at load time that
+    none of them matters to the base.
     """
     if cu_seq_lens_q is None:
-        raise ValueError("its decoder does not hand the row boundaries to its attention layers.")
+        raise ValueError("its decoder does not pass the row boundaries to its attention layers.")
     if key_source is None or cu_seq_lens_k is None:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     else:
@@ -79,8 +78,7 @@ def kernel(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Return what PyTorch's variable-length kernel gives for all rows at once; bounds and longest are those
-    of queries and of keys."""
+    """Run PyTorch's variable-length kernel on all rows at once; bounds and longest are (queries, keys)."""
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, **FEWER_KEY_HEADS)
@@ -89,7 +87,7 @@ def kernel(
 
 
 def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether varlen_attn takes it: half precision on CUDA, heads of one width, 8 to 256 in eights."""
+    """Return whether varlen_attn fits: CUDA, half precision, one head width, a multiple of 8 to 256."""
     half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     return query.is_cuda and half and width == value.shape[-1] <= 256 and width % 8 == 0
 
@@ -122,12 +120,12 @@ def _capped_row(
 
 
 def _visible(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return [queries, keys]: which keys a query sees, itself and at most ``window`` - 1 before it. The
+    """Return a [queries, keys] mask: a query sees itself and at most ``window`` - 1 keys before it. The
     queries are the last tokens of the row."""
     position = torch.arange(num_keys, device=device)
     distance = position[num_keys - num_queries :, None] - position[None, :]
     return (distance >= 0) & (distance < window)
 
 
-# And no mask function: transformers would look for packed rows itself, and wait for the device, every pass.
+# No mask function: with one, transformers would detect packed rows itself and synchronise on every pass.
 AttentionInterface.register(NAME, rows_attention)

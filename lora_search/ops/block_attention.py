@@ -1,11 +1,11 @@
-"""Causal attention over rows laid end to end, in blocks of rows of like length: on a CPU, for short rows.
+"""Causal attention over concatenated rows, in blocks of similar length: for short rows on a CPU.
 
-Rows are gathered into padded blocks, one for rows whose lengths differ by a fifth at most, and the result is
-gathered back: six matmuls a block, whatever the number of rows. 976 tokens in 10 rows of 9 heads take 4.4 ms
+Rows whose lengths differ by at most a fifth are gathered into one padded block, and the result is gathered
+back: six matmuls per block, whatever the number of rows. 976 tokens in 10 rows of 9 heads take 4.4 ms
 forward and 3.9 ms backward in bfloat16; PyTorch's fused kernel, row by row, 4.9 and 20.4 ms. It keeps the
 probabilities, rows x heads x queries x keys numbers. Without it a whole pass takes 1.6x the time in bfloat16,
-1.0x in float32 (`python -m tests.benchmarks.ops`). A row may have more keys than queries: these are then its
-last tokens.
+1.0x in float32 (`python -m tests.benchmarks.ops`). A row may have more keys than queries, which are
+then its last tokens.
 
 Legend: R rows of a block, G key heads, Q query heads per key head, L queries, K keys of a row, W width of a
 head.
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch.autograd.function import FunctionCtx
 
-LONGEST_ROW = 512  # tokens; beyond it the probabilities take more room than they save time
+LONGEST_ROW = 512  # tokens; beyond it the memory for probabilities outweighs the time saved
 LIKE = 0.8  # rows of at least this share of the longest one's length share its block
 
 
 @dataclass(frozen=True)
 class Block:
-    """R rows padded to L queries and K keys: where these lie in the padded arrays."""
+    """R rows padded to L queries and K keys, and their ranges in the padded arrays."""
 
     queries: slice
     keys: slice
@@ -36,7 +36,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """The way of every (token, head) into the padded blocks, and back. Pads repeat a row's last token."""
+    """Indices of every (token, head) into the padded blocks and back. Pads repeat a row's last token."""
 
     blocks: tuple[Block, ...]
     query_source: torch.Tensor  # padded place -> token * heads + head
@@ -83,7 +83,9 @@ class RowAttention(torch.autograd.Function):
         layout, scaling = ctx.layout, ctx.scaling  # type: ignore[attr-defined]
         heads = grad_outputs[0].shape[2]
         grad = grad_outputs[0].reshape(-1, q.shape[-1]).index_select(0, layout.query_source)
-        grad.index_fill_(0, layout.query_pads, 0.0)  # or pads would teach the last token of their row
+        grad.index_fill_(
+            0, layout.query_pads, 0.0
+        )  # or pads would add to the gradient of their row's last token
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         parts = _blocks(layout, (q, grad, grad_q), (k, v, grad_k, grad_v))
         for (_, q_b, g_b, gq_b, k_b, v_b, gk_b, gv_b), probabilities in zip(parts, kept, strict=True):
@@ -103,7 +105,7 @@ class RowAttention(torch.autograd.Function):
 def lay_out(
     lengths: tuple[int, ...], key_lengths: tuple[int, ...], heads: int, groups: int, dtype: torch.dtype
 ) -> Layout:
-    """Return the blocks of rows with so many queries and keys; ``dtype`` is the masks'."""
+    """Return the blocks for rows of these lengths; ``dtype`` is that of the masks."""
     parts = [_block_parts(rows, heads, groups, dtype) for rows in _like_rows(lengths, key_lengths)]
     blocks, query_parts, key_parts, pad_parts = [], [], [], []
     queries = keys = slice(0, 0)
@@ -140,7 +142,7 @@ class Row:
 
 
 def _like_rows(lengths: Sequence[int], key_lengths: Sequence[int]) -> list[list[Row]]:
-    """Return rows, longest first, in groups of like length and as many keys before the first query."""
+    """Group rows, longest first, by similar length and an equal number of keys before the first query."""
     starts = ([0, *accumulate(part)] for part in (lengths, key_lengths))
     rows = [Row(*row) for row in zip(*starts, lengths, key_lengths, strict=False)]
     groups: list[list[Row]] = []
@@ -168,13 +170,13 @@ def _block_parts(
 
 
 def _padded(starts: Sequence[int], lengths: Sequence[int], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [R, longest]: places that repeat each row's last one, and which of them do."""
+    """Return [R, longest] positions, the last one of each row repeated as padding, and a mask of the pads."""
     place, start_R1, length_R1 = torch.arange(longest), *(torch.tensor(c)[:, None] for c in (starts, lengths))
     return start_R1 + torch.minimum(place, length_R1 - 1), place >= length_R1
 
 
 def _home(source: torch.Tensor) -> torch.Tensor:
-    """Return where each element went first: pads, which come after the token they repeat, do not count."""
+    """Return each element's first position; pads come after the token they repeat and do not count."""
     home = torch.empty(int(source.max()) + 1, dtype=source.dtype)
     return home.scatter_reduce_(0, source, torch.arange(len(source)), reduce="amin", include_self=False)
 
@@ -190,7 +192,7 @@ def _blocks(
 
 
 def _flat(x_HTW: torch.Tensor) -> torch.Tensor:
-    """Return [T * heads, W] for [1, heads, T, W]: no copy where the projection laid it out so."""
+    """Return [T * heads, W] for [1, heads, T, W]: no copy if the projection already has that layout."""
     return x_HTW[0].transpose(0, 1).reshape(-1, x_HTW.shape[-1])
 
 

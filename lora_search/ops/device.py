@@ -1,4 +1,4 @@
-"""The device: which one, in which dtype, what it holds, how running out shows, how long a pass takes."""
+"""The device: its choice, dtype, free memory, out-of-memory errors and timing."""
 
 import ctypes
 import resource
@@ -28,12 +28,12 @@ BFLOAT16_CAPABILITY = (8, 0)  # older NVIDIA GPUs (V100, T4) only emulate it
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out: PyTorch has a class for it, other libraries only words."""
+    """Return whether memory ran out: PyTorch has a class for it, other libraries only a message."""
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a pass frees for the next one. Fresh pages cost 5 % of a pass on a CPU."""
+    """Make glibc keep freed memory for the next pass. Fresh pages cost 5 % of a pass on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
@@ -58,7 +58,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Return the room left in this control group (v2), or nothing where there is no limit."""
+    """Return the memory left in this control group (v2); None if there is no limit."""
     try:
         limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
@@ -67,7 +67,7 @@ def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device; auto is the GPU where there is one."""
+    """Return the device; auto is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
@@ -79,10 +79,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the base's dtype; auto takes bfloat16 where the hardware multiplies matrices in it.
+    """Return the base's dtype; auto picks bfloat16 if the hardware multiplies matrices in it.
 
-    It asks the hardware and not a stop-watch: the choice must not flip between two starts of a sweep. Raises
-    ConfigError where bfloat16 is asked of an NVIDIA GPU that only emulates it.
+    The choice depends on the hardware and not on a timing, so it cannot change between two starts of a sweep.
+    Raises ConfigError if bfloat16 is requested on an NVIDIA GPU that only emulates it.
     """
     if device.type == "cuda":
         capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
@@ -105,7 +105,7 @@ def gpu_dtype(name: str, capability: tuple[int, int] | None) -> torch.dtype:
 
 
 class Lap:
-    """The time from its making to `stop`. Reading ``seconds`` waits until the device has come that far."""
+    """The time from construction to `stop`. Reading ``seconds`` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -134,7 +134,7 @@ class Lap:
 
 
 class Throughput:
-    """Tokens per second over the last passes that are over; 0 before the first."""
+    """Tokens per second over the last finished passes; 0 before the first."""
 
     def __init__(self) -> None:
         self._passes: deque[tuple[Lap, int]] = deque(maxlen=RECENT_PASSES)
@@ -151,7 +151,7 @@ class Throughput:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has taken: of the GPU, or else of the machine."""
+    """Return this process's peak memory: on the GPU, or else on the machine."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

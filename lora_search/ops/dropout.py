@@ -1,12 +1,12 @@
-"""Dropout masks that depend on nothing but the trial, the example, the token and the layer.
+"""Dropout masks that depend only on the trial, the example, the token and the layer.
 
-A counter-based hash (the finalizer of MurmurHash3) instead of a generator with state: whoever shares the
-pass, in whichever slot, on a first run or a repeated one, the same elements are dropped.
+A counter-based hash (the finalizer of MurmurHash3) replaces the stateful generator: the same elements are
+dropped whatever the slot, the other trials in the pass, or the number of repeats.
 
-One 32-bit hash decides about two elements. On a CPU the mask is made once and applied to the bits of a
-number: 0.2 ms for 976 x 576 elements in bfloat16, where comparing and multiplying by bool take 1.0 ms. On
-CUDA that would be a dozen kernels over the whole mask: there one compiled kernel makes and applies it, and
-nothing of it is ever in memory.
+One 32-bit hash decides two elements. On a CPU the mask is computed once and applied to the bits of a number:
+0.2 ms for 976 x 576 elements in bfloat16, where comparing and multiplying by bool take 1.0 ms. On CUDA that
+would be a dozen kernels over the whole mask; there one compiled kernel computes and applies it, and the mask
+is never stored.
 """
 
 import logging
@@ -47,7 +47,7 @@ def token_keys(seed: int, ordinals: list[int], lengths: list[int]) -> torch.Tens
 def kept(key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int) -> torch.Tensor:
     """Return one adapted layer's mask, int16 [T, width]: -1 (all bits) where an element stays, 0 elsewhere.
 
-    Token and feature keys are well mixed already: their product needs one round more, not three.
+    Token and feature keys are already well mixed: their product needs one more round, not three.
     """
     h = key_T[:, None] * pair_keys(layer, (width + 1) // 2, key_T.device)
     h = h.bitwise_xor_(h >> 15).mul_(_int32(LAST_ROUND))
@@ -62,13 +62,13 @@ def masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def mask_(x: torch.Tensor, kept: torch.Tensor) -> None:
-    """Zero what is dropped, in place."""
+    """Zero the dropped elements, in place."""
     x.view(BITS[x.element_size()]).bitwise_and_(kept)
 
 
 @lru_cache(maxsize=4096)  # of every layer: 2.5 MB for all 224 of Llama 3.1 8B
 def pair_keys(layer: int, num_pairs: int, device: torch.device) -> torch.Tensor:
-    """Return one odd int32 key for each two features of a layer."""
+    """Return one odd int32 key for each pair of features of a layer."""
     pair = torch.arange(num_pairs, dtype=torch.int32, device=device)
     return mix(pair + _int32(layer * GOLDEN)).bitwise_or_(1)
 
@@ -76,7 +76,7 @@ def pair_keys(layer: int, num_pairs: int, device: torch.device) -> torch.Tensor:
 def drop(
     x: torch.Tensor, key_T: torch.Tensor, threshold_T: torch.Tensor, key_of_pair: torch.Tensor
 ) -> torch.Tensor:
-    """Return what `masked` with `kept` returns, to the bit, by operations that compile into one kernel."""
+    """Return the same bits as `masked` with `kept`, by operations that compile into one kernel."""
     feature = torch.arange(x.shape[1], device=x.device)
     h = key_T[:, None] * key_of_pair[feature // 2]
     h = (h ^ (h >> 15)) * _int32(LAST_ROUND)
@@ -86,7 +86,7 @@ def drop(
 
 @cache
 def compiled_drop(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
-    """Return `drop` as one kernel for tensors of that dtype; None where it cannot be compiled, or gives other
+    """Return `drop` compiled for tensors of that dtype; None if it cannot be compiled or gives different
     bits."""
     key_T = mix(torch.arange(300, dtype=torch.int32, device=device))
     threshold_T = torch.full((300,), threshold(0.3), dtype=torch.int16, device=device)
@@ -96,14 +96,12 @@ def compiled_drop(device: torch.device, dtype: torch.dtype) -> Callable[..., tor
         found = compiled(x, key_T, threshold_T, pair_keys(1, 48, device))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  (whatever a compiler raises, there is another way)
-        logger.warning("dropout masks are not compiled (%s): training is slower", type(error).__name__)
+    except Exception as error:  # noqa: BLE001  (whatever a compiler raises, the uncompiled path works)
+        logger.warning("dropout masks cannot be compiled (%s): training is slower", type(error).__name__)
         return None
     if torch.equal(found, masked(x, kept(key_T, threshold_T, 1, 96))):
         return compiled
-    logger.warning(
-        "dropout masks come out wrong when they are compiled: they are not, and training is slower"
-    )
+    logger.warning("compiled dropout masks are wrong and not used: training is slower")
     return None
 
 
@@ -133,5 +131,5 @@ class Mask:
 
 
 def threshold(probability: float) -> int:
-    """Return the int16 up to which a 15-bit hash drops its element: in steps of 1/32768."""
+    """Return the int16 threshold up to which a 15-bit hash drops its element, in steps of 1/32768."""
     return round(probability * 2**15) - 2**14 - 1

@@ -1,10 +1,10 @@
 """RMSNorm, rotary embedding and gated MLP as one autograd node each, put into a loaded model.
 
-transformers spells them out in 6 to 10 elementwise operations, and autograd as many again. Each region is
-replaced only where a probe gives the module's own numbers; any other stays as it is. Without the norm a pass
-keeps 1.17x the memory for the way back, without the MLP 1.23x; each, and the rotary, saves 1 to 3 % of the
-time on a CPU in bfloat16 (`python -m tests.benchmarks.ops`). Rotary saves no memory; a layer takes 12 kernels
-for 20, there and back.
+transformers runs each as 6 to 10 elementwise operations, and autograd runs as many again. A module is
+replaced only if a probe reproduces its own numbers. Without the norm a pass keeps 1.17x the memory for the
+backward pass, without the MLP 1.23x; each of the three saves 1 to 3 % of the time on a CPU in bfloat16
+(`python -m tests.benchmarks.ops`). Rotary saves no memory; a layer takes 12 kernels instead of 20, forward
+and backward.
 """
 
 import sys
@@ -24,8 +24,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class RmsNorm(torch.autograd.Function):
     """x / rms(x) * weight over the last axis, in float32 inside (arXiv 1910.07467). The weight is frozen.
 
-    980 x 576 in bfloat16 on one core take 0.27 ms; F.rms_norm, which keeps no rms on a CPU, and the rms for
-    the way back 0.44. Mixed dtypes would take 5 times as long: hence the conversions."""
+    980 x 576 in bfloat16 on one core take 0.27 ms; F.rms_norm plus the rms for the backward pass, which it
+    does not keep on a CPU, take 0.44. Mixed dtypes would take 5 times as long: hence the conversions."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _rotate(
 
 
 class GatedSilu(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202); keeps two tensors for the way back where autograd keeps three."""
+    """silu(gate) * up (arXiv 2002.05202); keeps two tensors for the backward pass, autograd keeps three."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def rotary(
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace what can be replaced in the model; return how many modules were."""
+    """Replace the model's modules where possible; return how many were replaced."""
     count = 0
     for module in model.modules():
         replacement = _norm(module) or _gated_mlp(module)
@@ -109,7 +109,7 @@ def fuse(model: nn.Module) -> int:
 
 
 def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
-    """Return a faster forward of an RMSNorm, also of Gemma's, whose weight counts from zero."""
+    """Return a faster forward for an RMSNorm, including Gemma's, whose weight is an offset from 1."""
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
         return None
@@ -146,7 +146,7 @@ def _apply_gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _fuse_rotary(modeling: object) -> None:
-    """Replace the function of that name in a module of transformers', where it gives the same."""
+    """Replace the function of that name in a transformers module if the results are equal."""
     original = getattr(modeling, "apply_rotary_pos_emb", None)
     if original is None or isinstance(original, partial):
         return
@@ -173,13 +173,13 @@ def _rotary_or(
     *rest: Any,
     **named: Any,
 ) -> Pair:
-    """Rotate whole heads by our own function, parts of them (GPT-NeoX) by the model's."""
+    """Rotate whole heads with our function, partial ones (GPT-NeoX) with the model's."""
     is_whole = cos.shape[-1] == q.shape[-1]
     return rotary(q, k, cos, *rest, **named) if is_whole else original(q, k, cos, *rest, **named)
 
 
 def _probe(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """Return a few ordinary hidden states; on a layer whose weights are packed (4 bit) in float32."""
+    """Return a few ordinary hidden states; in float32 if the layer's weights are packed (4 bit)."""
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     wave = torch.arange(PROBE_ROWS * width, device=weight.device).view(PROBE_ROWS, width)
     return torch.sin(wave.float()).to(dtype)

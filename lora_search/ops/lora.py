@@ -1,9 +1,9 @@
-"""The LoRA part of a layer in a pass: each slot's tokens through its own adapter, in one autograd node.
+"""The LoRA part of a layer: each slot's tokens go through its own adapter, in one autograd node.
 
-Two ways to the same numbers. `AddAdapters` goes slot by slot over views of just the rank in use.
+Two implementations give the same numbers. `AddAdapters` loops over the slots, on views of the rank in use.
 `AddGrouped` runs one grouped matmul over all slots, padded to the largest rank, on GPUs that have a kernel
-for it (`lora.fits_grouped`): a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients
-of A and B go straight into the bank: fewer nodes, no accumulation by autograd.
+for it (`bank.fits_grouped`): a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients
+of A and B are written straight into the bank: fewer nodes, no accumulation by autograd.
 
 Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is kept transposed, [R, O].
 """
@@ -20,11 +20,11 @@ from lora_search.ops.dropout import Mask
 
 @dataclass(frozen=True)
 class Plan:
-    """Whose tokens stand where in a pass: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
+    """Which slot each token of a pass belongs to: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
 
-    Slot None is the bare base. Keys and thresholds (see `dropout`) are None where nothing is dropped. For
-    grouped matmuls ``ends_S`` int32 holds where each slot's tokens end, ``scaling_T`` what its adapters are
-    scaled by, ``idle_S`` bool which slots have no token (None where each has).
+    Slot None is the bare base. Keys and thresholds (see `dropout`) are None if nothing is dropped. For
+    grouped matmuls ``ends_S`` int32 holds the end of each slot's tokens, ``scaling_T`` the scale of each
+    token's adapter, ``idle_S`` bool the slots without tokens (None if there are none).
     """
 
     slots: tuple[int | None, ...]
@@ -38,7 +38,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class SlotAdapter:
-    """One layer's adapter of one slot: views into the bank. ``scaling`` makes up for what dropout takes."""
+    """One layer's adapter of one slot: views into the bank. ``scaling`` excludes 1 / (1 - dropout)."""
 
     a_RD: torch.Tensor
     b_RO: torch.Tensor
@@ -50,7 +50,7 @@ class SlotAdapter:
 
 @dataclass(frozen=True)
 class LayerBank:
-    """One layer's adapters of all slots: views into the bank. What a slot does not use is zero."""
+    """One layer's adapters of all slots: views into the bank. Unused entries are zero."""
 
     a_SRD: torch.Tensor
     b_SRO: torch.Tensor
@@ -81,7 +81,9 @@ class AddAdapters(torch.autograd.Function):
             y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
             hiddens.append(hidden_TR)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, *hiddens)  # masks are made again: they would take as much as the activations
+        ctx.save_for_backward(
+            x, *hiddens
+        )  # masks are recomputed: storing them would take as much memory as the activations
         ctx.adapters, ctx.plan, ctx.layer = adapters, plan, layer  # type: ignore[attr-defined]
         return y
 
@@ -109,8 +111,8 @@ class AddAdapters(torch.autograd.Function):
 
 
 class AddGrouped(torch.autograd.Function):
-    """As AddAdapters, for all slots at once. Ranks, layers and slots that are not in use are zero, and so are
-    their gradients: they add nothing. Tokens must lie in the order of the slots."""
+    """AddAdapters for all slots at once. Unused ranks, layers and slots are zero and so are their gradients.
+    Tokens must be in the order of the slots."""
 
     @staticmethod
     def forward(
@@ -158,8 +160,8 @@ class AddGrouped(torch.autograd.Function):
 
 
 def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Zero the gradients of slots without tokens: on capability 10.x whatever lay in the accumulators comes
-    out for an empty group (pytorch issue 172439)."""
+    """Zero the gradients of slots without tokens: on capability 10.x an empty group returns uninitialised
+    accumulators (pytorch issue 172439)."""
     return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
 
 

@@ -1,9 +1,9 @@
-"""The LM head on completion tokens only: NLL, and its gradient on the way forward; no logits are kept.
+"""The LM head on completion tokens only: NLL, with its gradient in the forward pass; no logits are kept.
 
-Legend: N completion tokens, D width, V vocabulary. A chunk's logits live in one buffer that is made once:
-fresh memory for each chunk costs a fifth of the time on a CPU (51 for 40 ms, 256 tokens in float32). With
-F.cross_entropy on all logits a pass takes 1.1x the time in bfloat16 and keeps 1.28x the memory for the way
-back (`python -m tests.benchmarks.ops`); torch 2.13's linear_cross_entropy in chunks cannot cap logits.
+Legend: N completion tokens, D width, V vocabulary. All chunks share one buffer for logits:
+a new one per chunk costs a fifth of the time on a CPU (51 instead of 40 ms, 256 tokens in float32). With
+F.cross_entropy on all logits a pass takes 1.1x the time in bfloat16 and keeps 1.28x the memory for the
+backward pass (`python -m tests.benchmarks.ops`); torch 2.13's linear_cross_entropy cannot cap logits.
 """
 
 import torch
@@ -28,14 +28,14 @@ class Head:
         )
 
     def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        """Return NLL per token [N], in float32, differentiable where autograd is on."""
+        """Return NLL per token [N], in float32, differentiable if autograd is on."""
         nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N)  # type: ignore[no-untyped-call]
         return nll_N
 
     def chunk(
         self, hidden_ND: torch.Tensor, target_N: torch.Tensor, with_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return NLL [N] and its gradient [N, D] of so many rows as the buffer holds."""
+        """Return NLL [N] and its gradient [N, D] for as many rows as the buffer holds."""
         logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
         if self.bias_V is not None:
             logits_NV += self.bias_V
@@ -61,7 +61,7 @@ class Head:
 
 class CompletionNll(torch.autograd.Function):
     """NLL per token [N] from hidden states [N, D]. A token's NLL depends on its own hidden state only, so its
-    gradient is taken chunk by chunk on the way forward and scaled on the way back."""
+    gradient is computed chunk by chunk in the forward pass and scaled in the backward pass."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
-"""Gradient checkpointing (arXiv 1604.06174): keep each decoder layer's input only, compute the layer once
-more on the way back. A third more time for a small part of the memory; the numbers stay the same, dropout
-included, since masks depend on no generator.
+"""Gradient checkpointing (arXiv 1604.06174): keep only each decoder layer's input and recompute the layer in
+the backward pass. Takes a third more time and far less memory; the numbers stay the same, dropout included,
+since masks depend on no generator.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
 
 
 def recompute_layers(decoder: nn.Module) -> None:
-    """From now on compute the decoder's layers again on the way back."""
+    """Recompute the decoder's layers in the backward pass from now on."""
     for layer in decoder_layers(decoder):
         if not isinstance(layer.forward, partial):
             layer.forward = partial(_again, layer.forward)

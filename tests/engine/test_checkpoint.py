@@ -197,10 +197,10 @@ def test_the_two_trials_have_their_best_rungs_where_the_tests_need_them(
     ("damaged", "recovery"),
     [
         ([], ""),
-        ([3], "rung-00003.safetensors cannot be read .*: went on from rung 2"),
+        ([3], "rung-00003.safetensors cannot be read .*: resumed from rung 2"),
         (
             [2, 3],
-            "rung-00003.* cannot be read .*; rung-00002.* cannot be read .*: trained anew from the start",
+            "rung-00003.* cannot be read .*; rung-00002.* cannot be read .*: restarted from the beginning",
         ),
     ],
     ids=["whole", "last damaged", "both damaged"],
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_other_shapes_is_not_used(
 
     rest = finish(engine)
 
-    assert "has other layers or shapes than the trial: went on from rung 1" in rest[0].recovery
+    assert "has other layers or shapes than the trial: resumed from rung 1" in rest[0].recovery
     assert perplexities(rest).tolist() == perplexities(undisturbed[1:]).tolist()
 
 

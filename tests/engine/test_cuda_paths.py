@@ -194,12 +194,12 @@ class Copy:
 def test_a_sick_step_is_seen_when_its_copy_comes_even_if_others_follow() -> None:
     watch, copies = Watch(), [Copy(), Copy(), Copy()]
     values = (1.0, float("nan"), 1.0)
-    watch._on_their_way.extend((torch.tensor(v), copy) for v, copy in zip(values, copies, strict=True))  # type: ignore[misc]
+    watch._in_flight.extend((torch.tensor(v), copy) for v, copy in zip(values, copies, strict=True))  # type: ignore[misc]
 
-    assert not watch.is_sick
+    assert not watch.has_diverged
     copies[0].is_over = True
-    assert not watch.is_sick
+    assert not watch.has_diverged
     copies[1].is_over = True
-    assert watch.is_sick
+    assert watch.has_diverged
     copies[2].is_over = True
-    assert watch.is_sick
+    assert watch.has_diverged

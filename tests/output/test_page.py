@@ -193,11 +193,11 @@ def test_facts_are_grouped_and_the_fingerprint_is_left_out() -> None:
 
 
 def test_what_was_recovered_is_told_with_its_trial(tmp_path: Path) -> None:
-    rows = [replace(ROWS[0], recovery="rung-00003.safetensors is damaged: went on from rung 2"), *ROWS[1:]]
+    rows = [replace(ROWS[0], recovery="rung-00003.safetensors is damaged: resumed from rung 2"), *ROWS[1:]]
 
     write_report(rows, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "report.html")
     write_report(ROWS, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "calm.html")
 
     told = Page((tmp_path / "report.html").read_text()).text
-    assert "trial 0: rung-00003.safetensors is damaged: went on from rung 2" in told
+    assert "trial 0: rung-00003.safetensors is damaged: resumed from rung 2" in told
     assert "What was recovered" not in Page((tmp_path / "calm.html").read_text()).text

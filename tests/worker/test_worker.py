@@ -142,7 +142,7 @@ class TroubledEngine(CurveEngine):
 
 TROUBLES = {
     (1, 1): lambda m: replace(m, perplexity=math.nan, ended="failed", detail="TypeError: a bug (in x.py)"),
-    (2, 1): lambda m: replace(m, recovery="rung-00003.safetensors is damaged: went on from rung 2"),
+    (2, 1): lambda m: replace(m, recovery="rung-00003.safetensors is damaged: resumed from rung 2"),
 }
 
 
@@ -160,7 +160,7 @@ def test_a_failed_trial_is_stored_with_its_reason_and_a_recovery_with_its_trial(
     assert rows[1].perplexities == {}
     assert tracker.ends[1] == "FAIL"
     assert "trial 1 failed" in lines.getvalue()
-    assert rows[2].recovery == "rung-00003.safetensors is damaged: went on from rung 2"
+    assert rows[2].recovery == "rung-00003.safetensors is damaged: resumed from rung 2"
     assert study.summary().finished == 5
 
 
