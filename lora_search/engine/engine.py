@@ -2,7 +2,7 @@
 
 `advance` runs one packed pass; a slot steps when its own effective batch is complete and is evaluated when it
 reaches a rung. A trial's numbers do not depend on its slot, its neighbours, or how batches are cut into
-passes. An error in one trial ends only that trial (`failures`).
+passes. An error in one trial ends only that trial (docs/failures.md).
 """
 
 import logging

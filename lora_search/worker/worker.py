@@ -1,5 +1,5 @@
 """One process on one device: claims trials, trains them in its slots, reports. Decides every trial's fate;
-`failures` has the table. While the database is gone it trains on, claims nothing and judges nobody."""
+docs/failures.md has the table. While the database is gone it trains on, claims nothing and judges nobody."""
 
 import time
 from collections.abc import Callable, Sequence
