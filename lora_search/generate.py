@@ -19,7 +19,7 @@ from lora_search.study.identity import find_identity
 from lora_search.study.view import StudyView
 
 if TYPE_CHECKING:
-    from lora_search.service import Answerer
+    from lora_search.service.plain import Answerer
 
 OWN = {"trials": "", "questions": "", "answers": "", "max_new_tokens": "200", "batch_size": "8"}
 KEYS = ("question", "instruction", "prompt")  # where a line of questions=FILE may keep the question
@@ -45,7 +45,7 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
     numbers = [chosen_trial("trials", text, rows).number for text in own["trials"].split(",")]
     config, identity = recorded(arguments, found, view.attributes()), find_identity(found.config)
 
-    from lora_search.service import open_answerer
+    from lora_search.service.plain import open_answerer
 
     answerer = open_answerer(
         config, identity.commit if identity else None, found.folder, numbers, limits["max_new_tokens"]

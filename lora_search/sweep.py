@@ -100,7 +100,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.tracking import make_tracker
     from lora_search.prepare import describe_search, prepare_sweep
-    from lora_search.scoring import score_test_once
+    from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.study import SweepStudy, check_study
     from lora_search.worker.worker import work
