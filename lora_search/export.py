@@ -81,8 +81,8 @@ def merge_to(
 ) -> tuple[float, str]:
     """Write the merged weights; return their perplexity in plain transformers, and their dtype."""
     config = recorded(arguments, found, attributes)
-    from lora_search.service.reopen import read_again
     from lora_search.service.plain import merge
+    from lora_search.service.reopen import read_again
 
     if config.model.quantization is not None:
         progress.event("the base was in 4 bits while it was trained on; it is merged in full precision")

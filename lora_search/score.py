@@ -39,9 +39,9 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
         )
     config = recorded(arguments, found, attributes)
 
+    from lora_search.service.plain import adapter_folder
     from lora_search.service.reopen import reopen
     from lora_search.service.scoring import score_test
-    from lora_search.service.plain import adapter_folder
 
     adapter_folder(found.folder, best.number)
     opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
