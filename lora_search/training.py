@@ -28,9 +28,9 @@ from lora_search.engine.effects import check_effect, check_outline
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.reading.load import load_rows
-from lora_search.settings.overlay import searchable_keys, trial_settings
+from lora_search.settings.overlay import searchable_keys, trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
-from lora_search.trial import Measurement, TrialRun, draw_seed
+from lora_search.trial import Measurement, TrialRun
 
 
 def train(
@@ -53,7 +53,9 @@ def train(
     chosen = [trial_settings(config, params) for params in settings]
     place = Path(folder).resolve()
     runs = [
-        TrialRun(number=i, seed=draw_seed(config.seed, i), settings=trial, folder=str(place / str(i)))
+        TrialRun(
+            number=i, seed=trial_seed(config, settings[i], i), settings=trial, folder=str(place / str(i))
+        )
         for i, trial in enumerate(chosen)
     ]
     rows, source = load_rows(config.data), resolve_model(config.model)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_every_setting_is_measured_at_every_rung_and_leaves_its_adapter(tmp_path
     ]
     assert [m.ended for m in measurements if m.rung == 3] == ["finished"] * 3
     assert all((tmp_path / str(i) / "adapter" / "adapter_config.json").is_file() for i in range(3))
+
+
+def test_equal_seeds_give_the_same_curve_bit_for_bit_where_trials_train_alone(tmp_path: Path) -> None:
+    config = replace(tiny_config(), engine=EngineConfig(slots=1, device="cpu", dtype="float32"))
+    settings = [{"optim.lr": 5e-3, "train.seed": seed} for seed in (5, 5, 6)]
+    curves: dict[int, list[float]] = {0: [], 1: [], 2: []}
+
+    for measurement in train(config, settings, tmp_path):
+        curves[measurement.trial_number].append(measurement.perplexity)
+
+    assert curves[0] == curves[1]
+    assert curves[2] != pytest.approx(curves[0], rel=1e-5)
 
 
 def test_a_trial_ends_where_stop_says_so(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
     notes = []
     for key, distribution in space.distributions.items():
         value = params.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or key == "train.seed":
+            continue  # no seed lies beyond another
         if isinstance(distribution, CategoricalDistribution):
             notes += _choice_note(key, [*distribution.choices], value)
         elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
-from lora_search.trial import TrialSettings
+from lora_search.trial import TrialSettings, draw_seed
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
 FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials meet at the same rungs, on the same tokens
@@ -30,6 +30,14 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
         gradient_accumulation_steps=train.gradient_accumulation_steps, epochs=train.epochs,
         evals_per_epoch=train.evals_per_epoch, early_stopping_patience=train.early_stopping_patience,
     )  # fmt: skip
+
+
+def trial_seed(config: SweepConfig, params: Mapping[str, object], number: int) -> int:
+    """Return the seed of a trial's adapter init and dropout: train.seed where it is given, the sweep's or the
+    trial's own, else one that depends on the sweep's seed and the trial's number."""
+    train = _overlay(config, "train", params)
+    assert isinstance(train, TrainConfig)
+    return draw_seed(config.seed, number) if train.seed is None else train.seed
 
 
 def searchable_keys() -> list[str]:

@@ -22,6 +22,7 @@ TRAIN_MOST = {  # more is a slip of the keyboard, not a plan
     "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
 }  # fmt: skip
 DAY, MAX_HOURS = 86_400, 10_000
+MAX_SEED = 2**32 - 1  # what a trial draws, and PyTorch takes
 MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
 
 
@@ -122,8 +123,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     early_stopping_patience: int | None = None  # rungs without improvement; null trains to the end
     loss_on: str = "all_assistant_turns"  # of a conversation; or last_turn
+    seed: int | None = None  # of adapter init and dropout; null draws one from `seed` and the trial's number
 
     def __post_init__(self) -> None:
+        if self.seed is not None:
+            require_range("train.seed", self.seed, 0, MAX_SEED, "null gives each trial a seed of its own")
         require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn"))
         for key, most in TRAIN_MOST.items():
             require_range(f"train.{key}", getattr(self, key), 1, most)

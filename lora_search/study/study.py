@@ -26,6 +26,7 @@ from lora_search.search.trials import (
     settled,
     trial_rows,
 )
+from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import attributes_of, describe
@@ -38,7 +39,7 @@ from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
 from lora_search.study.view import StudyView
-from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun, draw_seed
+from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 SUMMARY_SECONDS = 1.0
 
@@ -338,7 +339,7 @@ class SweepStudy:
         self.budget.begin(number)
         return TrialRun(
             number=number,
-            seed=draw_seed(self.config.seed, number),
+            seed=trial_seed(self.config, record.params, number),
             settings=settings,
             folder=str(self.trials_folder / str(number)),
             study_id=self.identity.id or "",
