@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_search.errors import ConfigError, LoraSearchError
-from lora_search.output.ranking import best_of
 from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
+from lora_search.results.ranking import best_of
 from lora_search.settings.composition import DEFAULT_SWEEP, compose_section, compose_study
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig

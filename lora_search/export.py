@@ -11,9 +11,9 @@ from pathlib import Path
 from lora_search.command_line import FoundStudy, chosen_trial, find_study, recorded, run, study_parser, take
 from lora_search.errors import ConfigError, StudyError
 from lora_search.files.atomic import explained_writing, write_file
-from lora_search.output.certainty import certainty_of
 from lora_search.output.model_card import model_card
 from lora_search.output.terminal import Progress
+from lora_search.results.certainty import certainty_of
 from lora_search.study.identity import find_identity
 from lora_search.study.results import read_test_score
 from lora_search.study.view import StudyView

@@ -8,9 +8,9 @@ import sys
 
 from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.errors import ConfigError, StudyError
-from lora_search.output.leaderboard import line_of_test
-from lora_search.output.ranking import best_of
 from lora_search.output.terminal import Progress
+from lora_search.results.ranking import best_of
+from lora_search.results.verdict import line_of_test
 from lora_search.study.results import read_test_score
 from lora_search.study.view import StudyView
 

@@ -20,7 +20,7 @@ PRELOADED = (
     "engine.engine",
     "model.loading",
     "reading.load",
-    "output.page",
+    "page.report",
     "study.study",
     "worker.worker",
 )

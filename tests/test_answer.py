@@ -22,7 +22,7 @@ from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
 from lora_search.model.loading import load_tokenizer, resolve_model
-from lora_search.output.ranking import best_of
+from lora_search.results.ranking import best_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import ModelConfig, StudyConfig

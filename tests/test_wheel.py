@@ -31,7 +31,7 @@ def test_the_wheel_carries_every_sweep_config_group_and_the_page(wheel: Path) ->
 
     assert len(settings) > 20
     assert {f"lora_search/{path.relative_to(ROOT)}" for path in settings} <= packed
-    assert "lora_search/output/page.html.j2" in packed
+    assert "lora_search/page/page.html.j2" in packed
 
 
 @pytest.mark.slow

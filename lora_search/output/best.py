@@ -3,17 +3,16 @@
 runs/<study>/best is replaced as a whole: it never mixes two trials.
 """
 
-import ast
 import json
 import logging
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_search.files.atomic import write_file
-from lora_search.output.ranking import best_of, progress_note
+from lora_search.results.ranking import best_of, progress_note
+from lora_search.settings.recorded import recorded_values
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
@@ -130,33 +129,10 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
         "seed": seed_of(best, attributes),
         "params": {key: plain(value) for key, value in best.params.items()},
         "settings": {
-            **sweep_settings(attributes),
+            **recorded_values(attributes),
             **{key: plain(value) for key, value in best.params.items()},
         },
     }
-
-
-def sweep_settings(attributes: Mapping[str, str]) -> dict[str, object]:
-    """Return dotted key -> value of the sweep's settings, with their types."""
-    if "settings" in attributes:
-        return _flat("", json.loads(attributes["settings"]))
-    prefix = "setting/sweep."  # an older version kept them as text
-    texts = {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)}
-    return {key: _typed(text) for key, text in texts.items()}
-
-
-def _flat(prefix: str, settings: Mapping[str, Any]) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in settings.items():
-        flat |= _flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _typed(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def plain(value: object) -> object:
@@ -174,7 +150,7 @@ def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> st
         so_far=f" ({note}: its training goes on with the sweep's command)" if note else "",
         base=attributes.get("base_model", ""),
         revision=attributes.get("base_revision") or None,
-        schema=_schema(sweep_settings(attributes)),
+        schema=_schema(recorded_values(attributes)),
         elsewhere=_elsewhere(attributes),
         adapter=str(target / "adapter"),
         command=retrain_command(best, attributes, study),
@@ -207,7 +183,7 @@ def _elsewhere(attributes: Mapping[str, str]) -> str:
         text = CONVERTED.format(name=name, weights=weights, package=package)
     else:
         text = IN_A_FOLDER.format(base=base, weights=weights)
-    nf4 = sweep_settings(attributes).get("model.quantization") == "nf4"
+    nf4 = recorded_values(attributes).get("model.quantization") == "nf4"
     return f"{text}\n\nIt was loaded in 4 bits (nf4) for training." if nf4 else text
 
 

@@ -3,7 +3,7 @@
 import optuna
 from optuna_dashboard import save_note
 
-from lora_search.output.formatting import show_perplexity
+from lora_search.results.formatting import show_perplexity
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space
 

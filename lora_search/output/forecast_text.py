@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_search.files.atomic import explained_writing, write_file
-from lora_search.output.formatting import show_count, show_seconds
+from lora_search.results.formatting import show_count, show_seconds
 from lora_search.search.forecast import Forecast, Probe, Shape, trials_within
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialRow

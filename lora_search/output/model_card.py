@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 
-from lora_search.output.best import plain, sweep_settings
-from lora_search.output.certainty import SURE, Comparison
-from lora_search.output.formatting import show_difference, show_value
-from lora_search.output.leaderboard import line_of_test
+from lora_search.output.best import plain
+from lora_search.results.certainty import SURE, Comparison
+from lora_search.results.formatting import show_difference, show_value
+from lora_search.results.verdict import line_of_test
+from lora_search.settings.recorded import recorded_values
 from lora_search.study.results import TestScore
 from lora_search.trial import TrialRow
 
@@ -75,7 +76,7 @@ def model_card(
 ) -> str:
     """Return the card. ``to_base``: the paired comparison on the validation rows; ``merged``: the perplexity
     of the merged weights in plain transformers, and their dtype."""
-    settings = sweep_settings(attributes) | {key: plain(value) for key, value in row.params.items()}
+    settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
     rank = settings.get("lora.r")

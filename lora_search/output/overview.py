@@ -8,12 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.best import sweep_settings
-from lora_search.output.certainty import certainty_of
-from lora_search.output.formatting import show_change, show_perplexity
-from lora_search.output.leaderboard import leaderboard, line_of_test
-from lora_search.output.ranking import best_of
+from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import slot_table
+from lora_search.results.certainty import certainty_of
+from lora_search.results.formatting import show_change, show_perplexity
+from lora_search.results.ranking import best_of
+from lora_search.results.verdict import line_of_test
+from lora_search.settings.recorded import recorded_values
 from lora_search.study.results import read_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
@@ -41,7 +42,7 @@ def studies_table(views: Sequence[StudyView]) -> Table:
 def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
     """Return finished trials of those asked for: 7/12."""
     finished = sum(row.state in ("COMPLETE", "PRUNED") for row in rows)
-    return f"{finished}/{sweep_settings(attributes).get('study.n_trials', '?')}"
+    return f"{finished}/{recorded_values(attributes).get('study.n_trials', '?')}"
 
 
 def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:

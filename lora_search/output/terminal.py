@@ -29,8 +29,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.formatting import show_perplexity, show_seconds, show_value
 from lora_search.output.streams import clean, shorten
+from lora_search.results.formatting import show_perplexity, show_seconds, show_value
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lora_search.engine.engine import Engine
 from lora_search.files.row_scores import TEST, write_scores
-from lora_search.output.certainty import compare
 from lora_search.output.conclusion import one_at_a_time
-from lora_search.output.ranking import best_of
+from lora_search.results.certainty import compare
+from lora_search.results.ranking import best_of
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.results import TestScore, read_test_score, store_test_score
 from lora_search.study.view import StudyView

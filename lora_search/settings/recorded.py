@@ -16,14 +16,19 @@ def recorded_settings(attributes: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(PREFIX): text for key, text in attributes.items() if key.startswith(PREFIX)}
 
 
+def recorded_values(attributes: Mapping[str, str]) -> dict[str, object]:
+    """Return the sweep's settings with their types, by their dotted keys."""
+    if "settings" in attributes:
+        return _flat("", json.loads(attributes["settings"]))
+    return {key: _literal(text) for key, text in recorded_settings(attributes).items()}  # an older version's
+
+
 def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:
     """Return the sweep's settings, checked; without its space, and with the storage that was given now.
 
     A setting that a later version added has its default; one that it dropped is left out.
     """
-    texts = recorded_settings(attributes)
-    values = _flat("", json.loads(attributes["settings"])) if "settings" in attributes else {}
-    config = _build(SweepConfig, "", values or {key: _literal(text) for key, text in texts.items()}, texts)
+    config = _build(SweepConfig, "", recorded_values(attributes), recorded_settings(attributes))
     assert isinstance(config, SweepConfig)
     config.study = study
     return config

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
-from lora_search.output.formatting import show_perplexity
 from lora_search.output.terminal import Progress
+from lora_search.results.formatting import show_perplexity
 from lora_search.settings.schema import StudyConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.study.view import StudyView

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from lora_search.output.certainty import Certainty, Comparison
 from lora_search.output.leaderboard import leaderboard
+from lora_search.results.certainty import Certainty, Comparison
 from lora_search.trial import TrialRow
 from tests.rows import BASE_PERPLEXITY, BEST, ROWS, make_row
 

@@ -12,13 +12,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
 from lora_search.output.best import export_best
-from lora_search.output.certainty import certainty_of
-from lora_search.output.charts import learning_curves, parameter_chart
 from lora_search.output.conclusion import conclude
 from lora_search.output.leaderboard import leaderboard
-from lora_search.output.page import write_report
-from lora_search.output.ranking import best_of
 from lora_search.output.terminal import Progress
+from lora_search.page.charts import learning_curves, parameter_chart
+from lora_search.page.report import write_report
+from lora_search.results.certainty import certainty_of
+from lora_search.results.ranking import best_of
 from lora_search.search.trials import PAUSED, PROGRESS, settled, trial_rows
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.view import StudyView

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from lora_search.output.formatting import show_change, show_count, show_perplexity, show_seconds, show_value
-from lora_search.output.ranking import best_of
 from lora_search.output.terminal import Progress, TimeLeft, next_steps
+from lora_search.results.formatting import show_change, show_count, show_perplexity, show_seconds, show_value
+from lora_search.results.ranking import best_of
 from lora_search.settings.schema import DataConfig, StudyConfig, SweepConfig, TrackerConfig
 from lora_search.trial import SlotView, StudySummary, TrialSettings
 from tests.rows import BEST, ROWS, make_row

@@ -16,7 +16,7 @@ from optuna.trial import TrialState, create_trial
 
 from lora_search.database.presence import worker_name
 from lora_search.errors import ConfigError, LoraSearchError, StudyError
-from lora_search.output.ranking import base_of
+from lora_search.results.ranking import base_of
 from lora_search.search.trials import trial_rows
 from lora_search.settings.schema import SamplerConfig, SweepConfig
 from lora_search.study.adoption import check_adoptable

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lora_search.output.formatting import show_perplexity, show_value
+from lora_search.results.formatting import show_perplexity, show_value
 from lora_search.trial import TrialRow
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44

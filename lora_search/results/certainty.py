@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_search.files.row_scores import BASE, read_scores
-from lora_search.output.ranking import best_of
+from lora_search.results.ranking import best_of
 from lora_search.trial import RowScores, TrialRow
 
 SURE = 2.0  # standard errors: 95 % where errors are normal

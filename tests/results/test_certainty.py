@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_search.files.row_scores import BASE, VALIDATION, read_scores, write_scores
-from lora_search.output.certainty import SURE, certainty_of, compare
+from lora_search.results.certainty import SURE, certainty_of, compare
 from lora_search.trial import RowScores, TrialRow
 from tests.rows import make_row
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lora_search.files.atomic import write_file
-from lora_search.output.certainty import SURE, Certainty, certainty_of
-from lora_search.output.charts import kind_of, learning_curves, parameter_chart
-from lora_search.output.formatting import (
+from lora_search.page.charts import kind_of, learning_curves, parameter_chart
+from lora_search.results.certainty import SURE, Certainty, certainty_of
+from lora_search.results.formatting import (
     short_names,
     show_change,
     show_count,
@@ -19,8 +19,8 @@ from lora_search.output.formatting import (
     show_seconds,
     show_value,
 )
-from lora_search.output.leaderboard import line_of_test, state_of, tied_line
-from lora_search.output.ranking import best_of, is_final, ranked, searched_keys
+from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
+from lora_search.results.verdict import line_of_test, state_of, tied_line
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
@@ -65,7 +65,7 @@ def write_report(
 def template() -> Template:
     """Return the page, with everything escaped that is not marked as safe."""
     environment = Environment(
-        loader=PackageLoader("lora_search", "output"),
+        loader=PackageLoader("lora_search", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,63 @@
+"""The verdict in words: who is tied with the best, how the test split went, which settings differ. Pure."""
+
+import math
+from collections.abc import Sequence
+
+from lora_search.results.certainty import Certainty
+from lora_search.results.formatting import show_difference, show_perplexity
+from lora_search.results.ranking import best_of, ranked, searched_keys
+from lora_search.study.results import TestScore
+from lora_search.trial import TrialRow
+
+OUT_OF_REACH = 100_000  # validation rows that nobody has
+
+
+def split_keys(rows: Sequence[TrialRow]) -> tuple[list[str], dict[str, object]]:
+    """Return the searched keys that differ between trials, and the values of those that do not."""
+    keys = searched_keys(rows)
+    values = {key: [row.params[key] for row in rows if key in row.params] for key in keys}
+    same = {key: found[0] for key, found in values.items() if len(set(map(repr, found))) == 1 < len(rows)}
+    return [key for key in keys if key not in same], same
+
+
+def state_of(row: TrialRow, certainty: Certainty) -> str:
+    """Return the state as people read it: a complete trial may be tied with the best."""
+    return f"{row.state.lower()}, tied" if certainty.is_tied(row) else row.state.lower()
+
+
+def tied_line(rows: Sequence[TrialRow], certainty: Certainty) -> str:
+    """Return who is as good as the best, and how many rows would tell; nothing where nobody is."""
+    tied, best = certainty.tied(ranked(rows)), best_of(rows)
+    if not tied or best is None:
+        return ""
+    comparisons = [certainty.against_best[row.number] for row in tied]
+    needed = [c.rows_needed for c in comparisons]
+    names = listed([str(row.number) for row in tied])
+    verb = "trials {} are" if len(tied) > 1 else "trial {} is"
+    beginning = f"{verb.format(names)} tied with trial {best.number}: within two standard errors on "
+    numbers = [rows_in_words(number) for number in needed if number is not None]
+    rows_needed = f"; about {listed(numbers)} rows would separate them" if numbers else ""
+    return f"{beginning}{comparisons[0].num_rows} validation rows{rows_needed}"
+
+
+def line_of_test(score: TestScore, best: TrialRow | None = None) -> str:
+    """Return the test score in a line, and whether it is of another trial than the best by now."""
+    to_base = show_difference(math.expm1(score.difference), score.error)
+    values = [show_perplexity(value, 2) for value in (score.perplexity, score.base_perplexity)]
+    text = f"test split, {score.num_rows} rows: trial {score.trial} {values[0]}, base {values[1]}"
+    text += f", change {to_base}"
+    if score.looks > 1:
+        text += f"; look {score.looks} at it: its value as a test is less with each"
+    if best is not None and best.number != score.trial:
+        text += f"; the best is trial {best.number} by now (lora-search score --again)"
+    return text
+
+
+def rows_in_words(number: int) -> str:
+    """Return 1,234, or that it is out of reach."""
+    return f"{number:,}" if number <= OUT_OF_REACH else f"more than {OUT_OF_REACH:,}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return 3, or 3 and 5, or 3, 5 and 9."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
