@@ -160,8 +160,8 @@ def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> st
 
 def seed_of(trial: TrialRow, attributes: Mapping[str, str]) -> int:
     """Return the seed that the trial was trained with."""
-    fixed = trial.params.get("train.seed", sweep_settings(attributes).get("train.seed"))
-    sweep_seed = sweep_settings(attributes).get("seed", 0)
+    fixed = trial.params.get("train.seed", recorded_values(attributes).get("train.seed"))
+    sweep_seed = recorded_values(attributes).get("seed", 0)
     return draw_seed(int(str(sweep_seed)), trial.number) if fixed is None else int(str(fixed))
 
 
