@@ -53,7 +53,8 @@ def explained_writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(error.filename or path, error.strerror or str(error)) from None
+        named = str(error.filename or TEMPORARY)
+        raise WriteError(path if named.endswith(TEMPORARY) else named, error.strerror or str(error)) from None
 
 
 def remove_unfinished(folder: Path) -> None:
