@@ -6,7 +6,6 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 
 import math
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.effects import check_outline, check_rates, warn_of_few, warn_of_untrained
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
-from lora_search.files.atomic import explained_writing
+from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device
@@ -55,21 +54,17 @@ LOW_PRECISION_TOLERANCE = 5e-3
 
 
 def check_places(config: SweepConfig) -> Identity | None:
-    """Make the study's folder; return the identity of the study if there is one. Raises where the folder is
-    another study's or cannot be written to, or the database cannot be used or has another program's study
-    of that name."""
+    """Return the identity of the study if there is one. Makes nothing. Raises where the study's folder is
+    another's or cannot be written to, or the database cannot be used or has another program's study of that
+    name."""
     folder = Path(config.runs_dir) / config.study.name
+    refusal = refused_writing(folder)
+    if refusal is not None:
+        rule = f"must be a folder that can be written to ({refusal})"
+        raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.")
     check_folder(config.study, folder.parent)
     check_adoptable(config.study)
-    identity = find_owned(config.study, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        rule = f"must be a folder that can be written to ({folder}: {error.strerror})"
-        raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.") from None
-    return identity
+    return find_owned(config.study, folder)
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
@@ -178,8 +173,8 @@ def prepare_sweep(
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
-    rows = load_rows(config.data, is_known=knows_rows)
     identity = check_places(config)
+    rows = load_rows(config.data, is_known=knows_rows)
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")

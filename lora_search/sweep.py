@@ -34,7 +34,7 @@ from lora_search.settings.composition import (
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact, remember_all
 from lora_search.worker.command import Command, given_overrides
-from lora_search.worker.launcher import run_workers, told_to_launcher
+from lora_search.worker.launcher import leaving_no_folder, run_workers, told_to_launcher
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -79,12 +79,13 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     from lora_search.study.study import SweepStudy, check_study
 
     check_study(config, parse_space(config))
-    check_folder(config.study, Path(config.runs_dir))
+    folder = Path(config.runs_dir) / config.study.name
+    check_folder(config.study, folder.parent)
     check_adoptable(config.study)
-    find_owned(config.study, Path(config.runs_dir) / config.study.name)
-    study_folder(config)
+    find_owned(config.study, folder)
     try:
-        with interrupts.after_the_pass():
+        with leaving_no_folder(folder), interrupts.after_the_pass():
+            study_folder(config)
             run_workers(config, command, progress, interrupts.check)
     except KeyboardInterrupt:
         reclaim_all(config.study)  # what a worker held that was killed before the interrupt

@@ -30,6 +30,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "optuna_dashboard": {"output.dashboard_note"},
     "optuna": {"settings.space", "settings.edges", "search", "study", "database", "output.dashboard_note"},
     "sqlalchemy": {"database"},
+    "alembic": {"database.tables"},
     "hydra": {"settings.composition", "settings.space", "sweep"},
     "omegaconf": {"settings.composition", "settings.sweep_file"},
     "yaml": {"settings.composition", "settings.sweep_file"},

@@ -16,14 +16,16 @@ from pathlib import Path
 import optuna
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG, BaseModel
-from sqlalchemy import create_engine, event, inspect
+from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.sqlite_file import check_sqlite_file
+from lora_search.database.tables import check_tables
 from lora_search.errors import ConfigError, DatabaseError, StudyError
+from lora_search.files.atomic import refused_writing
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.secrets import redact
 
@@ -36,6 +38,7 @@ RESTORE = (
     "a new study.name."
 )
 KEY = "study.storage"
+OWN_DATABASE = "Give a database of its own, e.g. after: CREATE DATABASE lora_search"
 _locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
 DRIVERS = (
     "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
@@ -64,25 +67,33 @@ def open_storage(config: StudyConfig) -> RDBStorage:
 def check_storage(config: StudyConfig) -> None:
     """Raise ConfigError or StudyError for a database that cannot be used. Makes none."""
     url = _parse(config.storage)
-    if url.get_backend_name() == "sqlite":
-        if url.database in (None, "", ":memory:"):
-            rule = "must name a file, or nothing of the study is kept"
-            raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
-        folder = Path(url.database).parent
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-            rule = "must lie in a folder that can be written to"
-            raise ConfigError(KEY, config.storage, rule, "Give another folder.")
-        if not os.path.exists(url.database):  # unlike Path.exists, False where it may not look
+    is_file = url.get_backend_name() == "sqlite"
+    if is_file:
+        _check_file(config, url)
+        if not os.path.exists(url.database or ""):  # unlike Path.exists, False where it may not look
             return
-        if "uri" not in url.query:
-            check_sqlite_file(Path(url.database))
     try:
         with explained_errors(config):
             engine = create_engine(url, **engine_options(url))
-            inspect(engine).has_table("studies")
+            with engine.connect() as connection:
+                check_tables(connection, redact(config.storage), OWN_DATABASE, is_shared=not is_file)
             engine.dispose()
     except ImportError:
         raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from None
+
+
+def _check_file(config: StudyConfig, url: URL) -> None:
+    if url.database in (None, "", ":memory:"):
+        rule = "must name a file, or nothing of the study is kept"
+        raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
+    if "uri" in url.query:
+        return
+    if os.path.exists(url.database):
+        check_sqlite_file(Path(url.database))
+    refusal = refused_writing(Path(url.database).parent)
+    if refusal is not None:
+        rule = f"must lie in a folder that can be written to ({refusal})"
+        raise ConfigError(KEY, config.storage, rule, "Give another folder.")
 
 
 @contextmanager

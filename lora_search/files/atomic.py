@@ -4,6 +4,7 @@ Whatever the disk refuses (full, over quota, read-only) is one message; the olde
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refused_writing(folder: Path) -> str | None:
+    """Return why no file can be made in a folder, or the folder not be made; None where it can. Leaves
+    nothing."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{place}: {error.strerror}"
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 from optuna.storages import RDBStorage
 
 from lora_search.database.once import write_once
-from lora_search.database.storage import explained_errors, open_storage, require_database
-from lora_search.errors import ConfigError
+from lora_search.database.outline import outline_of
+from lora_search.database.storage import explained_errors, open_storage
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.fingerprint import ATTRIBUTE
 
@@ -57,16 +57,11 @@ def number_of(attributes: Mapping[str, Any], key: str) -> float | None:
 
 def find_identity(config: StudyConfig) -> Identity | None:
     """Return the identity of the study that the settings name; None where there is none. Makes nothing."""
-    try:
-        require_database(config)
-    except ConfigError:
+    if outline_of(config) is None:
         return None
     storage = open_storage(config)
     with explained_errors(config):
-        try:
-            study_id = storage.get_study_id_from_name(config.name)
-        except KeyError:
-            return None
+        study_id = storage.get_study_id_from_name(config.name)
         return read_identity(storage.get_study_user_attrs(study_id))
 
 

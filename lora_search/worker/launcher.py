@@ -7,13 +7,14 @@ environment: command lines are there for everybody to read.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lora_search.settings.secrets import redact
 from lora_search.study.view import StudyView
 from lora_search.worker.command import Command
 
+LOGS = "workers"  # the folder of their logs, in the study's
 LOOK_SECONDS = 1.0  # between two looks at the workers and the study
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
@@ -243,7 +245,7 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress, check
 
 def make_team(config: SweepConfig, command: Command, environments: Sequence[Mapping[str, str]]) -> Team:
     """Return the workers, not yet started."""
-    folder, restarts = Path(config.runs_dir) / config.study.name / "workers", config.launcher.max_restarts
+    folder, restarts = Path(config.runs_dir) / config.study.name / LOGS, config.launcher.max_restarts
     settings = command.environment()
     return Team(
         [
@@ -253,6 +255,21 @@ def make_team(config: SweepConfig, command: Command, environments: Sequence[Mapp
             for number, environment in enumerate(environments)
         ]
     )
+
+
+@contextmanager
+def leaving_no_folder(folder: Path) -> Iterator[None]:
+    """Where the input is refused, remove the study's folder if it is new and holds the workers' logs only."""
+    made = [path for path in (folder, folder.parent) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        with suppress(OSError):
+            if folder in made and set(os.listdir(folder)) <= {LOGS}:
+                shutil.rmtree(folder / LOGS, ignore_errors=True)
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 @contextmanager
@@ -266,7 +283,7 @@ def told_to_launcher(config: SweepConfig) -> Iterator[None]:
     try:
         yield
     except LoraSearchError as error:
-        path = Path(config.runs_dir) / config.study.name / "workers" / f"{number}.log"
+        path = Path(config.runs_dir) / config.study.name / LOGS / f"{number}.log"
         error_file(path).write_text(redact(str(error)), encoding="utf-8")
         raise
 

@@ -36,11 +36,22 @@ def newer(path: Path) -> None:
     make(path, "UPDATE version_info SET schema_version = 99")
 
 
+def older(path: Path) -> None:
+    open_storage(StudyConfig(storage=f"sqlite:///{path}")).engine.dispose()
+    make(path, "UPDATE alembic_version SET version_num = 'v2.6.0.a'")
+
+
+def version_of_another(path: Path) -> None:
+    make(path, "CREATE TABLE version_info (version TEXT)")
+
+
 WRONG: list[tuple[Callable[[Path], None], str]] = [
     (text, r"must be an SQLite database \(file is not a database\)"),
     (contacts, r"is another application's database \(tables: contacts\)"),
-    (other_studies, r"is another application's database \(tables: contacts, studies\)"),
+    (other_studies, r"is another application's database \(tables: studies\)"),
     (newer, "was made by another version of Optuna: its schema is 99, this one's is 12"),
+    (older, "was made by another version of Optuna: its schema is v2.6.0.a, .* Run `optuna storage upgrade`"),
+    (version_of_another, r"is another application's database \(tables: version_info\)"),
     (Path.mkdir, "must be a file"),
 ]
 

@@ -232,6 +232,7 @@ def test_what_is_wrong_for_every_worker_is_said_once(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert output.count("the model has no layer 'query'") == 1
     assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []  # nothing was written
 
 
 @pytest.mark.slow
