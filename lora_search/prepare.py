@@ -46,7 +46,7 @@ from lora_search.study.fingerprint import (
 )
 from lora_search.study.folder import check_folder, claim_folder, find_owned, study_folder
 from lora_search.study.identity import Identity
-from lora_search.study.study import SweepStudy
+from lora_search.study.study import BASE_WIDTH, SweepStudy
 from lora_search.worker.command import typed_command
 
 BASE_TOLERANCE = {"float32": 1e-4}  # of a base's perplexity: another device or kernel rounds otherwise
@@ -116,6 +116,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     splits: Splits
     content: dict[str, str]
+    width: int  # of the base
 
 
 def read_inputs(
@@ -128,12 +129,12 @@ def read_inputs(
     study was begun with. Raises ModelError where the base is not whole or lacks one of the targets."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
-    num_embeddings = check_outline(source, model, targets)
+    num_embeddings, width = check_outline(source, model, targets)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
     check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)
     content = content_before_loading(config, source, model, tokenizer, splits)
-    return Inputs(source, model, tokenizer, splits, content)
+    return Inputs(source, model, tokenizer, splits, content, width)
 
 
 def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Identity | None) -> None:
@@ -220,6 +221,7 @@ def open_study(
     command, folder = typed_command(sys.argv), study_folder(config)
     known = attributes(config, sweep_name, command, inputs.source, inputs.splits, content)
     known["data.train_tokens"] = str(sum(len(row.input_ids) for row in inputs.splits.train))
+    known[BASE_WIDTH] = str(inputs.width)
     study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder, began=began)
     claim_folder(folder, config.study.name, study.identity)
     with explained_writing(folder):

@@ -60,7 +60,7 @@ def train(
     ]
     rows, source = load_rows(config.data), resolve_model(config.model)
     model = pin_model(source, config.model)
-    num_embeddings = check_outline(source, model, Room.of(chosen).targets)
+    num_embeddings, _ = check_outline(source, model, Room.of(chosen).targets)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
     check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)

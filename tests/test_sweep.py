@@ -173,7 +173,10 @@ BAD_INPUT = [
     (["-cd", "/no/folder"], "-cd /no/folder: no such folder, or it may not"),
     (["-cp", "/no/folder"], "-cp: sweeps lie in sweeps/. Add a folder of your own with -cd."),
     (["-m"], "-m: a sweep searches by its `space`"),
-    (["-cn", "nosuch"], "-cn nosuch: no such sweep. There are: construction_faq, llama31_8b_instruct, smoke"),
+    (
+        ["-cn", "nosuch"],
+        "-cn nosuch: no such sweep. There are: construction_faq, llama31_8b_instruct, llama31_8b_wide, smoke",
+    ),
     (["optim.lr=[1"], r"optim.lr=\[1: cannot be read"),
 ]
 

@@ -5,7 +5,7 @@ or ends the trial in between, and whoever comes too late sees that and writes no
 looks and writes in two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
@@ -49,14 +49,17 @@ class TrialTable:
             row = TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             yield LockedTrial(self.storage, session, row, trial_id)
 
-    def enqueue_first(self, params: Mapping[str, object]) -> bool:
-        """Put a study's first trial in line; return False where it has trials. Of many starts one does it."""
-        first = create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": dict(params)})
+    def enqueue_first(self, points: Sequence[Mapping[str, object]]) -> bool:
+        """Put a study's first trials in line; return False where it has trials. Of many starts one does it.
+        What a point leaves out is drawn."""
+        fixed = [{"fixed_params": dict(params)} for params in points]
+        first = [create_trial(state=TrialState.WAITING, system_attrs=attributes) for attributes in fixed]
         with self._transaction() as session:
             StudyModel.find_or_raise_by_id(self.study_id, session, for_update=True)  # as each new trial does
             if session.query(TrialModel).filter_by(study_id=self.study_id).first() is not None:
                 return False
-            self.storage._get_prepared_new_trial(self.study_id, first, session)
+            for trial in first:
+                self.storage._get_prepared_new_trial(self.study_id, trial, session)
         return True
 
     @contextmanager

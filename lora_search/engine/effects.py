@@ -23,14 +23,15 @@ STEP_KEYS = (
 )  # fmt: skip
 
 
-def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]]) -> int:
-    """Return the size of the base's vocabulary. Raises ModelError, before weights are read, if the base is
-    incomplete or a layer that a trial may adapt does not exist."""
+def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]]) -> tuple[int, int]:
+    """Return the size of the base's vocabulary and its width. Raises ModelError, before weights are read, if
+    the base is incomplete or a layer that a trial may adapt does not exist."""
     outline = load_outline(source, model)
     for names in targets:
         target_layers(outline, names)
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
-    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
+    shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]
+    return min(vocabulary for vocabulary, _ in shapes), shapes[-1][-1]
 
 
 def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:

@@ -217,6 +217,7 @@ class StudyConfig:
     max_failures_in_a_row: int = 5
     max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
     first_trial_is_default: bool = True  # start from the settings outside `space`
+    first_trials: bool = True  # then from learning rates around what other models learned best at
     keep_gib: float = 1.0  # disk space for the checkpoints of paused trials (pruner.resume_paused)
 
     def __post_init__(self) -> None:

@@ -39,8 +39,12 @@ class Space:
 
     def default_params(self, config: SweepConfig) -> dict[str, object] | None:
         """Return the settings outside `space` as a point of the space, or None where one lies outside."""
-        params = {key: _encode(_get(config, key)) for key in self.distributions}
-        return None if self.outside(config) else params
+        return None if self.outside(config) else self.given_params(config)
+
+    def given_params(self, config: SweepConfig) -> dict[str, object]:
+        """Return the settings outside `space` that lie in their key's range."""
+        outside = self.outside(config)
+        return {key: _encode(_get(config, key)) for key in self.distributions if key not in outside}
 
     def outside(self, config: SweepConfig) -> dict[str, object]:
         """Return the settings outside `space` that are no value of their key's range."""

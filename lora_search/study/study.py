@@ -19,6 +19,7 @@ from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, open_storage, quieten_optuna
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
+from lora_search.search.priors import first_points
 from lora_search.search.pruning import make_pruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.search.trials import (
@@ -42,6 +43,7 @@ from lora_search.study.view import StudyView
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 SUMMARY_SECONDS = 1.0
+BASE_WIDTH = "base_width"  # study attribute
 
 
 class SweepStudy:
@@ -118,7 +120,7 @@ class SweepStudy:
             sweep_study.changes = changes
             sweep_study.account.note()
             sweep_study.reclaim_stale()
-            sweep_study._enqueue_default()
+            sweep_study._enqueue_first()
             sweep_study.ledger.read(everything=True)
         return sweep_study
 
@@ -352,10 +354,9 @@ class SweepStudy:
         stopped = stopped_by_optuna(self.study, judged, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
-    def _enqueue_default(self) -> None:
-        params = self.space.default_params(self.config)
-        if self.config.study.first_trial_is_default and params is not None:
-            self.table.enqueue_first(params)
+    def _enqueue_first(self) -> None:
+        width = number_of(self.study.user_attrs, BASE_WIDTH)
+        self.table.enqueue_first(first_points(self.config, self.space, width))
 
     def _end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> str:
         """End the trial unless another worker took it over; return the name of its state."""

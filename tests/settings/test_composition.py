@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lora_search.errors import InputError
+from lora_search.search.priors import first_points
 from lora_search.settings.composition import SWEEPS, as_override, compose, compose_study, help_page
-from lora_search.settings.space import parse_space
+from lora_search.settings.space import corners, parse_space
 
 
 @pytest.fixture
@@ -54,6 +55,15 @@ def test_the_llama_sweep_searches_what_chat_models_are_usually_tuned_by() -> Non
     assert config.train.early_stopping_patience == 2
     assert (config.data.max_length, config.data.max_length_choices) == ("auto", [512, 1024])
     assert parse_space(config).default_params(config) is not None
+
+
+def test_the_wide_llama_sweep_begins_in_the_middle_of_its_range_with_alpha_apart_from_the_rank() -> None:
+    config = compose("llama31_8b_wide", ["data.path=my.jsonl"])
+
+    rates = [point["optim.lr"] for point in first_points(config, parse_space(config), 4096)]
+    assert rates == [3e-4, 8.6e-4, 9.5e-5]
+    assert {settings.alpha for settings in corners(config, parse_space(config), ["lora.r"])} == {32}
+    assert config.lora.target_modules == "all-linear"
 
 
 def test_a_study_is_found_without_the_data_that_it_was_made_with() -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import event
 from lora_search.database.presence import worker_name
 from lora_search.search.trials import PAUSED, UNSIGNED, is_held_by
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, SweepConfig
-from lora_search.study.study import SweepStudy
+from lora_search.study.study import BASE_WIDTH, SweepStudy
 from lora_search.trial import Stop, TrialRun
 from tests.processes import postgres_server
 from tests.servers import real_mysql
@@ -233,18 +233,20 @@ def test_a_write_that_comes_too_late_changes_nothing(tmp_path: Path, arrange: An
 
 
 @pytest.mark.parametrize("transaction", [1, 2])
-def test_two_starts_at_once_put_the_default_trial_in_line_once(tmp_path: Path, transaction: int) -> None:
+def test_two_starts_at_once_put_the_first_trials_in_line_once(tmp_path: Path, transaction: int) -> None:
     config = config_of(tmp_path, f"sqlite:///{tmp_path}/study.db")
     config.study.first_trial_is_default = False
     rival, study = (open_study(config, tmp_path) for _ in range(2))
     config.study.first_trial_is_default = True
+    study.study.set_user_attr(BASE_WIDTH, "4096")
 
-    with struck_before(study, transaction, rival._enqueue_default) as count:
-        study._enqueue_default()
-    rival._enqueue_default()
+    with struck_before(study, transaction, rival._enqueue_first) as count:
+        study._enqueue_first()
+    rival._enqueue_first()
 
-    assert count == [1]
-    assert [t.system_attrs["fixed_params"]["optim.lr"] for t in study.study.get_trials()] == [2e-4]
+    assert count == [2]
+    rates = [t.system_attrs["fixed_params"]["optim.lr"] for t in study.study.get_trials()]
+    assert rates == [2e-4, 8.6e-4, 9.5e-5]
 
 
 @pytest.fixture(scope="module")
