@@ -12,6 +12,7 @@ COMMANDS = {  # each is the module lora_search.NAME
     "plan": "forecast time, tokens, money and memory of a sweep: a probe of seconds, no study",
     "inspect": "look at rows, lengths and the loss mask, without training",
     "score": "score winner and base on the test split; a sweep does it once, at its end",
+    "confirm": "retrain the best trials with fresh seeds: is the winner luck?",
     "export": "write an adapter, or merged weights, as a folder with a model card",
     "generate": "answer questions with base and trials, one by one or a whole file",
     "status": "show one study, or all of a storage: trials, best, workers, slots",

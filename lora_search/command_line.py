@@ -78,6 +78,13 @@ def chosen_trial(key: str, text: str, rows: Sequence[TrialRow]) -> TrialRow:
     return found[0]
 
 
+def whole_number(key: str, text: str) -> int:
+    """Return the number that a key of a command's own was given. Raises ConfigError."""
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(key, text, "must be a whole number >= 1")
+    return int(text)
+
+
 def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
     """Return the settings of the study's sweep as it recorded them, with the `engine` keys and runs_dir that
     the command line gives."""

@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
+from lora_search.command_line import (
+    chosen_trial,
+    find_study,
+    recorded,
+    run,
+    study_parser,
+    take,
+    whole_number,
+)
 from lora_search.errors import ConfigError, DataError, InputError
 from lora_search.files.atomic import write_file
 from lora_search.output.terminal import Progress
@@ -102,12 +110,6 @@ def answer_file(
 def name_of(trial: int | None) -> str:
     """Return base, or trial 5."""
     return "base" if trial is None else f"trial {trial}"
-
-
-def whole_number(key: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(key, text, "must be a whole number >= 1")
-    return int(text)
 
 
 def read_questions(path: Path) -> list[str]:

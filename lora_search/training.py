@@ -25,6 +25,7 @@ from lora_search.data.tokens import check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.effects import check_effect, check_outline
+from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.reading.load import load_rows
@@ -70,6 +71,13 @@ def train(
     base = load_base(source, model, config.engine)
     content = content_of(before, base, model, tokenizer)
     engine, _ = build_engine(config, Room.of(chosen), base, splits, content)
+    yield from train_all(engine, runs, stop)
+
+
+def train_all(
+    engine: Engine, runs: Sequence[TrialRun], stop: Callable[[Measurement], bool] = lambda _: False
+) -> Iterator[Measurement]:
+    """Train the runs to their ends, the next one in a slot as soon as it is free; yield every measurement."""
     waiting = list(reversed(runs))
     while waiting or engine.free_slots < len(engine.slots):
         engine.admit([waiting.pop() for _ in range(min(engine.free_slots, len(waiting)))])

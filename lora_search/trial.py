@@ -61,6 +61,14 @@ class TrialRun:
     perplexities: Mapping[int, float] = field(
         default_factory=dict
     )  # rung -> what the study has of it already
+    order_seed: int | None = None  # of the order of the rows; None: the sweep's, the same for all its trials
+    last_rung: int | None = None  # ends there, and keeps the adapter of that rung whatever it measures
+
+    def kept_rung(self, known: Mapping[int, float]) -> int:
+        """Return the rung whose adapter counts, of those with these perplexities; 0 where there is none."""
+        if self.last_rung is not None:
+            return max(known, default=0)
+        return min(known, key=lambda rung: (known[rung], rung), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"prepare", "inspection"},
     {"service"},
     {"command_line"},
-    {"sweep", "plan", "inspect", "score", "export", "generate", "status", "delete", "report"},
+    {"sweep", "plan", "inspect", "score", "confirm", "export", "generate", "status", "delete", "report"},
     {"list"},
     {"cli"},
 ]
@@ -39,8 +39,9 @@ HOMES = {  # library -> the rooms or modules that may import it
     "openpyxl": {"reading.files"},
     "pyarrow": {"reading.files"},
     "peft": {"files.peft"},
-    "filelock": {"output.conclusion"},
-    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},
+    "filelock": {"output.conclusion", "files.lock"},
+    "scipy": {"service.duels"},
+    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview", "output.confirmed"},
     "gguf": {"model.checks"},
     "jinja2": {"page.report", "data.templates"},
 }

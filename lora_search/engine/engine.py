@@ -236,7 +236,9 @@ class Engine:
         return slot.position.examples_seen >= self.axis.rung_examples(slot.settings, rung)
 
     def _next_batch(self, slot: Slot) -> None:
-        slot.begin_batch(self.axis.batch(slot.position.examples_seen, slot.settings))
+        seed = slot.run.order_seed
+        axis = self.axis if seed is None else replace(self.axis, seed=seed)
+        slot.begin_batch(axis.batch(slot.position.examples_seen, slot.settings))
 
     def _measure(self, due: Sequence[tuple[int, Slot]]) -> list[Measurement]:
         values = self._evaluate(due)

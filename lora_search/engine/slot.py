@@ -113,7 +113,8 @@ class Slot:
         perplexity = self.run.perplexities.get(rung, perplexity)
         curve = (*self.position.curve, (self.position.examples_seen, perplexity))
         self.position = replace(self.position, rung=rung, train_tokens=self.train_tokens, curve=curve)
-        if not perplexity < self.position.best_perplexity:  # nor is NaN
+        counts = self.run.last_rung is not None and math.isfinite(perplexity)
+        if not (counts or perplexity < self.position.best_perplexity):  # nor is NaN
             return False
         self.position = replace(self.position, best_rung=rung, best_perplexity=perplexity)
         return True
@@ -165,7 +166,7 @@ class Slot:
         position, patience = self.position, self.settings.early_stopping_patience
         if not finite:
             return "diverged", f"loss, gradient or validation not finite at rung {position.rung}"
-        if position.rung == self.settings.num_rungs:
+        if position.rung == (self.run.last_rung or self.settings.num_rungs):
             return "finished", ""
         if patience is not None and position.rung - position.best_rung >= patience:
             since = f"since rung {position.best_rung}"

@@ -94,7 +94,7 @@ class Keeper:
         known = {rung: perplexity for rung, (_, perplexity) in enumerate(position.curve, start=1)}
         known |= run.perplexities
         remove_unfinished(_adapter(run))
-        best_rung = min(known, key=lambda rung: (known[rung], rung), default=0)
+        best_rung = run.kept_rung(known)
         if best_rung != position.best_rung:
             kept = self._kept_adapter(run, best_rung)
             if kept is not None:

@@ -29,17 +29,21 @@ class Reopened:
     tokenizer: PreTrainedTokenizerBase
     splits: Splits
     engine: Engine
+    study_id: str
 
 
-def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int) -> Reopened:
-    """Return an engine with room for these trials, ``num_slots`` at a time. Raises FingerprintError where
-    rows, base or template are not those of the study."""
-    inputs = read_again(config)
+def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int | str) -> Reopened:
+    """Return an engine with room for these trials, ``num_slots`` at a time, or auto.
+
+    Raises FingerprintError where rows, base or template are not those of the study.
+    """
+    inputs, identity = read_again(config), find_identity(config.study)
     sized = replace(config, engine=replace(config.engine, slots=num_slots))
     base = load_base(inputs.source, inputs.model, config.engine)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, _ = build_engine(sized, Room.of(trials), base, inputs.splits, content)
-    return Reopened(config, inputs.tokenizer, inputs.splits, engine)
+    study_id = identity.id if identity is not None and identity.id else ""
+    return Reopened(config, inputs.tokenizer, inputs.splits, engine, study_id)
 
 
 def read_again(config: SweepConfig) -> Inputs:

@@ -14,7 +14,7 @@ from lora_search.study.identity import Identity, find_identity
 
 MARKER = "study.json"  # the id of the study
 RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # what a study leaves in its folder
-WRITTEN = (*RESULTS, MARKER, "best.new", "workers", "wandb")
+WRITTEN = (*RESULTS, MARKER, "best.new", "workers", "wandb", "confirm", "final", "export")
 SIDES = ("", "-wal", "-shm", "-journal")  # what SQLite writes next to a database file, by its ending
 
 

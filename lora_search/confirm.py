@@ -1,0 +1,75 @@
+"""`python -m lora_search.confirm study.name=NAME confirm.top=3 confirm.seeds=3`: is the winner luck?
+
+Retrains the best trials with fresh seeds and compares them. Imports torch once it is going to train.
+"""
+
+import argparse
+import sys
+
+from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
+from lora_search.errors import ConfigError
+from lora_search.output.confirmed import confirmed_table, verdicts
+from lora_search.output.page import write_report
+from lora_search.output.ranking import base_of, ranked
+from lora_search.output.terminal import Progress
+from lora_search.study.folder import find_owned
+from lora_search.study.view import StudyView
+from lora_search.trial import TrialRow
+
+OWN = {"confirm.top": "3", "confirm.seeds": "3"}
+MOST_RUNS = 200  # their results are kept in one attribute of the study
+
+
+def main() -> int:
+    """Confirm the study that the command line names; return the exit code."""
+    own = "Its own keys: confirm.top=3 (how many of the best), confirm.seeds=3 (fresh seeds for each)."
+    return run(
+        confirm, study_parser("confirm", f"Retrain the best trials with fresh seeds; compare them. {own}")
+    )
+
+
+def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Retrain, compare, say what came out, and write the report anew."""
+    own = take(arguments, OWN)
+    top, seeds = (whole_number(key, own[key]) for key in OWN)
+    found = find_study(arguments)
+    view = StudyView(found.config)
+    rows, attributes = view.rows(), view.attributes()
+    trials = best_trials(rows, top, seeds)
+    base, config = base_of(attributes), recorded(arguments, found, attributes)
+    find_owned(found.config, found.folder)
+
+    listed = ", ".join(map(str, trials))
+    progress.event(f"study {found.config.name}: trials {listed}, {seeds} fresh seeds each")
+    from lora_search.service import confirmation
+
+    done = confirmation.confirm(config, view, found.folder, trials, seeds, progress)
+    progress.console.print(confirmed_table(done, rows))
+    for sentence in verdicts(done, rows):
+        progress.console.print(sentence, markup=False, soft_wrap=True)
+    path = found.folder / "report.html"
+    write_report(rows, view.attributes(), base, path)
+    progress.event(f"wrote {path}")
+
+
+def best_trials(rows: list[TrialRow], top: int, seeds: int) -> list[int]:
+    """Return the best trials that ran to their end. Raises ConfigError where there are not so many."""
+    if seeds < 2:
+        remedy = "One seed has no spread: give 2 or more"
+        raise ConfigError("confirm.seeds", seeds, "must be at least 2", remedy)
+    complete = [row.number for row in ranked(rows) if row.state == "COMPLETE"]
+    if not complete:
+        rule = "must be at most the number of complete trials, and no trial is complete yet"
+        raise ConfigError("confirm.top", top, rule, "Run the sweep first.")
+    if top > len(complete):
+        rule = f"must be at most the number of complete trials, {len(complete)}"
+        raise ConfigError(
+            "confirm.top", top, rule, f"Give confirm.top={len(complete)}, or let the sweep go on."
+        )
+    if top * seeds > MOST_RUNS:
+        raise ConfigError("confirm.top x confirm.seeds", top * seeds, f"must be at most {MOST_RUNS}")
+    return complete[:top]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

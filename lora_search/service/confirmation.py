@@ -1,0 +1,182 @@
+"""Retrains the best trials with fresh seeds, packed over the one base, and compares them.
+
+A seed decides adapter init, dropout and the order of the rows; the same fresh seed gives all trials the same
+order. Splits, schedule and rungs are the search's. Killed at any moment, a second start goes on from the last
+rung of each run. Imports torch.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_search.engine.engine import Engine
+from lora_search.errors import StudyError
+from lora_search.files.lock import alone
+from lora_search.files.row_scores import read_scores
+from lora_search.output.terminal import Progress
+from lora_search.service.duels import duels_of
+from lora_search.service.reopen import reopen
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
+from lora_search.study.view import StudyView
+from lora_search.training import train_all
+from lora_search.trial import Measurement, RowScores, TrialRun, TrialSettings, draw_seed
+
+FOLDER = "confirm"
+ORDERS = 2**32 - 1  # stands where a trial's number does, for the order of the rows
+SAME_VALUE = 1e-6  # relative: the value stored, and the sum of its rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run that is wanted: whose settings, and which fresh seed."""
+
+    trial: int
+    seed: int
+    settings: TrialSettings
+    folder: Path  # absolute
+
+    def run(self, number: int, config: SweepConfig, study_id: str) -> TrialRun:
+        """Return it as the engine trains it, under a number of its own."""
+        return TrialRun(
+            number=number,
+            seed=draw_seed(config.seed, self.trial, self.seed),
+            order_seed=draw_seed(config.seed, ORDERS, self.seed),
+            settings=self.settings,
+            folder=str(self.folder),
+            study_id=study_id,
+        )
+
+
+def confirm(
+    config: SweepConfig,
+    view: StudyView,
+    folder: Path,
+    trials: Sequence[int],
+    num_seeds: int,
+    progress: Progress,
+) -> Confirmation:
+    """Train what is lacking, store each run as it ends, compare all; return what the study holds then.
+
+    Raises StudyError where another process confirms in this folder, or where a run failed.
+    """
+    place = folder.resolve() / FOLDER
+    plans = plans_for(view, place, trials, num_seeds)
+    with alone(place, "confirm"):
+        held = Holder(view, place)
+        lacking = [plan for plan in plans if held.find(plan) is None]
+        progress.event(f"{len(plans)} runs, {len(plans) - len(lacking)} of them trained before")
+        if lacking:
+            train(config, view, lacking, held, progress)
+        held.compare()
+    return held.confirmation
+
+
+def plans_for(view: StudyView, place: Path, trials: Sequence[int], num_seeds: int) -> list[Plan]:
+    """Return the runs, seed by seed: one that is interrupted has compared all trials by some seeds."""
+    settings = {number: view.settings_of(number) for number in trials}
+    return [
+        Plan(number, seed, settings[number], place / f"{number}-{seed}")
+        for seed in range(1, num_seeds + 1)
+        for number in trials
+    ]
+
+
+class Holder:
+    """The confirmation as the study holds it, and the row scores beside it."""
+
+    def __init__(self, view: StudyView, place: Path) -> None:
+        self.config, self.place = view.config, place
+        self.confirmation = read_confirmation(view.attributes())
+
+    def find(self, plan: Plan) -> Repeat | None:
+        """Return the run's result; None where it is not known, or its row scores are not in this folder."""
+        known = (r for r in self.confirmation.repeats if (r.trial, r.seed) == (plan.trial, plan.seed))
+        repeat = next(known, None)
+        is_whole = repeat is not None and (repeat.perplexity is None or self.scores(repeat) is not None)
+        return repeat if is_whole else None
+
+    def add(self, repeat: Repeat) -> None:
+        """Store a run that has ended, in the place of an older one."""
+        key = (repeat.trial, repeat.seed)
+        others = [r for r in self.confirmation.repeats if (r.trial, r.seed) != key]
+        repeats = tuple(sorted([*others, repeat], key=lambda r: (r.trial, r.seed)))
+        self.confirmation = replace(self.confirmation, repeats=repeats, confirmed_at="")
+        store_confirmation(self.config, self.confirmation)
+
+    def scores(self, repeat: Repeat) -> RowScores | None:
+        """Return how the run's adapter predicts each validation row."""
+        found = read_scores(self.place / f"{repeat.trial}-{repeat.seed}")
+        if found is None or repeat.perplexity is None or found[1] != repeat.rung:
+            return None
+        is_same = math.isclose(found[0].perplexity, repeat.perplexity, rel_tol=SAME_VALUE)
+        return found[0] if is_same else None
+
+    def compare(self) -> None:
+        """Compare all trials that have been retrained, and store that."""
+        leader = self.confirmation.fresh()[0].trial
+        found = {(r.trial, r.seed): self.scores(r) for r in self.confirmation.repeats}
+        scores = {key: one for key, one in found.items() if one is not None}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        duels = tuple(duels_of(leader, scores))
+        self.confirmation = replace(self.confirmation, duels=duels, confirmed_at=now)
+        store_confirmation(self.config, self.confirmation)
+
+
+def train(
+    config: SweepConfig, view: StudyView, plans: Sequence[Plan], held: Holder, progress: Progress
+) -> None:
+    """Train the runs packed. Raises StudyError at the end where some failed."""
+    slots = config.engine.slots
+    num_slots = min(slots, len(plans)) if isinstance(slots, int) else slots
+    opened = reopen(config, [plan.settings for plan in plans], num_slots)
+    runs = [plan.run(number, config, opened.study_id) for number, plan in enumerate(plans)]
+    failed: list[str] = []
+    for count, (plan, end, seconds) in enumerate(ended(opened.engine, runs, plans, progress), start=1):
+        name = f"trial {plan.trial}, seed {plan.seed}"
+        if end.ended == "failed":
+            failed.append(f"{name}: {end.detail}")
+            progress.event(f"{name} failed: {end.detail}")
+            continue
+        repeat = repeat_of(plan, end, seconds)
+        held.add(repeat)
+        shutil.rmtree(plan.folder / "checkpoint", ignore_errors=True)
+        value = "diverged" if repeat.perplexity is None else f"perplexity {repeat.perplexity:.3f}"
+        progress.event(f"{name}: {value} ({count} of {len(plans)})")
+    if failed:
+        raise StudyError(
+            f"confirm: {len(failed)} runs failed, {failed[0]}. The same command tries them again."
+        )
+
+
+def ended(
+    engine: Engine, runs: Sequence[TrialRun], plans: Sequence[Plan], progress: Progress
+) -> Iterator[tuple[Plan, Measurement, float]]:
+    """Train all; yield each run that ends, with its training seconds."""
+    seconds = dict.fromkeys(range(len(runs)), 0.0)
+    for m in train_all(engine, runs):
+        seconds[m.trial_number] += m.train_seconds
+        if m.ended:
+            yield plans[m.trial_number], m, seconds[m.trial_number]
+        else:
+            plan = plans[m.trial_number]
+            rung = f"rung {m.rung}/{plan.settings.num_rungs}: perplexity {m.perplexity:.3f}"
+            speed = f"{engine.tokens_per_second:,.0f} tokens/s"
+            progress.wait(f"trial {plan.trial}, seed {plan.seed}, {rung}; {speed}")
+
+
+def repeat_of(plan: Plan, end: Measurement, seconds: float) -> Repeat:
+    """Return the run's result as the study keeps it."""
+    diverged = end.ended == "diverged" or not math.isfinite(end.best_perplexity)
+    return Repeat(
+        trial=plan.trial,
+        seed=plan.seed,
+        perplexity=None if diverged else end.best_perplexity,
+        rung=end.best_rung,
+        train_tokens=end.train_tokens,
+        train_seconds=round(seconds, 3),
+        reason=end.detail,
+    )
