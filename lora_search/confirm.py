@@ -8,10 +8,11 @@ import sys
 
 from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
-from lora_search.output.confirmed import confirmed_table, verdicts
-from lora_search.output.page import write_report
-from lora_search.output.ranking import base_of, ranked
+from lora_search.output.overview import confirmed_table
 from lora_search.output.terminal import Progress
+from lora_search.page.report import write_report
+from lora_search.results.confirmed import verdicts
+from lora_search.results.ranking import base_of, ranked
 from lora_search.study.folder import find_owned
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow

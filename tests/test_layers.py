@@ -41,7 +41,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "peft": {"files.peft"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},
-    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview", "output.confirmed"},
+    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},
     "gguf": {"model.checks"},
     "jinja2": {"page.report", "data.templates"},
 }

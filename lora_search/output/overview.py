@@ -11,10 +11,12 @@ from rich.text import Text
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import slot_table
 from lora_search.results.certainty import certainty_of
+from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity
 from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_test
 from lora_search.settings.recorded import recorded_values
+from lora_search.study.confirmation import Confirmation, read_confirmation
 from lora_search.study.results import read_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
@@ -45,6 +47,18 @@ def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
     return f"{finished}/{recorded_values(attributes).get('study.n_trials', '?')}"
 
 
+def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Table:
+    """Return what the fresh seeds of each trial gave, the best mean first."""
+    table = Table(
+        title="Confirmation", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
+    )
+    for name in HEADS:
+        table.add_column(name, justify="right")
+    for cells in confirmed_cells(confirmation, rows):
+        table.add_row(*cells)
+    return table
+
+
 def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     """Return one study: its line, who trains what, leaderboard and test score."""
     rows, attributes, slots = view.rows(), view.attributes(), view.slots()
@@ -59,6 +73,10 @@ def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     test = read_test_score(attributes)
     if test is not None:
         parts.append(Text(line_of_test(test, best_of(rows))))
+    confirmation = read_confirmation(attributes)
+    if confirmation.repeats:
+        sentences = [Text(sentence) for sentence in verdicts(confirmation, rows)]
+        parts += ["", confirmed_table(confirmation, rows), *sentences]
     report = folder / "report.html"
     if os.path.exists(report):
         parts.append(Text(f"report: {report}", style="dim"))

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from lora_search.files.atomic import write_file
 from lora_search.page.charts import kind_of, learning_curves, parameter_chart
 from lora_search.results.certainty import SURE, Certainty, certainty_of
+from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import (
     short_names,
     show_change,
@@ -21,11 +22,18 @@ from lora_search.results.formatting import (
 )
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.verdict import line_of_test, state_of, tied_line
+from lora_search.study.confirmation import read_confirmation
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow
 
 KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")
-HIDDEN = ("fingerprint", "command", "settings", "test_score")  # the settings say the same; shown above
+HIDDEN = (
+    "fingerprint",
+    "command",
+    "settings",
+    "test_score",
+    "confirmation",
+)  # the settings say the same; shown above
 
 
 def write_report(
@@ -35,6 +43,7 @@ def write_report(
     Raises WriteError."""
     best, keys = best_of(rows), searched_keys(rows)
     certainty = certainty_of(rows, path.parent)
+    confirmation = read_confirmation(attributes)
     epoch_rungs = attributes.get("setting/sweep.train.evals_per_epoch", "")
     page = template().render(
         name=attributes.get("study", path.parent.name),
@@ -53,6 +62,9 @@ def write_report(
         sure=how_sure(rows, attributes, certainty, best),
         certainty=certainty,
         places=certainty.decimals(best.perplexity) if best and best.perplexity else None,
+        confirmed_heads=HEADS,
+        confirmed=confirmed_cells(confirmation, rows),
+        verdicts=verdicts(confirmation, rows),
         hints=hints(rows, best),
         curves=learning_curves(
             rows, best, base_perplexity, int(epoch_rungs) if epoch_rungs.isdigit() else None
@@ -93,7 +105,7 @@ def report_facts(
             "against_base": asdict(to_base) if to_base else None,
         }
 
-    test = read_test_score(attributes)
+    test, confirmation = read_test_score(attributes), read_confirmation(attributes)
     return {
         "study": attributes.get("study", folder.name),
         "base_perplexity": finite(base_perplexity),
@@ -101,6 +113,7 @@ def report_facts(
         "is_final": is_final(rows, attributes),
         "how_sure": how_sure(rows, attributes, certainty, best),
         "test_score": asdict(test) if test else None,
+        "confirmation": asdict(confirmation) | {"verdicts": verdicts(confirmation, rows)},
         "hints": hints(rows, best),
         "trials": [of_trial(row) for row in ranked(rows)],
         "facts": facts(attributes),
@@ -129,6 +142,8 @@ def report_markdown(
     sure = [f"- {sentence}" for sentence in how_sure(rows, attributes, certainty, best)]
     further = [f"- {text} `{override}`" for text, override in hints(rows, best)]
     parts = [f"# {attributes.get('study', folder.name)}", "\n".join(sure), "\n".join(lines)]
+    if confirmed := verdicts(read_confirmation(attributes), rows):
+        parts.append("## Confirmed with fresh seeds\n\n" + "\n".join(f"- {text}" for text in confirmed))
     parts += ["## What may help further\n\n" + "\n".join(further)] if further else []
     return "\n\n".join(parts) + "\n"
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from lora_search.output.certainty import compare
+from lora_search.results.certainty import compare
 from lora_search.study.confirmation import Duel
 from lora_search.trial import RowScores
 

@@ -1,5 +1,6 @@
 """`lora-search confirm`: the best trials with fresh seeds, on the tiny random Llama."""
 
+import html
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from lora_search import confirm
-from lora_search.output.ranking import ranked
+from lora_search import confirm, status
+from lora_search.results.confirmed import verdicts
+from lora_search.results.ranking import ranked
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.confirmation import Confirmation, read_confirmation
 from lora_search.study.study import SweepStudy
@@ -69,7 +71,10 @@ def test_the_best_trials_are_trained_again_with_fresh_seeds_and_compared(
     assert typed(confirm.main, "confirm.top=2", "confirm.seeds=3") == 0
     assert "6 runs, 4 of them trained before" in " ".join(capsys.readouterr().out.split())
     assert values(found_now()).items() > values(found).items()
-    assert Path("runs/smoke/report.html").stat().st_size > 10_000
+    verdict = verdicts(found_now(), rows)[0]
+    assert html.escape(verdict) in Path("runs/smoke/report.html").read_text()
+    assert typed(status.main) == 0
+    assert verdict in " ".join(capsys.readouterr().out.split())
 
 
 def copy_of(finished: Path, to: Path) -> Path:

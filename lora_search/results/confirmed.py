@@ -1,12 +1,10 @@
-"""What a confirmation says, in words and as a table: the same for terminal, report and Markdown. No torch."""
+"""What a confirmation says, in words and as cells of a table: for terminal, report and Markdown. Pure."""
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from lora_search.output.formatting import percent_places, show_difference, show_perplexity
-from lora_search.output.leaderboard import OUT_OF_REACH, rows_in_words
-from lora_search.output.ranking import best_of
+from lora_search.results.formatting import percent_places, show_difference, show_perplexity
+from lora_search.results.ranking import best_of
+from lora_search.results.verdict import OUT_OF_REACH, rows_in_words
 from lora_search.study.confirmation import Confirmation, Duel, Fresh
 from lora_search.trial import TrialRow
 
@@ -51,18 +49,6 @@ def _cells(fresh: Fresh, searched: float | None, duel: Duel | None) -> list[str]
 def _places(fresh: Fresh) -> int | None:
     """Return how many decimals the spread between seeds supports, one more than its first digit."""
     return None if not fresh.spread else percent_places(fresh.spread / 100) + 1
-
-
-def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Table:
-    """Return the table for a terminal."""
-    table = Table(
-        title="Confirmation", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
-    for name in HEADS:
-        table.add_column(name, justify="right")
-    for cells in confirmed_cells(confirmation, rows):
-        table.add_row(*cells)
-    return table
 
 
 def verdicts(confirmation: Confirmation, rows: Sequence[TrialRow]) -> list[str]:
