@@ -18,7 +18,15 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG, BaseModel
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    SAWarning,
+    SQLAlchemyError,
+)
 
 from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
@@ -31,6 +39,10 @@ from lora_search.settings.secrets import redact
 
 BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
 MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
+NOT_LET_IN = (  # says a server or its driver of the URL; what else they say is no fault of the URL's
+    "authentication failed", "does not exist", "no pg_hba.conf entry", "Access denied", "Unknown database",
+    "invalid port", "no password supplied",
+)  # fmt: skip
 MADE = ("exist", "duplicate key name")  # says a database of what another process has made
 NOT_THERE = (NOT_FOUND_MSG, "No trial with trial number")  # says Optuna of what is not in the database
 RESTORE = (
@@ -67,19 +79,36 @@ def open_storage(config: StudyConfig) -> RDBStorage:
 def check_storage(config: StudyConfig) -> None:
     """Raise ConfigError or StudyError for a database that cannot be used. Makes none."""
     url = _parse(config.storage)
-    is_file = url.get_backend_name() == "sqlite"
+    is_there, is_file = True, url.get_backend_name() == "sqlite"
     if is_file:
         _check_file(config, url)
-        if not os.path.exists(url.database or ""):  # unlike Path.exists, False where it may not look
-            return
-    try:
-        with explained_errors(config):
-            engine = create_engine(url, **engine_options(url))
+        is_there = os.path.exists(url.database or "")  # unlike Path.exists, False where it may not look
+    with explained_errors(config), _explained_url(config):
+        engine = create_engine(url, **engine_options(url))
+        if is_there:
             with engine.connect() as connection:
                 check_tables(connection, redact(config.storage), OWN_DATABASE, is_shared=not is_file)
-            engine.dispose()
+        engine.dispose()
+
+
+@contextmanager
+def _explained_url(config: StudyConfig) -> Iterator[None]:
+    """Turn what a driver says of a URL that it cannot take, or a server of a user that it does not let in,
+    into a ConfigError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Query string argument")  # of SQLite: they would be ignored
+            yield
     except ImportError:
         raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from None
+    except (ValueError, TypeError, ArgumentError, ProgrammingError, OperationalError, SAWarning) as error:
+        cause = _cause(error, make_url(config.storage))
+        if isinstance(error, OperationalError) and not any(words in cause for words in NOT_LET_IN):
+            raise
+        rule = f"must be a URL that its database takes ({cause})"
+        raise ConfigError(
+            KEY, redact(config.storage), rule, "Check user, password, host, database and options."
+        ) from None
 
 
 def _check_file(config: StudyConfig, url: URL) -> None:

@@ -34,6 +34,14 @@ HUB_SECONDS = 5.0  # huggingface_hub alone repeats its requests for 47 s where n
 
 def find_source(config: ModelConfig) -> str:
     """Return a local folder or a hub id; packaged and GGUF models are converted into the cache first."""
+    source = _find(config)
+    if config.revision is not None and not is_hub_id(source):
+        rule = f"is for a model of the hub, and model.path={config.path} is on this machine"
+        raise ModelError(f"model.revision: {rule}, got {config.revision!r}. Leave it out.")
+    return source
+
+
+def _find(config: ModelConfig) -> str:
     if config.path == TINY:
         return str(cached("tiny-llama-1", make_tiny_model))
     path = _packaged_gguf() if config.path == PACKAGED else Path(config.path).expanduser()
@@ -46,7 +54,9 @@ def find_source(config: ModelConfig) -> str:
         check_regular(path)
         raise ModelError(f"model.path: {path} is a file. Give a model folder, a .gguf file or a hub id.")
     if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-        raise ModelError(f"model.path: the folder {path} does not exist. Give a model folder or a hub id.")
+        raise ModelError(
+            f"model.path: the folder {config.path} does not exist. Give a model folder or a hub id."
+        )
     location(config.path, config)
     return config.path
 

@@ -148,9 +148,17 @@ def as_override(text: str) -> str:
     if override.is_sweep_override():
         key = key if key.startswith("space.") else f"space.{key}"
         return f"++{key}={_quoted(text.partition('=')[2])}"
-    if (CONF / key).is_dir() and not override.is_delete() and not isinstance(override.value(), str | list):
-        raise InputError(f"{text}: names no choice of the group {key}. Leave the group out with ~{key}.")
+    if (CONF / key).is_dir() and not override.is_delete():
+        _check_choice(text, key, override.value())
     return f"++{text}" if key.startswith("space.") else text
+
+
+def _check_choice(text: str, group: str, choice: object) -> None:
+    """Raise InputError for what is no choice of a group, and for several of one that takes one."""
+    if not isinstance(choice, str | list):
+        raise InputError(f"{text}: names no choice of the group {group}. Leave the group out with ~{group}.")
+    if isinstance(choice, list) and len(choice) > 1 and not group.startswith("space"):
+        raise InputError(f"{text}: names {len(choice)} choices, and only the last would count. Name one.")
 
 
 def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> DictConfig:
@@ -276,7 +284,7 @@ def _explain(error: Exception, config_name: str, more: Path | None) -> str:
     if "is not Optional" in str(cause):
         return f"{key}: must have a value, got null."
     if key:
-        return f"{key}: {said.splitlines()[0]}."
+        return f"{key}: {said.splitlines()[0]}. {_example(key)}"
     named = text or type(error).__name__
     return f"-cn {config_name}: the settings cannot be composed: {named}. Compare with the files in sweeps/."
 
@@ -324,6 +332,12 @@ def _unknown(key: str) -> str:
     return f"{key}: there is no such setting. " + (
         f"Did you mean {', '.join(near)}?" if near else "See --help."
     )
+
+
+def _example(key: str) -> str:
+    """Return what a value of the setting looks like."""
+    default = OmegaConf.select(OmegaConf.structured(SweepConfig), key)
+    return "See --help." if default is None or OmegaConf.is_config(default) else f"Its default is {default}."
 
 
 def _first(pattern: str, text: str) -> str | None:

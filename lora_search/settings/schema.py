@@ -23,6 +23,8 @@ TRAIN_MOST = {  # more is a slip of the keyboard, not a plan
 }  # fmt: skip
 DAY, MAX_HOURS = 86_400, 10_000
 MAX_SEED = 2**32 - 1  # what a trial draws, and PyTorch takes
+MAX_ALPHA = 1_000_000  # alpha/r above some hundreds diverges at any learning rate
+MAX_NORM = 1_000_000  # a gradient that is longer belongs to a trial that has diverged
 MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
 
 
@@ -37,6 +39,9 @@ class ModelConfig:
         require(
             bool(self.path.strip()), "model.path", self.path, "must name a model", "Give a folder or a hub id"
         )
+        revision = self.revision
+        has_text = revision is None or bool(revision.strip())
+        require(has_text, "model.revision", revision, "must not be empty", "null takes the newest")
         known = self.quantization in (None, "nf4")
         require(known, "model.quantization", self.quantization, "must be null or nf4")
 
@@ -81,13 +86,9 @@ class LoraConfig:
             value = float(tied[1] or 1) * r if tied else float(self.alpha)
         except ValueError:
             value = float("nan")
-        require(
-            0 < value < float("inf"),
-            "lora.alpha",
-            self.alpha,
-            "must be a number > 0 or a multiple of r",
-            'Try "2r"',
-        )
+        rule, remedy = "must be a number > 0 or a multiple of r", 'Try "2r"'
+        require(0 < value < float("inf"), "lora.alpha", self.alpha, rule, remedy)
+        require(value <= MAX_ALPHA, "lora.alpha", self.alpha, f"must be at most {MAX_ALPHA:,}", remedy)
         return value
 
 
@@ -112,7 +113,9 @@ class OptimConfig:
         require(0 < self.eps < 1, "optim.eps", self.eps, "must lie between 0 and 1")
         require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
         require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must lie in [0, 1]")
-        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "must be > 0", "Try 1.0")
+        rule = f"must lie above 0 and be at most {MAX_NORM:,}"
+        remedy = f"Try 1.0; {MAX_NORM:,} clips nothing"
+        require(0 < self.max_grad_norm <= MAX_NORM, "optim.max_grad_norm", self.max_grad_norm, rule, remedy)
 
 
 @dataclass(kw_only=True)

@@ -45,6 +45,9 @@ def _check_database(folder: Path, study: StudyConfig) -> None:
     if file is None:
         return
     place, database = os.path.realpath(folder).casefold(), os.path.realpath(file).casefold()
+    if place.startswith(database + os.sep):
+        rule = f"must be another file than the folder {file} of runs_dir"
+        raise ConfigError("study.storage", str(file), rule, "Try sqlite:///runs/lora_search.db.")
     if place in [database + side for side in SIDES]:
         rule = f"must be another name than a file of the database {file}"
         raise ConfigError("study.name", study.name, rule, "Choose another study.name or study.storage.")

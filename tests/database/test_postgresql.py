@@ -109,3 +109,25 @@ def test_the_tables_of_another_optuna_are_refused_with_the_way_out(
 
     with pytest.raises(ConfigError, match=message):
         check_storage(StudyConfig(storage=url))
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("/postgres?", "/nowhere?"), 'must be a URL that its database takes .*database "nowhere" does not'),
+        (("postgres:hunter2@", "nobody:hunter2@"), 'role "nobody" does not exist'),
+        (("?host", "?connect_timeout=soon&host"), "connect_timeout"),
+        (("?host", "?nosuch=1&host"), 'invalid connection option "nosuch"'),
+    ],
+)
+def test_a_url_that_its_server_does_not_take_is_wrong_input(
+    server_url: str, change: tuple[str, str], message: str
+) -> None:
+    wrong = server_url.replace(*change)
+
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_storage(StudyConfig(storage=wrong))
+
+    assert wrong != server_url
+    assert "hunter2" not in str(refused.value)

@@ -79,3 +79,25 @@ def test_an_empty_file_and_one_of_ours_are_taken(tmp_path: Path) -> None:
 
     for _ in range(2):
         open_storage(StudyConfig(storage=f"sqlite:///{tmp_path}/study.db")).engine.dispose()
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:///x.db?timeout=soon", "must be a URL that its database takes .could not convert string"),
+        ("sqlite:///x.db?nosuch=1", "Query string argument.* 'nosuch' are not accepted"),
+        ("sqlite+aiosqlite:///x.db", "needs a database driver"),
+        ("sqlite:///file/below/x.db", "must lie in a folder that can be written to .*file: Not a directory"),
+    ],
+)
+def test_a_url_that_sqlite_does_not_take_is_refused_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+
+    with pytest.raises(ConfigError, match=f"study.storage: .*{message}"):
+        check_storage(StudyConfig(storage=url))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

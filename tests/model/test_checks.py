@@ -283,3 +283,8 @@ def test_gigabytes_of_nothing_are_refused_unread(tmp_path: Path) -> None:
     os.truncate(path, 50 * 2**30)
 
     assert "is no GGUF file" in refusal(lambda: resolve_model(ModelConfig(path=str(path))))
+
+
+def test_a_revision_of_a_model_on_this_machine_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="model.revision: is for a model of the hub, .* Leave it out"):
+        resolve_model(ModelConfig(path=str(folder), revision="main"))

@@ -113,6 +113,11 @@ BAD = [
     ("lora.r=1e9", "lora.r: Value '1000000000.0' of type 'float' could not be converted to Integer."),
     ("lora.r=100000000", "lora.r: must lie in [1, 4096], got 100000000. Try 8, 16 or 32"),
     ("lora.alpha=0r", "lora.alpha: must be a number > 0 or a multiple of r, got '0r'."),
+    ("lora.alpha=1e300", "lora.alpha: must be at most 1,000,000, got 1e+300."),
+    ("optim.max_grad_norm=inf", "optim.max_grad_norm: must lie above 0 and be at most 1,000,000, got inf"),
+    ("model.revision=''", "model.revision: must not be empty, got ''. null takes the newest"),
+    ("sampler=[tpe,gp]", "sampler=[tpe,gp]: names 2 choices, and only the last would count. Name one."),
+    ("train.epochs=many", "could not be converted to Integer. Its default is 3."),
     ("lora.alpha=inf", "lora.alpha: must be a number > 0 or a multiple of r, got inf."),
     ("lora.target_modules=[]", "lora.target_modules: must be a list of layer names or all-linear, got []"),
     (
