@@ -4,6 +4,9 @@ Asynchronous successive halving (arXiv 1810.05934) on the data axis: rungs at fi
 A trial is judged at the highest it has reached, by its best perplexity so far, against every trial that was
 there, running ones included. It is judged again when others arrive: the first at a rung is not favoured. The
 leader, the best at the farthest rung, is always spared, so a study always has a COMPLETE trial.
+
+A rung that a trial reached after nothing but a step with a learning rate of 0, as a warm-up begins with, is
+none to any rule: what it measured there is the bare base.
 """
 
 import importlib.util
@@ -16,7 +19,7 @@ from optuna import pruners
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.search.trials import best_until
+from lora_search.search.trials import best_until, progress_of
 from lora_search.settings.schema import PrunerConfig, require
 from lora_search.trial import draw_seed
 
@@ -43,12 +46,12 @@ class RungPruner(pruners.BasePruner):
         return standings.losers([t for t in trials if not t.state.is_finished()], judged)
 
     def rungs(self, trial: FrozenTrial) -> list[int]:
-        """Return the rungs of this rule that the trial has been at, in order."""
-        reached, rung = [], self.first_rung
+        """Return the rungs of this rule that the trial has been at, in order, once it was trained at all."""
+        reached, rung, bare = [], self.first_rung, progress_of(trial)["untrained_rung"]
         while rung <= (trial.last_step or 0):
             reached.append(rung)
             rung *= self.reduction_factor
-        return reached
+        return [rung for rung in reached if rung > bare]
 
 
 class Standings:

@@ -1,6 +1,7 @@
 """What the study remembers, read from Optuna's records: rows, counts, attributes."""
 
 import copy
+import json
 import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,7 +15,10 @@ from lora_search.trial import Measurement, TrialRow
 # Reasons of trials that ended before they began; no count and no report shows them.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
 PROGRESS = "progress"  # user attribute: what a trial has trained so far
-NO_PROGRESS = {"best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0}
+NO_PROGRESS = {
+    "best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0,
+    "untrained_rung": 0,  # the last one that it reached as the bare base
+}  # fmt: skip
 
 
 def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
@@ -64,12 +68,24 @@ def count_of(trial: FrozenTrial, key: str) -> int:
 def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> dict[str, Any]:
     """Return what the trial has trained once these measurements, its next, are counted."""
     last, seconds = measurements[-1], sum(m.train_seconds for m in measurements)
+    before = progress_of(trial)["untrained_rung"]
     return {
         "best_rung": last.best_rung,
         "examples_seen": last.examples_seen,
         "train_tokens": last.train_tokens,
         "train_seconds": round(progress_of(trial)["train_seconds"] + seconds, 3),
+        "untrained_rung": max((m.rung for m in measurements if _is_untrained(trial, m)), default=before),
     }
+
+
+def _is_untrained(trial: FrozenTrial, measurement: Measurement) -> bool:
+    """Return whether all its steps so far had a learning rate of 0: the first of a warm-up has."""
+    try:
+        settings = json.loads(text_of(trial, "settings") or "{}")
+        first_step = settings["batch_size"] * settings["gradient_accumulation_steps"]
+        return bool(settings["warmup_ratio"] > 0 and measurement.examples_seen <= first_step)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def params_of(trial: FrozenTrial) -> Mapping[str, object]:
@@ -114,6 +130,11 @@ def settled(trial: FrozenTrial) -> FrozenTrial:
     pruned = copy.copy(trial)
     pruned.state = TrialState.PRUNED
     return pruned
+
+
+def is_bare(trial: FrozenTrial) -> bool:
+    """Return whether the trial has measured nothing but the bare base: warm-up begins at a rate of 0."""
+    return bool((trial.last_step or 0) <= progress_of(trial)["untrained_rung"])
 
 
 def best_until(trial: FrozenTrial, rung: int) -> float:

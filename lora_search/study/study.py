@@ -24,6 +24,7 @@ from lora_search.search.pruning import make_pruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.search.trials import (
     FINISHED,
+    is_bare,
     settled,
     trial_rows,
 )
@@ -351,7 +352,8 @@ class SweepStudy:
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.ledger.standings is not None:
             return self.ledger.standings.losers(self.ledger.open, judged)
-        stopped = stopped_by_optuna(self.study, judged, self.config.seed)
+        trained = [trial for trial in judged if not is_bare(trial)]
+        stopped = stopped_by_optuna(self.study, trained, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
     def _enqueue_first(self) -> None:

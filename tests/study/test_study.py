@@ -18,7 +18,14 @@ from optuna.trial import TrialState, create_trial
 
 from lora_search.database.presence import worker_name
 from lora_search.errors import ConfigError, FingerprintError, LoraSearchError, StudyError
-from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
+from lora_search.settings.schema import (
+    OptimConfig,
+    PrunerConfig,
+    SamplerConfig,
+    StudyConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from lora_search.settings.space import parse_space
 from lora_search.study.study import SweepStudy
 from lora_search.trial import EndReason, Measurement, Stop, TrialRun
@@ -639,3 +646,32 @@ def test_a_trial_whose_worker_was_killed_while_it_drew_gets_the_parameters_that_
 
     assert run.number == 2
     assert run.settings == expected.settings
+
+
+@pytest.mark.parametrize(("warmup_ratio", "stopped"), [(0.05, []), (0.0, [2])])
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_trial_is_judged_only_after_a_step_with_a_learning_rate(
+    tmp_path: Path, pruner: str, warmup_ratio: float, stopped: list[int]
+) -> None:
+    """Warm-up begins at 0: a trial whose first rung comes after one step has measured the bare base."""
+    config = make_config(
+        tmp_path,
+        pruner=PrunerConfig(name=pruner, n_startup_trials=0),
+        optim=OptimConfig(warmup_ratio=warmup_ratio),
+        space={"train": {"gradient_accumulation_steps": "choice(1, 2)"}, **SPACE},
+    )
+    config.study.first_trial_is_default = False
+    study = open_study(config, tmp_path)
+    for steps, lr in ((1, 1e-3), (1, 1.1e-3), (2, 1e-5)):  # one step is of 8 or 16 examples, a rung of 10
+        study.study.enqueue_trial({"train.gradient_accumulation_steps": steps, "optim.lr": lr, "lora.r": 8})
+    done, *others = study.claim(3)
+    study.report([measure(done, rung) for rung in range(1, RUNGS + 1)])
+    study.finish(measure(done, RUNGS, "finished"))
+
+    study.report([measure(run, 1) for run in others])
+    at_rung_1 = [stop.trial_number for stop in study.judge()]
+    for rung in (2, 3):
+        study.report([measure(run, rung) for run in others])
+
+    assert [number for number in at_rung_1 if number == 2] == stopped
+    assert 2 in [stop.trial_number for stop in study.judge()]
