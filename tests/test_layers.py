@@ -37,7 +37,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "datasets": {"reading.hub", "data.store"},
     "charset_normalizer": {"reading.encodings"},
     "openpyxl": {"reading.files"},
-    "pyarrow": {"reading.files"},
+    "pyarrow": {"reading.files", "data.store"},
     "peft": {"files.peft"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},

@@ -55,38 +55,51 @@ class Renderer:
         self.template, self.tokenizer = template, tokenizer
         self.counts: Counter[str] = Counter()
         self._frames: dict[tuple[str, ...], Frame] = {}
+        self._dated: str | None = None
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.specials = (*tokenizer.all_special_tokens, *added)
 
     def pair(self, row: Row) -> Pair:
         """Return a question with its answer as text, special tokens written out."""
+        return self.pairs([row])[0]
+
+    def pairs(self, rows: Sequence[Row]) -> list[Pair]:
+        """Return questions with their answers, rendered in one go."""
         if self.template.name == "inst":
-            return self._inst(row)
-        messages = [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.response}]
-        return self.chat(messages, row.source)
+            bos = first_token(self.tokenizer)
+            return [self._inst(row, bos) for row in rows]
+        return self._chats([
+            [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.response}]
+            for row in rows
+        ], [row.source for row in rows])  # fmt: skip
 
     def chat(self, messages: Sequence[Message], source: str) -> Pair:
-        """Return a conversation by the tokenizer's template: its last message is the completion.
+        """Return a conversation by the tokenizer's template: its last message is the completion."""
+        return self._chats([messages], [source])[0]
 
-        The system prompt of the settings comes first, where the conversation brings none.
-        """
+    def _chats(self, chats: Sequence[Sequence[Message]], sources: Sequence[str]) -> list[Pair]:
+        """The system prompt of the settings comes first, where a conversation brings none."""
         if not self.tokenizer.chat_template:
             rule = "needs a tokenizer with a chat template"
             raise ConfigError("template.name", "chat", rule, "Use template=inst.")
-        system = self.template.system_prompt
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        prompt = self._apply(messages[:-1], add_generation_prompt=True)
-        whole = self._apply(messages, add_generation_prompt=False)
-        frame = self._frame(messages, f"{source}: the model would see {_both_ends(whole)!r}")
+        if (text := self.template.system_prompt) is not None:
+            system = {"role": "system", "content": text}
+            chats = [chat if chat[0]["role"] == "system" else [system, *chat] for chat in chats]
+        prompts = self._apply_all([chat[:-1] for chat in chats], add_generation_prompt=True)
+        wholes = self._apply_all(chats, add_generation_prompt=False)
+        return [self._pair(*chat) for chat in zip(chats, prompts, wholes, sources, strict=True)]
+
+    def _pair(self, messages: Sequence[Message], prompt: str, whole: str, source: str) -> Pair:
+        frame = self._frame(messages, whole, source)
         self._check_prompt(frame, prompt, messages[:-1], source)
-        self._check_beginning(prompt, whole, f"{source}: ")
+        self._check_beginning(prompt, whole, source)
         return Pair(prompt, self._completion(frame, whole[len(prompt) :], messages[-1]["content"], source))
 
-    def _frame(self, messages: Sequence[Message], seen: str) -> Frame:
+    def _frame(self, messages: Sequence[Message], whole: str, source: str) -> Frame:
         """Return the frame, rendered once. Raises ConfigError where a text has no place in it."""
         roles = tuple(message["role"] for message in messages)
         if roles not in self._frames:
+            seen = f"{source}: the model would see {_both_ends(whole)!r}"
             marks = tuple(MARK.format(i) for i in range(len(roles)))
             marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
             prompt = self._apply(marked[:-1], add_generation_prompt=True)
@@ -111,11 +124,13 @@ class Renderer:
         if not whole.startswith(prompt):
             place = _difference(prompt, whole, "when asked", "when answered")
             rule = "needs a template in which the answer follows the generation prompt"
-            raise ConfigError("template.name", "chat", f"{rule} ({source}{place})", USE_INST)
+            where = f"{source}: " if source else ""
+            raise ConfigError("template.name", "chat", f"{rule} ({where}{place})", USE_INST)
 
     def _check_prompt(self, frame: Frame, prompt: str, messages: Sequence[Message], source: str) -> None:
         """Raise ConfigError unless every text is in the prompt; count those that inference trims as well."""
-        expected = frame.fill(frame.prompt, [*(message["content"] for message in messages), ""])
+        contents = [message["content"] for message in messages]
+        expected = frame.fill(frame.prompt, [*contents, ""])
         if prompt == expected:
             return
         end = 0  # of the last message: each comes after the one before it, but for the system prompt
@@ -155,15 +170,28 @@ class Renderer:
             return ConfigError("template.system_prompt", value, rule, f"{USE_INST} Or set it to null.")
         return ConfigError("template.name", "chat", rule, USE_INST)
 
+    def _apply_all(self, chats: Sequence[Sequence[Message]], *, add_generation_prompt: bool) -> list[str]:
+        """Render all at once, which saves a third of the time."""
+        try:
+            return self._rendered(chats, add_generation_prompt)
+        except FAULTS:  # of any of them: each by itself says which
+            return [self._apply(chat, add_generation_prompt=add_generation_prompt) for chat in chats]
+
+    def _rendered(self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool) -> list[str]:
+        if self._dated is None:
+            self._dated = dated_template(self.tokenizer)
+        texts: list[str] = self.tokenizer.apply_chat_template(
+            [list(chat) for chat in chats],
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return texts
+
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Render the tokenizer's template, with its own objections as a ConfigError."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=dated_template(self.tokenizer),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            (text,) = self._rendered([messages], add_generation_prompt)
         except FAULTS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rule = f"the model's template refuses: {reason}"
@@ -171,7 +199,7 @@ class Renderer:
                 raise ConfigError("template.name", "chat", rule, "Use template=inst.") from None
             key, remedy = "template.system_prompt", "Set template.system_prompt=null."
             raise ConfigError(key, self.template.system_prompt, rule, remedy) from None
-        return str(text)
+        return text
 
     def ended(self, tail: str) -> str:
         """Return what follows an answer with an end token: some templates leave it to the generation loop."""
@@ -183,8 +211,7 @@ class Renderer:
             raise ConfigError("model.path", name, rule)
         return str(self.tokenizer.eos_token)
 
-    def _inst(self, row: Row) -> Pair:
-        bos = first_token(self.tokenizer)
+    def _inst(self, row: Row, bos: str) -> Pair:
         system = f"{self.template.system_prompt}\n\n" if self.template.system_prompt else ""
         return Pair(f"{bos}[INST] {system}{row.question} [/INST]", f" {row.response}{self._end_token()}")
 

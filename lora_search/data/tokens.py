@@ -2,14 +2,16 @@
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_search.data.boundaries import Beginning, Tokens
 from lora_search.data.masks import ConversationRenderer
 from lora_search.data.rows import Example, Item, Pair
 from lora_search.data.store import Numbers, StoredItems
@@ -28,26 +30,36 @@ LENGTH = "tokens in a training row:"  # so begin the counts of the token distrib
 def tokenize_rows(
     rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns"
 ) -> Iterator[Item]:
-    """Yield the items of rows, tokenized a batch at a time."""
-    conversations = ConversationRenderer(renderer, loss_on)
-    for start in range(0, len(rows), BATCH):
-        yield from _tokenize_batch(rows[start : start + BATCH], renderer, conversations)
+    """Yield the items of rows. While a thread makes tokens of one batch, which needs no Python, the next is
+    rendered and the one before used."""
+    conversations, tokens = ConversationRenderer(renderer, loss_on), Tokens(renderer.tokenizer)
+    under_way: deque[tuple[Sequence[Row], list[Pair], Future[list[Example]]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            pairs = _pairs(batch, renderer, conversations)
+            under_way.append((batch, pairs, thread.submit(_examples, pairs, tokens)))
+            if len(under_way) > 1:
+                yield from _items(*under_way.popleft())
+        while under_way:
+            yield from _items(*under_way.popleft())
 
 
-def _tokenize_batch(
-    rows: Sequence[Row], renderer: Renderer, conversations: ConversationRenderer
-) -> Iterator[Item]:
-    tokenizer = renderer.tokenizer
-    pairs = [conversations.pair(row) if row.messages else renderer.pair(row) for row in rows]
-    prompts = _tokenize([pair.prompt for pair in pairs], tokenizer)
-    wholes = _tokenize([pair.prompt + pair.completion for pair in pairs], tokenizer)
-    for row, pair, prompt, whole in zip(rows, pairs, prompts, wholes, strict=True):
-        yield Item(row.source, pair, _example(pair, prompt, whole, tokenizer), _times(row))
+def _items(rows: Sequence[Row], pairs: list[Pair], examples: Future[list[Example]]) -> Iterator[Item]:
+    for row, pair, example in zip(rows, pairs, examples.result(), strict=True):
+        yield Item(row.source, pair, example, _times(row))
+
+
+def _pairs(rows: Sequence[Row], renderer: Renderer, conversations: ConversationRenderer) -> list[Pair]:
+    questions = iter(renderer.pairs([row for row in rows if not row.messages]))
+    return [conversations.pair(row) if row.messages else next(questions) for row in rows]
 
 
 def _times(row: Row) -> int:
     """Return how often an epoch shows a row; what is left over after the whole times falls by its text."""
     whole, rest = divmod(row.weight, 1)
+    if not rest:
+        return int(whole)
     place = int(hashlib.sha256(f"{row.question}\n{row.response}".encode()).hexdigest()[:8], 16) / 16**8
     return int(whole) + (place < rest)
 
@@ -66,50 +78,34 @@ def check_vocabulary(
         )
 
 
-def _example(pair: Pair, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Keep the boundary exact: a model that answers gets the prompt's own tokens and goes on from there.
+def _examples(pairs: Sequence[Pair], tokens: Tokens) -> list[Example]:
+    batch = tokens.of_batch([pair.prompt + pair.completion for pair in pairs], list(map(_bounds, pairs)))
+    return [_example(pair, *row, tokens) for pair, row in zip(pairs, batch, strict=True)]
 
-    The whole text mostly begins with them. Where it does not (a token would straddle the boundary), the parts
+
+def _bounds(pair: Pair) -> list[int]:
+    """Return where the one who speaks changes, in characters: after the prompt, and around what is masked."""
+    start = len(pair.prompt)
+    return [start, *(start + bound for part in pair.masked for bound in part)]
+
+
+def _example(pair: Pair, whole: list[int], beginnings: Sequence[Beginning], tokens: Tokens) -> Example:
+    """Keep the boundaries exact: a model that answers gets the prompt's own tokens and goes on from there.
+
+    The whole text mostly begins with them. Where it does not (a token would straddle a boundary), the parts
     are joined. Always joining them would teach SentencePiece models a blank too many before each answer.
     """
-    if pair.masked:
-        return _masked_example(pair, whole, tokenizer)
-    if whole[: len(prompt)] == prompt:
-        return Example(tuple(whole), len(prompt))
-    (completion,) = _tokenize([pair.completion], tokenizer)
-    return Example((*prompt, *completion), len(prompt))
+    ends = [len(beginning) for beginning in beginnings]
+    if not all(beginning.begins(whole) for beginning in beginnings):
+        parts = [whole[: beginnings[0].num_shared] + beginnings[0].rest, *tokens.of(_parts(pair))]
+        whole, ends = list(chain.from_iterable(parts)), list(accumulate(map(len, parts)))
+    return Example(tuple(whole), ends[0], tuple(zip(ends[1::2], ends[2::2], strict=False)))
 
 
-def _masked_example(pair: Pair, whole: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Return the tokens of a conversation, with the bounds between who speaks on whole tokens."""
-    text, start = pair.prompt + pair.completion, len(pair.prompt)
-    bounds = [start, *(start + bound for part in pair.masked for bound in part)]
-    pieces = [text[a:b] for a, b in zip([0, *bounds], [*bounds, len(text)], strict=True)]
-    ids = _tokenize(pieces, tokenizer)
-    if [token for piece in ids for token in piece] != whole:
-        ids = _pieces_by_prefix(text, bounds, whole, tokenizer) or ids
-    ends = list(accumulate(len(piece) for piece in ids))
-    masked = zip(ends[1:-1:2], ends[2:-1:2], strict=True)
-    return Example(tuple(token for piece in ids for token in piece), ends[0], tuple(masked))
-
-
-def _pieces_by_prefix(
-    text: str, bounds: Sequence[int], whole: list[int], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]] | None:
-    """Return the whole cut at each bound; None where a token straddles one."""
-    begun = _tokenize([text[:bound] for bound in bounds], tokenizer)
-    if any(whole[: len(ids)] != ids for ids in begun):
-        return None
-    ends = [0, *map(len, begun), len(whole)]
-    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the ids of each text. The template wrote the special tokens already."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _parts(pair: Pair) -> list[str]:
+    """Return the completion cut where the one who speaks changes."""
+    bounds = [0, *(bound for part in pair.masked for bound in part), len(pair.completion)]
+    return [pair.completion[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def choose_max_length(config: DataConfig, lengths: Numbers, tokenizer: PreTrainedTokenizerBase) -> int:
