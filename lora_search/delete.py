@@ -6,11 +6,14 @@ Asks first. Imports no torch.
 import argparse
 import shutil
 import sys
+from collections.abc import Mapping
 
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.terminal import Progress
+from lora_search.settings.recorded import recorded_config
+from lora_search.settings.schema import SweepConfig
 from lora_search.study.folder import find_owned
 from lora_search.study.view import StudyView, delete_study
 
@@ -36,11 +39,21 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
     what = f"study {found.config.name!r} with {num_trials} trials and the folder {found.folder}"
     if not arguments.yes and not agrees(found.config.name, what, progress):
         raise ConfigError("study.name", found.config.name, "was not typed again, so nothing is deleted")
+    attributes = view.attributes()
     delete_study(found.config)
+    delete_copies(recorded_config(attributes, found.config), attributes)
     with explained_writing(found.folder):
         if found.folder.is_dir():
             shutil.rmtree(found.folder)
     progress.event(f"deleted {what}")
+
+
+def delete_copies(config: SweepConfig, attributes: Mapping[str, str]) -> None:
+    """Delete what the study has at artifacts.uri. Raises ArtifactError where it cannot be reached."""
+    if config.artifacts.uri is not None:
+        from lora_search.files.artifacts import Artifacts, place_of
+
+        Artifacts(config.artifacts.uri, place_of(config.study.name, attributes.get("study_id"))).delete()
 
 
 def agrees(name: str, what: str, progress: Progress) -> bool:

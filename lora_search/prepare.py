@@ -24,6 +24,7 @@ from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.effects import check_outline, check_rates, warn_of_few, warn_of_untrained
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
+from lora_search.files.artifacts import Artifacts, check_uri, place_of
 from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
@@ -56,7 +57,7 @@ LOW_PRECISION_TOLERANCE = 5e-3
 def check_places(config: SweepConfig) -> Identity | None:
     """Return the identity of the study if there is one. Makes nothing. Raises where the study's folder is
     another's or cannot be written to, or the database cannot be used or has another program's study of that
-    name."""
+    name, or artifacts.uri takes no files."""
     folder = Path(config.runs_dir) / config.study.name
     refusal = refused_writing(folder)
     if refusal is not None:
@@ -64,7 +65,10 @@ def check_places(config: SweepConfig) -> Identity | None:
         raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.")
     check_folder(config.study, folder.parent)
     check_adoptable(config.study)
-    return find_owned(config.study, folder)
+    identity = find_owned(config.study, folder)
+    if config.artifacts.uri is not None:
+        check_uri(config.artifacts.uri)
+    return identity
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
@@ -193,6 +197,8 @@ def prepare_sweep(
         progress.event(f"engine: {sizes}")
     check_older(config, identity, engine, content)
     study = open_study(config, sweep_name, space, inputs, content, progress.began)
+    if config.artifacts.uri is not None:
+        engine.keep_copies(Artifacts(config.artifacts.uri, place_of(config.study.name, study.identity.id)))
     for change in study.changes:
         progress.event(f"study {config.study.name}: changed {change}")
     generation = base.model.generation_config.to_diff_dict()

@@ -99,6 +99,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     to its launcher."""
     from lora_search.database.outbox import Outbox
     from lora_search.output.conclusion import conclude, conclude_so_far
+    from lora_search.output.copies import bring_results
     from lora_search.output.tracking import make_tracker
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.service.scoring import score_test_once
@@ -120,8 +121,11 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                     work(study, engine, tracker, progress, interrupts.check)
             if study.is_finished:
                 with interrupts.after_the_pass():
+                    bring_results(study.rows(), study.folder, engine.keeper.artifacts)
                     score_test_once(engine, config.study, study.folder, interrupts.check)
+            engine.close()
         except (KeyboardInterrupt, LoraSearchError):
+            engine.close()
             if is_alone:
                 conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
             raise

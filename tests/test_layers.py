@@ -39,6 +39,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "openpyxl": {"reading.files"},
     "pyarrow": {"reading.files", "data.store"},
     "peft": {"files.peft"},
+    "fsspec": {"files.artifacts"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},
     "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},

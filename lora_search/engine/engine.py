@@ -27,6 +27,7 @@ from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
+from lora_search.files.artifacts import Artifacts
 from lora_search.files.peft import BaseRecord, read_peft
 from lora_search.ops.device import Lap, Throughput, give_back_memory, is_out_of_memory
 from lora_search.trial import Measurement, RowScores, SlotView, TrialRun, TrialSettings
@@ -63,6 +64,20 @@ class Engine:
         self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
         self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until its next step
         self._outcomes: list[Measurement] = []  # of failed trials, or from checkpoints ahead of the study
+
+    def keep_copies(self, artifacts: Artifacts) -> None:
+        """From now on copy the folders of trials there, and resume trials from there."""
+        self.keeper = replace(self.keeper, artifacts=artifacts)
+
+    def drop_checkpoint_copy(self, trial_number: int) -> None:
+        """Let the copy of a trial that the study has ended go without its checkpoint."""
+        if self.keeper.artifacts is not None:
+            self.keeper.artifacts.put_end(trial_number)
+
+    def close(self) -> None:
+        """Return when all copies that were begun are whole, or have failed."""
+        if self.keeper.artifacts is not None:
+            self.keeper.artifacts.close()
 
     @property
     def free_slots(self) -> int:
@@ -303,6 +318,7 @@ class Engine:
                 slot.measurement(perplexity, new_steps, ended, detail, self.tokens_per_second)
             )
             if ended:
+                self.keeper.finish(slot)
                 return measurements
         self.keeper.save(index, slot)
         slot.steps.clear()

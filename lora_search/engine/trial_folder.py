@@ -19,6 +19,7 @@ import torch
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.optim import SlotAdamW
 from lora_search.engine.slot import Slot
+from lora_search.files.artifacts import Artifacts, remove_staged
 from lora_search.files.atomic import remove_unfinished
 from lora_search.files.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
 from lora_search.files.peft import BaseRecord, export_peft, read_peft
@@ -42,6 +43,7 @@ class Keeper:
     bank: SlotBank
     optimizer: SlotAdamW
     base: BaseRecord
+    artifacts: Artifacts | None = None  # where copies of the folders go
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's current adapter and its row scores. Raises WriteError."""
@@ -62,11 +64,23 @@ class Keeper:
         if slot.position.best_rung not in (0, slot.position.rung):
             state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
         save_checkpoint(_checkpoints(slot.run), slot.position, state, self._origins(slot.run)[0])
+        if self.artifacts is not None:
+            self.artifacts.put(slot.run.number, Path(slot.run.folder), slot.position.rung)
+
+    def finish(self, slot: Slot) -> None:
+        """Return when the copies of a trial at its end are whole. Raises ArtifactError."""
+        if self.artifacts is not None:
+            self.artifacts.put(slot.run.number, Path(slot.run.folder), slot.position.rung)
+            self.artifacts.settle(slot.run.number)
 
     def resume(
         self, index: int, run: TrialRun, names: Sequence[str]
     ) -> tuple[Position, dict[str, torch.Tensor], str]:
-        """Load the last intact checkpoint into the slot; return position, best adapter, what was wrong."""
+        """Load the last intact checkpoint into the slot; return position, best adapter, what was wrong.
+        Raises ArtifactError."""
+        if self.artifacts is not None:
+            remove_staged(Path(run.folder))
+            self.artifacts.fetch(run.number, Path(run.folder))
         expected = {
             kind: self.bank.tensors(row_P, run.settings.r, names) for kind, row_P in self._rows(index).items()
         }

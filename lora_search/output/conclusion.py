@@ -8,6 +8,7 @@ from filelock import BaseFileLock, FileLock
 from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
+from lora_search.output.copies import shared_results
 from lora_search.output.forecast_text import compared
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import Progress, next_steps
@@ -32,6 +33,18 @@ def conclude(
 ) -> None:
     """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
+    with shared_results(config, attributes, rows, folder, progress):
+        _conclude(rows, attributes, config, progress, folder, is_interrupted)
+
+
+def _conclude(
+    rows: Sequence[TrialRow],
+    attributes: Mapping[str, str],
+    config: SweepConfig,
+    progress: Progress,
+    folder: Path,
+    is_interrupted: bool,
+) -> None:
     base_perplexity = base_of(attributes)
     truth = compared(rows, attributes, config)
     for name, text in truth.items():

@@ -301,6 +301,20 @@ class LauncherConfig:
 
 
 @dataclass(kw_only=True)
+class ArtifactsConfig:
+    """Where copies of checkpoints and adapters go. Free to differ between two starts of one study."""
+
+    uri: str | None = None  # any that fsspec opens: s3://bucket/folder, gs://..., a folder that nodes share
+
+    def __post_init__(self) -> None:
+        if self.uri is not None:
+            remedy = "Try s3://bucket/folder; null keeps files in runs_dir only"
+            require(bool(self.uri.strip()), "artifacts.uri", self.uri, "must name a place", remedy)
+            has_home = self.uri.startswith(("~", "file://~"))
+            require(not has_home, "artifacts.uri", self.uri, "must not begin with ~", WRITE_OUT)
+
+
+@dataclass(kw_only=True)
 class SweepConfig:
     """The whole of one sweep. `space` mirrors the keys it searches, in Hydra's sweep grammar."""
 
@@ -318,6 +332,7 @@ class SweepConfig:
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -23,11 +23,20 @@ from lora_search.errors import FingerprintError
 from lora_search.settings.schema import SweepConfig, as_dict
 
 ATTRIBUTE = "fingerprint"
-FREE_SECTIONS = ("study", "engine", "tracker", "launcher", "runs_dir", "space")  # the space has its own rule
+FREE_SECTIONS = (
+    "study",
+    "engine",
+    "tracker",
+    "launcher",
+    "artifacts",
+    "runs_dir",
+    "space",
+)  # the space has its own rule
 SPACE, CONTENT = "space.", "content."
 FREE = (
-    "Free to change: study.* but its name, engine.* but its dtype, tracker, launcher, runs_dir, and where "
-    "the rows lie, if they are the same. A range in the space may widen (not narrow); choices may not change."
+    "Free to change: study.* but its name, engine.* but its dtype, tracker, launcher, artifacts, runs_dir, "
+    "and where the rows lie, if they are the same. A range in the space may widen (not narrow); choices may "
+    "not change."
 )
 CAUSES = {  # what people would say has changed
     "data_hash": "the rows of data.path changed",

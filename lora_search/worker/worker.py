@@ -135,6 +135,7 @@ class Worker:
         if m.ended != "failed":
             self.tracker.log(m)
         if state:
+            self.engine.drop_checkpoint_copy(m.trial_number)
             self.tracker.finish(m.trial_number, state, m.detail)
             text = f"trial {m.trial_number} {m.ended}: best perplexity {m.best_perplexity:.3f} {m.detail}"
             self.progress.event(text.rstrip())
@@ -146,6 +147,7 @@ class Worker:
         if stop.trial_number not in self.study.held:
             return
         if self.study.prune(stop) == "PRUNED":
+            self.engine.drop_checkpoint_copy(stop.trial_number)
             self.tracker.finish(stop.trial_number, "PRUNED", stop.reason)
             self.progress.event(f"trial {stop.trial_number} pruned at {stop.reason}")
         else:

@@ -37,6 +37,9 @@ class CurveEngine:
     def admit(self, runs: Sequence[TrialRun]) -> None:
         self.running |= {run.number: (run, 0) for run in runs}
 
+    def drop_checkpoint_copy(self, number: int) -> None:
+        """Nothing is copied."""
+
     def release(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self.running.pop(number, None)
