@@ -113,3 +113,33 @@ class MariaDB:
     def _client(self, statements: str) -> list[str]:
         place = ["--no-defaults", f"--socket={self.socket}", "--user=root"]
         return ["mariadb", *place, f"--execute={statements}"]
+
+
+@contextmanager
+def real_s3(bucket: str = "bucket") -> Iterator[dict[str, str]]:
+    """Start moto's S3 server with one bucket; give the environment in which s3fs finds it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # botocore's deprecations
+        import boto3
+        from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    found = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": "planted-secret-of-s3",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=found["AWS_ENDPOINT_URL"],
+        aws_access_key_id=found["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=found["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=bucket)
+    try:
+        yield found
+    finally:
+        server.stop()

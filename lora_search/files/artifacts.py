@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("checkpoint", "adapter")  # folders of a trial that go up; of its other files, the scores of rows
 SCORES = "*.npz"
 STAGED = ".upload"  # begins the name of a folder of hard links: what it holds does not change any more
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
 MANIFEST = "manifest-"  # then the rung in five digits
 RUNG_END = len(MANIFEST) + 5
 MARK = ".artifacts.json"  # in a trial's folder: the manifest that its files were last the same as
@@ -215,7 +216,7 @@ class Artifacts:
 
     def _write(self, to: str, content: bytes) -> None:
         """Write one object. Only object stores put it there whole: readers compare its digest."""
-        self.files.makedirs(to.rsplit("/", 1)[0], exist_ok=True)
+        _make_folder(self.files, to.rsplit("/", 1)[0])
         self.files.pipe_file(to, content)
 
 
@@ -229,7 +230,7 @@ def check_uri(uri: str) -> None:
     files, root = _connect(uri)
     probe, text = f"{root}/.probe-{uuid.uuid4().hex}", b"lora_search"
     try:
-        files.makedirs(root, exist_ok=True)
+        _make_folder(files, root)
         files.pipe_file(probe, text)
         found = files.cat_file(probe)
         files.rm_file(probe)
@@ -237,6 +238,13 @@ def check_uri(uri: str) -> None:
         rule = f"must be a place that can be written to and read ({cause_of(error)})"
         raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
     require(found == text, "artifacts.uri", redact(uri), "must give back what was written", REMEDY)
+
+
+def _make_folder(files: Any, path: str) -> None:
+    """Make a folder where a file system has any; in an object store this would make a bucket."""
+    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+    if not protocols & OBJECT_STORES:
+        files.makedirs(path, exist_ok=True)
 
 
 def _connect(uri: str) -> tuple[Any, str]:

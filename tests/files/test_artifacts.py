@@ -1,0 +1,236 @@
+"""Copies of trials' files: in a folder, and on a real S3 server."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from lora_search.engine.engine import Engine
+from lora_search.errors import ConfigError
+from lora_search.files.artifacts import ArtifactError, Artifacts, check_uri
+from lora_search.trial import Measurement, TrialRun
+from tests.conftest import make_run
+from tests.engine.test_checkpoint import (
+    SPLITS,
+    adapter_note,
+    as_known,
+    finish,
+    perplexity_of_adapter,
+    train_until,
+)
+from tests.engine.test_engine import perplexities
+from tests.harness import build_engine, train_all
+from tests.servers import real_s3
+
+
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where copies go: the URI of each kind of place."""
+    if request.param == "folder":
+        yield str(tmp_path_factory.mktemp("shared") / "not made yet")
+        return
+    with real_s3() as environment, pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield "s3://bucket/runs"
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def copies(place: str, request: pytest.FixtureRequest) -> Iterator[Artifacts]:
+    found = Artifacts(place, f"study-{abs(hash(request.node.name)):x}")
+    yield found
+    found.close()
+
+
+def folder_of(tmp_path: Path, node: str, rung: int, adapter: bytes = b"adapter") -> Path:
+    folder = tmp_path / node
+    for name, content in {
+        f"checkpoint/rung-{rung:05d}.safetensors": f"state {rung}".encode(),
+        "adapter/adapter_model.safetensors": adapter,
+        "adapter/adapter_config.json": b"{}",
+        "validation_rows.npz": b"rows",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def objects(copies: Artifacts) -> list[str]:
+    copies.files.invalidate_cache()
+    return sorted(str(path).rsplit("/", 1)[-1] for path in copies.files.find(copies.root))
+
+
+def test_what_was_put_comes_to_a_node_that_never_saw_it(copies: Artifacts, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    copies.put(7, folder, 3)
+    copies.settle(7)
+
+    rung = copies.fetch(7, tmp_path / "b")
+
+    assert rung == 3
+    assert contents(tmp_path / "b") == contents(folder)
+    assert copies.fetch(7, tmp_path / "b") is None  # it is here by now
+    assert copies.fetch(8, tmp_path / "c") is None
+
+
+def test_only_the_last_rung_stays_there_and_a_checkpoint_goes_with_its_trial(
+    copies: Artifacts, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    copies.put(7, folder, 3)
+    copies.settle(7)
+    (folder / "checkpoint/rung-00003.safetensors").unlink()
+    folder_of(tmp_path, "a", 4, b"better")
+    copies.put(7, folder, 4)
+    copies.settle(7)
+    then = objects(copies)
+    (folder / "checkpoint/rung-00004.safetensors").unlink()
+    copies.put_end(7)
+    copies.settle(7)
+
+    assert len(then) == 5  # checkpoint, two files of the adapter, rows, manifest
+    assert len(objects(copies)) == 4
+    assert not list(folder.glob(".upload*"))
+
+
+def test_files_here_that_are_later_stay(copies: Artifacts, tmp_path: Path) -> None:
+    copies.put(7, folder_of(tmp_path, "a", 3), 3)
+    copies.settle(7)
+    later = folder_of(tmp_path, "b", 5, b"later")
+
+    assert copies.fetch(7, later) is None
+    assert contents(later)["adapter/adapter_model.safetensors"] == b"later"
+
+
+def test_a_late_upload_of_a_worker_that_lost_the_trial_removes_nothing(
+    copies: Artifacts, place: str, tmp_path: Path
+) -> None:
+    copies.put(7, folder_of(tmp_path, "a", 5, b"later"), 5)
+    copies.settle(7)
+    late = Artifacts(place, copies.root.rsplit("/", 1)[-1])
+    late.put(7, folder_of(tmp_path, "b", 3, b"late"), 3)
+    late.settle(7)
+    late.close()
+
+    assert copies.fetch(7, tmp_path / "c") == 5
+    assert contents(tmp_path / "c")["adapter/adapter_model.safetensors"] == b"later"
+
+
+@pytest.mark.parametrize("content", [b"", b"something else"])
+def test_a_damaged_copy_is_named_and_never_used(
+    copies: Artifacts, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies.put(7, folder_of(tmp_path, "a", 3), 3)
+    copies.settle(7)
+    paths = [path for path in copies.files.find(copies.root) if "/files/" in path]
+    copies.files.pipe_file(paths[0], content)
+
+    assert copies.fetch(7, tmp_path / "b") is None
+    assert "of rung 3 at artifacts.uri is damaged or missing" in caplog.text
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_manifest_cannot_lead_out_of_the_trials_folder(copies: Artifacts, tmp_path: Path) -> None:
+    copies.put(7, folder_of(tmp_path, "a", 3), 3)
+    copies.settle(7)
+    (path,) = (path for path in copies.files.find(copies.root) if "manifest-" in path)
+    manifest = json.loads(copies.files.cat_file(path))
+    manifest["files"]["../../outside"] = manifest["files"]["validation_rows.npz"]
+    copies.files.pipe_file(path, json.dumps(manifest).encode())
+
+    assert copies.fetch(7, tmp_path / "deep" / "b") is None
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_trial_goes_on_bitwise_on_a_node_that_never_saw_its_disk(
+    copies: Artifacts, tiny_llama: Path, tmp_path: Path
+) -> None:
+    changes = {"dropout": 0.1, "lr": 5e-3}
+    whole = train_all(build_engine(tiny_llama, SPLITS), [make_run(tmp_path / "whole", **changes)])[0]
+    before, _ = train_on_a_node(tiny_llama, make_run(tmp_path / "a", **changes), copies, upto=3)
+    other = make_run(tmp_path / "b", **changes)
+    rest, engine = train_on_a_node(tiny_llama, as_known(other, before), copies)
+    engine.drop_checkpoint_copy(other.number)
+    copies.fetch(other.number, tmp_path / "c")
+
+    assert [m.rung for m in rest] == [4]
+    assert perplexities([*before, *rest]).tolist() == perplexities(whole).tolist()
+    assert adapter_note(other)["rung"] == whole[-1].best_rung
+    kept = contents(tmp_path / "c")
+    assert (
+        kept["adapter/adapter_model.safetensors"]
+        == (Path(other.folder) / "adapter/adapter_model.safetensors").read_bytes()
+    )
+    assert perplexity_of_adapter(tiny_llama, other) == pytest.approx(whole[-1].best_perplexity, rel=1e-4)
+
+
+def train_on_a_node(
+    base: Path, run: TrialRun, copies: Artifacts, upto: int | None = None
+) -> tuple[list[Measurement], Engine]:
+    """Train to a rung and leave the trial there as a kill does, or train to its end."""
+    engine = build_engine(base, SPLITS)
+    engine.keep_copies(copies)
+    if upto is not None:
+        curve = train_until(engine, run, upto)
+        copies.settle(run.number)
+        return curve, engine
+    engine.admit([run])
+    return finish(engine), engine
+
+
+def test_a_place_that_takes_nothing_is_refused_with_its_cause(place: str, tmp_path: Path) -> None:
+    check_uri(place)
+    (tmp_path / "a file").touch()
+    bad = "s3://no-such-bucket/x" if place.startswith("s3") else str(tmp_path / "a file" / "x")
+
+    with pytest.raises(
+        ConfigError, match=r"artifacts.uri: must be a place that can be written to and read"
+    ) as told:
+        check_uri(bad)
+    assert bad in str(told.value)
+
+
+@pytest.mark.parametrize("uri", ["nosuch://bucket/x", "http://127.0.0.1:9/x", "gs://bucket/x"])
+def test_a_uri_that_no_file_system_takes_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"artifacts.uri: must be a .* got '.*'. Try s3://bucket/folder"):
+        check_uri(uri)
+
+
+class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A file system that takes no file any more."""
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[str]:
+        raise FileNotFoundError(path)
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        raise PermissionError("quota exceeded")
+
+
+def test_an_upload_that_fails_is_one_warning_and_ends_the_trial_only_at_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies = Artifacts(str(tmp_path / "place"), "study")
+    copies.files = Refusing()
+    folder = folder_of(tmp_path, "a", 3)
+    with caplog.at_level(logging.WARNING):
+        copies.put(7, folder, 3)
+        with pytest.raises(
+            ArtifactError, match=r"artifacts.uri: .* cannot be used: quota exceeded. Nothing is lost"
+        ):
+            copies.settle(7)
+    copies.close()
+
+    assert caplog.text.count("quota exceeded") == 1
+    assert contents(folder)["validation_rows.npz"] == b"rows"
+    assert not list(folder.glob(".upload*"))
