@@ -141,6 +141,15 @@ def _refuse_unsupported(arguments: Namespace) -> None:
         )
     if arguments.config_path:
         raise InputError("-cp: sweeps lie in sweeps/. Add a folder of your own with -cd.")
+    for flag, value in (("-cn", arguments.config_name), ("-cd", arguments.config_dir)):
+        if value is not None and not value.strip():
+            raise InputError(
+                f"{flag}: names nothing, got {value!r}. Leave it out, or check the variable in it."
+            )
+    if arguments.experimental_rerun:
+        raise InputError("--experimental-rerun: is not for sweeps. The same command continues a study.")
+    if arguments.package and not _only_informs(arguments):
+        raise InputError("--package: is for --cfg only. Leave it out.")
 
 
 def _name(arguments: Namespace) -> str:

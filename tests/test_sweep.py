@@ -172,6 +172,15 @@ BAD_INPUT = [
     (["space/lora=null", "--cfg", "job"], "space/lora=null: names no choice of the group space/lora"),
     (["-cd", "/no/folder"], "-cd /no/folder: no such folder, or it may not"),
     (["-cp", "/no/folder"], "-cp: sweeps lie in sweeps/. Add a folder of your own with -cd."),
+    (["-cd", ""], "-cd: names nothing, got ''. Leave it out, or check the variable in it."),
+    (["-cn", " "], "-cn: names nothing, got ' '. Leave it out, or check the variable in it."),
+    (["--experimental-rerun", "x"], "--experimental-rerun: is not for sweeps. The same command cont"),
+    (["--package", "x"], "--package: is for --cfg only. Leave it out."),
+    (
+        ["hydra.run.dir=x"],
+        "hydra.run.dir=x: Hydra only composes the settings here. Leave it out; see",
+    ),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: Hydra only composes the settings here."),
     (["-m"], "-m: a sweep searches by its `space`"),
     (
         ["-cn", "nosuch"],

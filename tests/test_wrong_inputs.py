@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from lora_search.errors import LoraSearchError
 from lora_search.output.streams import MAX_CHARACTERS, MAX_LINES, clean, shorten
 from lora_search.reading.load import load_rows
-from lora_search.settings.composition import SWEEPS, compose, known_keys
+from lora_search.settings.composition import SWEEPS, compose
 from lora_search.settings.data_schema import DataConfig
+from lora_search.settings.explanations import known_keys
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import parse_space

@@ -4,14 +4,12 @@ SweepConfig.
 A sweep on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) is taken as `space.optim.lr`.
 """
 
-import difflib
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -20,12 +18,12 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from lora_search.errors import InputError, LoraSearchError
+from lora_search.settings.explanations import explain, known_keys, leaves, unknown
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
 from lora_search.settings.sweep_file import (
@@ -145,6 +143,10 @@ def as_override(text: str) -> str:
     key = override.key_or_group
     if not key:
         raise InputError(f"{text}: has no key. Write key=value.")
+    if re.match(r"hydra[./@]|hydra$", key):
+        raise InputError(
+            f"{text}: Hydra only composes the settings here. Leave it out; runs_dir is the folder."
+        )
     if override.is_sweep_override():
         key = key if key.startswith("space.") else f"space.{key}"
         return f"++{key}={_quoted(text.partition('=')[2])}"
@@ -180,9 +182,9 @@ def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> D
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
     _remember(plain)
-    unknown = sorted({*_leaves(plain)} - {*known_keys()})
-    if unknown:
-        raise InputError(_place(f"{unknown[0]}:", config_name, more) + _unknown(unknown[0]))
+    strange = sorted({*leaves(plain)} - {*known_keys()})
+    if strange:
+        raise InputError(_place(f"{strange[0]}:", config_name, more) + unknown(strange[0]))
     return composed
 
 
@@ -221,7 +223,7 @@ def _explained(config_name: str, more: Path | None) -> Iterator[None]:
     except yaml.YAMLError as error:
         raise InputError(redact(explain_yaml(error, config_name))) from None
     except Exception as error:  # noqa: BLE001 (Hydra answers strange files with whatever its code runs into)
-        said = _explain(error, config_name, more)
+        said = explain(error, config_name, [path.stem for path in _files(SWEEPS, more, "*.yaml")])
         raise InputError(redact(f"{_place(said, config_name, more)}{said}")) from None
 
 
@@ -243,114 +245,6 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _explain(error: Exception, config_name: str, more: Path | None) -> str:
-    """Return one line that names key, rule and remedy, from Hydra's or OmegaConf's own words."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    said = str(cause).partition("raised while composing config:\n")[2] or str(cause)
-    text = " ".join(line.strip() for line in (str(error) or str(cause)).splitlines() if line.strip())
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: {_unreadable(text, error.override)}"
-    if isinstance(cause, InterpolationResolutionError | GrammarParseError):
-        return _unresolved(cause)
-    missing = _first(r"Could not find '([^']+)'", text)
-    if missing:
-        if "Available" not in text:
-            return f"{missing}: there is no such group. --help lists the groups and their choices."
-        available = text[text.find("Available") :].partition(" Config search")[0]
-        return f"{missing}: there is no such choice. {available}."
-    unloaded = _first(r"Could not load '([^']+)'", text)
-    if unloaded:
-        return f"defaults: there is no file {unloaded}.yaml. Name one of sweeps/ or of your folder."
-    misfit = re.search(
-        r"Merge error: (\w+) is not a subclass of (\w+?)Conf(?:ig)?\. value: (.*?) full_key", text
-    )
-    if misfit:
-        rule = "must be a group of settings (key: value, indented below it)"
-        return f"{misfit[2].lower()}: {rule}, got {misfit[3]}. Compare with the files in sweeps/."
-    if "Cannot merge DictConfig with ListConfig" in text:
-        where = _first(r"full_key: ([^\s=]+)(?= |$)", text)
-        place = "space" if where is None or where.startswith("object_type") else where
-        return f"{place}: must be settings (key: value, indented below it), got a list."
-    key = _first(r"full_key: (\S+)", str(cause)) or _first(r"Could not (?:override|delete).* '([^']+)'", text)
-    if "MissingConfig" in type(error).__name__ and "primary config" in text:
-        names = _listed([path.stem for path in _files(SWEEPS, more, "*.yaml")])
-        return f"-cn {config_name}: no such sweep. There are: {names}; or give a folder of yours with -cd."
-    if any(words in text for words in ("is not in struct", "Could not delete")) or "not in '" in str(cause):
-        return _unknown(key or "")
-    if "does not support deletion" in str(cause):
-        return f"~{key}: a setting cannot be left out. Give it a value; groups can be left out (~space/lora)."
-    if "missing mandatory value" in text.casefold():
-        return f"{key}: must be given, got ???. Add {key}=VALUE to the command."
-    if "is not Optional" in str(cause):
-        return f"{key}: must have a value, got null."
-    if key:
-        return f"{key}: {said.splitlines()[0]}. {_example(key)}"
-    named = text or type(error).__name__
-    return f"-cn {config_name}: the settings cannot be composed: {named}. Compare with the files in sweeps/."
-
-
-def _unresolved(error: OmegaConfBaseException) -> str:
-    """Return what is wrong with a ${...}, and what can be written there."""
-    text = " ".join(str(error).split())
-    key = _first(r"full_key: (\S+)", text) or str(getattr(error, "full_key", None) or "a setting")
-    variable = _first(r"Environment variable '([^']*)' not found", text)
-    if variable is not None:
-        remedy = f"Set it (export {variable}=...), or give a default: ${{oc.env:{variable},DEFAULT}}"
-        return f"{key}: the environment variable {variable} is not set. {remedy}."
-    resolver = _first(r"Unsupported interpolation type (\S+)", text)
-    if resolver is not None:
-        remedy = "Write ${oc.env:NAME} for a variable, ${study.name} for another setting"
-        return f"{key}: there is no resolver {resolver} for ${{...}}. {remedy}."
-    missing = _first(r"Interpolation key '([^']*)' not found", text)
-    if missing is not None:
-        near = difflib.get_close_matches(missing, known_keys(), n=1)
-        remedy = f"Did you mean ${{{near[0]}}}" if near else "Write the full key of a setting: ${model.path}"
-        return f"{key}: ${{{missing}}} names no setting. {remedy}."
-    if "recursi" in text.lower():
-        return f"{key}: refers to itself by ${{...}}. Break the loop."
-    said = text.partition(" full_key:")[0].rstrip(".")
-    return f"{key}: ${{...}} cannot be resolved ({said}). Write ${{study.name}} or ${{oc.env:NAME}}."
-
-
-def _unreadable(text: str, override: str) -> str:
-    """Return what is wrong with an override that breaks Hydra's grammar, and how to write it."""
-    key, equals, value = override.partition("=")
-    if not equals:
-        return "has no value. Write key=value, or see --help."
-    if "NoneType" in text:
-        return "null cannot be among the choices of Hydra's grammar. Leave it out."
-    evaluated = _first(r"while evaluating '.*?': (.+)", text)
-    if evaluated:
-        return f"cannot be read: {evaluated.partition(' See ')[0]}."
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    remedy = f"Quote the value for Hydra and for the shell: '{key}=\"{quoted}\"'"
-    return f"cannot be read by Hydra's grammar. {remedy}"
-
-
-def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
-    return f"{key}: there is no such setting. " + (
-        f"Did you mean {', '.join(near)}?" if near else "See --help."
-    )
-
-
-def _example(key: str) -> str:
-    """Return what a value of the setting looks like."""
-    default = OmegaConf.select(OmegaConf.structured(SweepConfig), key)
-    return "See --help." if default is None or OmegaConf.is_config(default) else f"Its default is {default}."
-
-
-def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
-    return match[1] if match else None
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    """Return the names, a long list cut with a count."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _files(ours: Path, more: Path | None, pattern: str) -> list[Path]:
     return sorted(ours.glob(pattern)) + (sorted(more.glob(pattern)) if more is not None else [])
 
@@ -362,24 +256,6 @@ def _question(sweep: Path) -> str:
     except InputError as error:
         return f"({str(error).removeprefix(f'{sweep}').lstrip(': ,')})"
     return first.removeprefix("#").strip() if first.startswith("#") else ""
-
-
-def known_keys() -> list[str]:
-    """Return every setting as its dotted key."""
-    plain = OmegaConf.to_container(OmegaConf.structured(SweepConfig), resolve=False)
-    assert isinstance(plain, dict)
-    return sorted(_leaves(plain))
-
-
-def _leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys outside `space`, whose keys are free until it is parsed."""
-    for name, child in node.items():
-        if f"{prefix}{name}" == "space":
-            continue
-        if isinstance(child, Mapping) and child:
-            yield from _leaves(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _remember(node: object) -> None:
