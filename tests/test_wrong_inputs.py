@@ -7,6 +7,7 @@ In process: a message has a key, fits on a screen, comes with exit code 2, and n
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,13 +39,23 @@ WORDS = st.sampled_from([
 TEXT = st.one_of(WORDS, st.text(max_size=20), st.integers().map(str), st.floats().map(str))
 
 
-def refusal(error: LoraSearchError) -> str:
-    """Return what the terminal shows of an error for wrong input: one screen, no control sequence."""
+REMEDY = re.compile(  # what is allowed, or what to do about it
+    r"\bmust |Did you mean|Its default is|can be searched|See --help|There are: "
+    r"|\b(?:Add|Begin|Break|Change|Check|Choose|Compare|Cut|Delete|Export|Fill|Give|Indent|Join|Keep|Leave|Let|Lower|Make|Mend"
+    r"|Name|Put|Quote|Raise|Remove|Rename|Repair|Save|Separate|[Ss]et|Shorten|Swap|Take|Try|Unpack|Use|Widen|Write)\b"
+)
+
+
+def refusal(error: LoraSearchError, key: str) -> str:
+    """Return what the terminal shows of an error for wrong input: one screen, no control sequence; it begins
+    with the key (a pattern) and says what to do."""
     text = clean(shorten(redact(str(error))))
     assert error.exit_code == 2
     assert 0 < len(text) <= MAX_CHARACTERS + 100  # the note of what was left out
     assert text.count("\n") <= MAX_LINES
     assert "\x1b" not in text
+    assert re.match(key, text), text
+    assert REMEDY.search(text), text
     return text
 
 
@@ -54,12 +65,13 @@ def test_whatever_is_given_as_a_value_is_a_setting_or_one_message(key: str, valu
     try:
         config = compose("smoke", [f"{key}={value}"])
     except LoraSearchError as error:
-        named = refusal(error)
+        named = refusal(error, "")
         assert key in named or key.rpartition(".")[2] in named
     else:
         assert isinstance(config, SweepConfig)
 
 
+KEY = r"(?:[\w./+~@ -]+): "  # a setting, a group or an entry of the defaults
 LINES = st.sampled_from([*SMOKE.splitlines(), "study: {", "  - schema", "\ta: 1", "a: &a [*a]", "---", "? x", "space:", "  lora:",
                          "    r: choice(1", "<<: 3", "hydra:", "  run:", "defaults: []", "x: ${study}"])  # fmt: skip
 
@@ -73,7 +85,7 @@ def test_whatever_a_sweep_file_says_is_a_sweep_or_one_message(lines: list[str], 
         try:
             parse_space(compose("mine", [], Path(folder)))
         except LoraSearchError as error:
-            refusal(error)
+            refusal(error, rf"{folder}/mine\.yaml|-cn mine: |{KEY}")
         assert os.listdir(folder) == ["mine.yaml"]
 
 
@@ -91,7 +103,7 @@ def test_whatever_is_searched_is_a_range_or_one_message(key: str, expression: st
     try:
         parse_space(config)
     except LoraSearchError as error:
-        assert key in refusal(error)
+        assert key in refusal(error, "")
 
 
 SUFFIXES = [
@@ -133,7 +145,7 @@ def test_whatever_a_data_file_holds_is_rows_or_one_message(suffix: str, content:
         try:
             load_rows(DataConfig(path=str(path)))
         except LoraSearchError as error:
-            refusal(error)
+            refusal(error, rf"data\.\w+(?:\.\w+)?: .*{re.escape(path.name)}|data\.\w+(?:\.\w+)?: ")
         assert os.listdir(folder) == [path.name]
 
 

@@ -78,7 +78,7 @@ def _check_kind(file: DataFile, suffix: str, head: bytes) -> None:
     expected = "gzipped" if suffix.endswith(".gz") else expected
     if head and kind != expected:
         if kind is None:
-            raise file.error(f"is not {_kind_of(suffix)}. Is it complete?")
+            raise file.error(f"is not {_kind_of(suffix)}. Check that it is complete.")
         remedy = REMEDIES.get(kind, "Give a file of text rows, one question and answer each.")
         raise file.error(f"is {kind}, not {_kind_of(suffix)}. {remedy}")
 
@@ -274,4 +274,4 @@ def _parquet(file: DataFile) -> Iterator[Record]:
                     yield Record(f"row {number} of {file.name}", f"{file.name}:{number}", content)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).strip().splitlines()[0].rstrip(".")
-        raise file.error(f"cannot be read: {said}. Is it complete?") from None
+        raise file.error(f"cannot be read: {said}. Check that it is complete.") from None

@@ -128,7 +128,8 @@ def _file(
     ending = suffix_of(name or path.name)
     if path.is_file() and not ending:
         known, shown = ", ".join(SUFFIXES), "".join(Path(name or path.name).suffixes)
-        raise DataError(f"{key}: {name or path.name} has an unknown ending {shown!r}; known are {known}.")
+        what = f"{name or path.name} has an unknown ending {shown!r}; known are {known}"
+        raise DataError(f"{key}: {what}. Save it as one of them.")
     file = DataFile(path, name or path.name, key, ending)
     checked = check_file(file, config.encoding)
     records = partial(read_file, file, checked.encoding, config.subset)

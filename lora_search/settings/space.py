@@ -239,7 +239,7 @@ def _range(config: SweepConfig, key: str, sweep: RangeSweep) -> BaseDistribution
     assert stop is not None  # the grammar sees to both
     if sweep.tags:
         raise ConfigError(full_key, sorted(sweep.tags), "tags belong to interval(...) only", HINT)
-    if step <= 0:
+    if not 0 < step < math.inf:
         raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
     _require_ordered(full_key, start, stop)
     count = math.ceil((stop - start) / step - 1e-9)

@@ -364,7 +364,7 @@ def test_a_file_of_bad_rows_alone_is_refused_even_when_they_may_be_skipped(tmp_p
             "line 3 of faq.csv has 3 fields, its header 2. Put text",
         ),
         ("faq.csv", b"instruction,response\na\n", 'line 2 of faq.csv: "response" is missing'),
-        ("faq.parquet", b"hello", "faq.parquet is not a Parquet file. Is it complete?"),
+        ("faq.parquet", b"hello", "faq.parquet is not a Parquet file. Check that it is complete."),
         ("faq.doc", b"hello", "unknown ending '.doc'; known are .jsonl, .ndjson, .json, .csv"),
         ("faq.txt", b"hello", "faq.txt has no tab in its first line. Write question and answer with a tab"),
     ],

@@ -150,6 +150,7 @@ def test_the_points_of_a_countable_space_are_counted_and_crossed_off() -> None:
         ("lora.r", "tag(log, choice(8, 16))", r"tags belong to interval\(...\) only"),
         ("lora.r", "tag(exp, interval(8, 16))", "the tags of a sweep are log and int"),
         ("lora.r", "range(8, 32, 0)", "the step must be > 0"),
+        ("lora.r", "range(8, 32, nan)", "the step must be > 0, got nan"),
         ("lora.r", "range(8, 32, 0.5)", "must be of type int|the step must be a whole number"),
         ("lora.r", "glob(*)", r"must be a sweep, got 'glob\(\*\)'. Write choice\(8, 16\), interval"),
         ("lora.rank", "choice(8, 16)", "is not a setting that can be searched.*Did you mean space.lora.r"),
