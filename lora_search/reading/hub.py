@@ -131,8 +131,6 @@ def table_records(table: Any, name: str) -> Iterator[Record]:
 
 def fetch(url: str, key: str) -> Path:
     """Return the local copy of a file behind a URL, downloaded once into the library's cache."""
-    from aiohttp import ClientError  # what fsspec raises for a server that cannot be reached
-
     datasets = library()
     try:
         with contextlib.redirect_stderr(None):
@@ -140,6 +138,14 @@ def fetch(url: str, key: str) -> Path:
     except ImportError as error:
         remedy = "Install what it names, or download the file yourself."
         raise DataError(f"{key}: {redact(url)} cannot be downloaded: {error}. {remedy}") from None
-    except (ClientError, OSError, ValueError, RuntimeError) as error:
-        said = redact(str(error)).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{key}: {redact(url)} cannot be downloaded: {said[0].rstrip('.')}.") from None
+    except Exception as error:  # noqa: BLE001 (each of fsspec's services raises errors of its own)
+        said = f"{_cause(error, url)}. Check the address, or download the file yourself"
+        raise DataError(f"{key}: {redact(url)} cannot be downloaded: {said}.") from None
+
+
+def _cause(error: BaseException, url: str) -> str:
+    """Return the first line of the first error in the chain that says more than the address."""
+    said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    if said in ("", url):
+        return _cause(error.__cause__, url) if error.__cause__ else type(error).__name__
+    return redact(said)

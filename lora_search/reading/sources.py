@@ -20,6 +20,7 @@ from lora_search.reading.files import SUFFIXES, check_file, read_file, suffix_of
 from lora_search.reading.hub import fetch, is_hub_id, is_saved, load_hub, load_saved, table_records
 from lora_search.reading.rows import Record
 from lora_search.settings.data_schema import PACKAGED, DataConfig
+from lora_search.settings.rules import require
 from lora_search.settings.secrets import redact
 
 SPLITS = {
@@ -50,6 +51,7 @@ class Found:
     sources: list[Source] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     revisions: dict[str, str] = field(default_factory=dict)
+    heeded: set[str] = field(default_factory=set)  # settings that some source takes into account
 
     @property
     def digest(self) -> str:
@@ -68,7 +70,21 @@ def find_sources(config: DataConfig) -> Found:
             found.sources += _find(path, f"data.{split}_path", split, 1.0, config, found)
     if not any(source.split in ("", "train") for source in found.sources):
         raise DataError(f"data.path: {redact(config.name)} holds no rows to train on, only other splits.")
+    _check_heeded(config, found)
     return found
+
+
+def _check_heeded(config: DataConfig, found: Found) -> None:
+    """Raise ConfigError for a setting that nothing of what was named takes into account."""
+    found.heeded |= {"subset"} if any(s.name.endswith(".xlsx") for s in found.sources) else set()
+    for name, what in (
+        ("subset", "hub data sets and Excel files"),
+        ("split", "hub and saved data sets"),
+        ("revision", "hub data sets"),
+    ):
+        value = getattr(config, name)
+        rule = f"is for {what}, and data.path={redact(config.name)} is none"
+        require(value is None or name in found.heeded, f"data.{name}", value, rule, "Leave it out")
 
 
 def _find(path: str, key: str, split: str, weight: float, config: DataConfig, found: Found) -> list[Source]:
@@ -82,6 +98,7 @@ def _find(path: str, key: str, split: str, weight: float, config: DataConfig, fo
     if local is None:
         tables, commit = load_hub(path, config, key)
         found.revisions[path] = commit
+        found.heeded |= {"subset", "revision"}
         return _tables(tables, path, commit, key, config, split, weight, found)
     try:
         if local.is_dir() and is_saved(local):
@@ -114,7 +131,7 @@ def _local(text: str, key: str) -> Path | None:
         return path
     if is_hub_id(text) and not suffix_of(path.name) and not path.parent.exists():
         return None
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=3)
     hint = (
         f"Did you mean {', '.join(near)}?" if near else "Give a local file or folder, or a hub id (org/name)."
@@ -170,6 +187,7 @@ def _tables(
     found: Found,
 ) -> list[Source]:
     """Return the splits of a data set that are used: the one asked for, or those of the usual names."""
+    found.heeded.add("split")
     chosen = {table_name: split or SPLITS.get(table_name, "") for table_name in tables}
     if config.split is not None and key == "data.path":
         if config.split not in tables:

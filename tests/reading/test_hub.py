@@ -82,7 +82,13 @@ def test_a_file_behind_a_url_is_downloaded_and_read(tmp_path: Path, monkeypatch:
 
 @pytest.mark.wrong_input
 @pytest.mark.parametrize(
-    "url", ["http://bob:s3cret@127.0.0.1:1/x.jsonl", "gs://bucket/x.jsonl", "abc://h/x.jsonl"]
+    "url",
+    [
+        "http://bob:s3cret@127.0.0.1:1/x.jsonl",
+        "gs://bucket/x.jsonl",
+        "s3://bucket/x.jsonl",
+        "abc://h/x.jsonl",
+    ],
 )
 def test_a_url_that_cannot_be_read_is_one_message_without_its_password(url: str) -> None:
     with pytest.raises(DataError, match=r"data.path: \w+://.* cannot be downloaded: ") as refused:

@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 
-from lora_search.errors import DataError
+from lora_search.errors import ConfigError, DataError
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import ColumnsConfig, DataConfig
@@ -371,6 +372,15 @@ def test_a_file_of_bad_rows_alone_is_refused_even_when_they_may_be_skipped(tmp_p
 )
 def test_a_bad_file_is_refused_with_a_remedy(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     assert message in refusal(write_bytes(tmp_path / name, content))
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize("name", ["subset", "split", "revision"])
+def test_a_setting_that_no_source_heeds_is_refused(tmp_path: Path, name: str) -> None:
+    config = replace(write_lines(tmp_path / "faq.jsonl", json.dumps(GOOD)), **{name: "main"})
+
+    with pytest.raises(ConfigError, match=rf"data\.{name}: is for .*, got 'main'. Leave it out"):
+        load_rows(config)
 
 
 def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
