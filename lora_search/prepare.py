@@ -4,6 +4,7 @@ Folders and the database first, then rows, then what the rows cannot fill; the m
 `sweep` imports it only when it is going to train.
 """
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from lora_search.reading.rows import Loaded
 from lora_search.settings.schema import ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
-from lora_search.study.about import attributes
+from lora_search.study.about import LENGTHS, attributes, length_histogram
 from lora_search.study.adoption import check_adoptable
 from lora_search.study.fingerprint import (
     check_fingerprint,
@@ -226,8 +227,10 @@ def open_study(
     """
     command, folder = typed_command(sys.argv), study_folder(config)
     known = attributes(config, sweep_name, command, inputs.source, inputs.splits, content)
-    known["data.train_tokens"] = str(sum(len(row.input_ids) for row in inputs.splits.train))
     known[BASE_WIDTH] = str(inputs.width)
+    lengths = [len(row.input_ids) for row in inputs.splits.train]
+    known["data.train_tokens"] = str(sum(lengths))
+    known[LENGTHS] = json.dumps(length_histogram(lengths))
     study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder, began=began)
     claim_folder(folder, config.study.name, study.identity)
     with explained_writing(folder):

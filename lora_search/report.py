@@ -10,7 +10,8 @@ import sys
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.files.atomic import write_file
 from lora_search.output.terminal import Progress
-from lora_search.page.report import report_facts, report_markdown, write_report
+from lora_search.page.plain import report_facts, report_markdown
+from lora_search.page.report import write_report
 from lora_search.results.ranking import base_of
 from lora_search.study.folder import find_owned
 from lora_search.study.study import SweepStudy

@@ -203,6 +203,8 @@ class TrialRow:
     train_tokens: int
     train_seconds: float
     recovery: str = ""  # what was wrong with the checkpoint that it went on from
+    began: float | None = None  # epoch seconds; None before it begins
+    ended: float | None = None
 
 
 def draw_seed(*parts: int) -> int:

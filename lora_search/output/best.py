@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_search.files.atomic import write_file
 from lora_search.results.ranking import best_of, progress_note
-from lora_search.settings.recorded import recorded_values
+from lora_search.settings.recorded import plain, recorded_values
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
@@ -133,11 +133,6 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
             **{key: plain(value) for key, value in best.params.items()},
         },
     }
-
-
-def plain(value: object) -> object:
-    """Return a list where the study keeps one as JSON."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> str:

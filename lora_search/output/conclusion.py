@@ -9,11 +9,11 @@ from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.best import export_best
 from lora_search.output.copies import shared_results
-from lora_search.output.forecast_text import compared
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import Progress, next_steps
 from lora_search.page.report import write_report
 from lora_search.results.certainty import certainty_of
+from lora_search.results.costs import compared
 from lora_search.results.ranking import FINISHED, base_of, best_of, is_final
 from lora_search.results.verdict import line_of_test
 from lora_search.settings.edges import edge_notes
@@ -46,7 +46,7 @@ def _conclude(
     is_interrupted: bool,
 ) -> None:
     base_perplexity = base_of(attributes)
-    truth = compared(rows, attributes, config)
+    truth = compared(rows, attributes, folder)
     for name, text in truth.items():
         progress.event(f"{name}: {text}")
     if not is_final(rows, attributes):
@@ -58,7 +58,7 @@ def _conclude(
         progress.console.print(line_of_test(test, best_of(rows)), markup=False, soft_wrap=True)
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
-        known = {**attributes, **truth}
+        known = dict(attributes)
         if edges := edges_of_best(rows, config):
             known["edge of the search"] = "; ".join(edges)
         write_report(rows, known, base_perplexity, folder / "report.html")

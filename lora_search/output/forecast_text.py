@@ -1,15 +1,14 @@
-"""A forecast in words, and beside what then happened."""
+"""A forecast in words, and in a file."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lora_search.files.atomic import explained_writing, write_file
+from lora_search.results.costs import forecast_file
 from lora_search.results.formatting import show_count, show_seconds
 from lora_search.search.forecast import Forecast, Probe, Shape, trials_within
 from lora_search.settings.schema import SweepConfig
-from lora_search.trial import TrialRow
 
 KEPT_ADAPTERS = 1  # of each trial: the one of its best rung
 CHECKPOINT = 3  # a running trial's checkpoint holds the adapter and two moments
@@ -79,32 +78,10 @@ def _budget_lines(
     return lines
 
 
-def forecast_file(config: SweepConfig) -> Path:
-    return Path(config.runs_dir) / f"{config.study.name}.plan.json"
-
-
 def write_forecast(found: Forecast, config: SweepConfig) -> None:
     """Keep the forecast beside the study's folder. Raises WriteError."""
     kept = {**asdict(found), "n_trials": config.study.n_trials}
     with explained_writing(Path(config.runs_dir)):
-        write_file(forecast_file(config), json.dumps(kept, indent=1).encode())
-
-
-def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], config: SweepConfig) -> dict[str, str]:
-    """Return the forecast beside the truth; nothing where none was made, or for another number of trials."""
-    try:
-        kept = json.loads(forecast_file(config).read_text(encoding="utf-8"))
-        low, expected, high = (float(value) for value in kept["seconds"])
-        tokens = float(kept["tokens"][1])
-        hours = float(attributes["hours over all starts"])
-        is_same = kept["n_trials"] == config.study.n_trials
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    if not is_same or config.study.n_trials is None:
-        return {}
-    trained = sum(row.train_tokens for row in rows)
-    return {
-        "forecast of time": f"{show_seconds(expected)} ({show_seconds(low)} to {show_seconds(high)}); "
-        f"took {show_seconds(hours * 3600)}",
-        "forecast of tokens": f"{show_count(round(tokens))}; trained {show_count(trained)}",
-    }
+        write_file(
+            forecast_file(Path(config.runs_dir) / config.study.name), json.dumps(kept, indent=1).encode()
+        )

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping
 
-from lora_search.output.best import plain
 from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
 from lora_search.results.verdict import line_of_test
-from lora_search.settings.recorded import recorded_values
+from lora_search.settings.recorded import plain, recorded_values
 from lora_search.study.results import TestScore
 from lora_search.trial import TrialRow
 

@@ -15,6 +15,12 @@ STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 MAX_CATEGORIES = 6  # a number with at most so many values is drawn as choices
 LOG_RATIO = 5.0  # values that spread further than this get a log axis
 WIDE, NARROW, HIGH, LOW = 1040, 420, 400, 260
+MOST_TEXTS = 150
+SMALL = {  # of many trials: crosses, diamonds, else dots
+    "pruned": "m-3-3l6 6m0-6l-6 6",
+    "failed": "m0-3l3 3l-3 3l-3-3z",
+    "complete": "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
+}
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "WAITING": "waiting"}
 
 
@@ -59,10 +65,10 @@ def learning_curves(
     x = axis_over([0.0, longest / rungs], LEFT, WIDE - RIGHT, from_zero=True)
     y = value_axis([value for _, curve in curves for _, value in curve], base_perplexity, HIGH)
     marks = base_line(y, base_perplexity, WIDE)
-    for row, curve in sorted(curves, key=lambda pair: (pair[0] is best, pair[0].state == "COMPLETE")):
-        points = [(x.at(rung / rungs), y.at(value)) for rung, value in curve]
-        kind = kind_of(row, best)
-        marks += [line(points, kind), mark(*points[-1], kind, describe(row, row.perplexity))]
+    order = sorted(curves, key=lambda pair: (pair[0] is best, pair[0].state == "COMPLETE"))
+    drawn = [(row, [(x.at(rung / rungs), y.at(value)) for rung, value in curve]) for row, curve in order]
+    marks += [line(points, kind_of(row, best)) for row, points in drawn]
+    marks += all_marks([(row, *points[-1]) for row, points in drawn], best, None)
     titles = ("epochs of examples seen" if evals_per_epoch else "rung", "validation perplexity")
     label = f"Learning curves of {len(curves)} trials: validation perplexity over epochs"
     return chart(WIDE, HIGH, label, x, y, titles, marks)
@@ -77,11 +83,9 @@ def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perple
     x, places = setting_axis(values)
     marks = base_line(y, base_perplexity, NARROW)
     pairs = sorted(zip(measured, places, strict=True), key=lambda pair: pair[0] is best)
-    marks += [
-        mark(x.at(place), y.at(row.perplexity), kind_of(row, best), describe(row, row.perplexity, [key]))
-        for row, place in pairs
-        if row.perplexity is not None
-    ]
+    marks += all_marks(
+        [(row, x.at(place), y.at(row.perplexity or base_perplexity)) for row, place in pairs], best, [key]
+    )
     label = f"Lowest perplexity of {len(measured)} trials against {key}"
     return chart(NARROW, LOW, label, x, y, (key, "perplexity"), marks)
 
@@ -180,7 +184,17 @@ def chart(
         f"{escape(titles[1])}</text>"
     )
     body = "".join([*grid, names, *marks])
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return svg(width, height, label, [body])
+
+
+def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+    """Return a picture; ``label``: what a screen reader says."""
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+    return head + "".join(parts) + "</svg>"
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def line(points: Sequence[tuple[float, float]], kind: str) -> str:
@@ -201,6 +215,26 @@ def mark(px: float, py: float, kind: str, text: str, size: float = 5.0) -> str:
     shape = shapes.get(kind, f'<circle r="{s}"/>')
     title = f"<title>{escape(text)}</title>"
     return f'<g class="mark {kind}" transform="translate({px:.1f} {py:.1f})">{title}{shape}</g>'
+
+
+def all_marks(
+    places: Sequence[tuple[TrialRow, float, float]], best: TrialRow | None, keys: Sequence[str] | None
+) -> list[str]:
+    """Return a mark for each trial. Of many, only the best has a text of its own: a page of a thousand trials
+    stays small."""
+    if len(places) <= MOST_TEXTS:
+        return [
+            mark(px, py, kind_of(row, best), describe(row, row.perplexity, keys)) for row, px, py in places
+        ]
+    paths: dict[str, list[str]] = {}
+    for row, px, py in places:
+        if row is not best:
+            kind = kind_of(row, best)
+            paths.setdefault(kind, []).append(f"M{px:.0f} {py:.0f}{SMALL.get(kind, SMALL['complete'])}")
+    found = [f'<path class="mark {kind}" d="{"".join(each)}"/>' for kind, each in paths.items()]
+    return found + [
+        mark(px, py, "best", describe(row, row.perplexity, keys)) for row, px, py in places if row is best
+    ]
 
 
 def _star(radius: float) -> str:

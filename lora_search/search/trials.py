@@ -42,6 +42,8 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         train_tokens=progress["train_tokens"],
         train_seconds=progress["train_seconds"],
         recovery=text_of(trial, "recovery"),
+        began=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
     )
 
 

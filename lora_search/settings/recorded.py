@@ -23,6 +23,11 @@ def recorded_values(attributes: Mapping[str, str]) -> dict[str, object]:
     return {key: _literal(text) for key, text in recorded_settings(attributes).items()}  # an older version's
 
 
+def plain(value: object) -> object:
+    """Return a list where the study keeps one as JSON."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+
+
 def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:
     """Return the sweep's settings, checked; without its space, and with the storage that was given now.
 

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,8 @@ from lora_search.settings.schema import SweepConfig, as_dict
 from lora_search.settings.secrets import redact
 from lora_search.study.fingerprint import flat
 
+LENGTHS = "length_histogram"
+BUCKETS = 24
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 
 
@@ -48,6 +50,15 @@ def attributes(
         **{f"setting/{k}": v for k, v in flat("sweep", as_dict(shared)).items()},
         **{f"version/{name}": version(name) for name in LIBRARIES},
     }
+
+
+def length_histogram(lengths: Sequence[int]) -> dict[str, object]:
+    """Return how many rows have up to width, 2 width, ... tokens."""
+    width = max(1, -(-max(lengths) // BUCKETS))
+    counts = [0] * (-(-max(lengths) // width))
+    for length in lengths:
+        counts[(length - 1) // width] += 1
+    return {"width": width, "counts": counts}
 
 
 def _git_commit() -> str:

@@ -23,6 +23,7 @@ from lora_search.trial import Limit
 NOTE_SECONDS = 10.0  # between two renewals of a worker's interval
 ANSWER_SECONDS = 5.0  # kept for leaderboard, best adapter and report
 PRESENT_SECONDS = 60.0  # a worker that has renewed its interval since is taken to be at work
+WORKED = "worked"  # attribute: spans of epoch seconds, as JSON
 KEY = "budget/"  # system attribute of the study, one for each start of a worker
 
 
@@ -46,29 +47,38 @@ class Need:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a study has spent so far, of all that can be limited."""
+    """What a study has spent so far, of all that can be limited. ``worked``: when any worker was at it."""
 
     hours: float
     worker_hours: float
     tokens: int
+    worked: tuple[tuple[float, float], ...] = ()
 
     def cost(self, price_per_hour: float) -> float:
         return self.worker_hours * price_per_hour
 
 
+def covered(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
+    """Return the spans of time that lie in at least one of the intervals, in order."""
+    spans: list[tuple[float, float]] = []
+    for one in sorted(intervals, key=lambda interval: interval.begin):
+        if spans and one.begin <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], one.end))
+        else:
+            spans.append((one.begin, one.end))
+    return spans
+
+
 def covered_seconds(intervals: Iterable[Interval]) -> float:
     """Return how much time lies in at least one of the intervals."""
-    total, reached = 0.0, -math.inf
-    for one in sorted(intervals, key=lambda interval: interval.begin):
-        total += max(0.0, one.end - max(one.begin, reached))
-        reached = max(reached, one.end)
-    return total
+    return sum(end - begin for begin, end in covered(intervals))
 
 
 def spent_of(intervals: Sequence[Interval], tokens: int) -> Spent:
     """Return what these intervals and tokens come to."""
     worker_seconds = sum(one.end - one.begin for one in intervals)
-    return Spent(covered_seconds(intervals) / 3600, worker_seconds / 3600, tokens)
+    spans = tuple(covered(intervals))
+    return Spent(covered_seconds(intervals) / 3600, worker_seconds / 3600, tokens, spans)
 
 
 def limits(config: StudyConfig, spent: Spent) -> list[Limit]:
@@ -87,6 +97,8 @@ def described(config: StudyConfig, spent: Spent) -> dict[str, str]:
     """Return what is spent, for people."""
     facts = {f"budget {limit.key}": f"{limit} spent" for limit in limits(config, spent)}
     facts["hours over all starts"] = f"{spent.hours:.3g}"
+    facts["worker hours"] = f"{spent.worker_hours:.3g}"
+    facts[WORKED] = json.dumps([[round(begin, 1), round(end, 1)] for begin, end in spent.worked])
     if config.price_per_hour is not None:
         facts["cost"] = f"{spent.cost(config.price_per_hour):.3g}"
     return facts

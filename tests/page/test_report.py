@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lora_search.files.row_scores import BASE, write_scores
-from lora_search.page.report import facts, share_saved, write_report
+from lora_search.page.report import write_report
+from lora_search.results.findings import facts, share_saved
 from lora_search.trial import RowScores, TrialRow
 from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, BEST, HOSTILE, ROWS, make_row
 

@@ -1,0 +1,86 @@
+"""What a search cost, beside what pruning saved and what was forecast. Pure, but for the forecast's file."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_search.results.formatting import show_count, show_seconds
+from lora_search.settings.recorded import recorded_values
+from lora_search.trial import TrialRow
+
+PEAK = "peak_memory_bytes"  # attribute of the study
+
+
+def costs(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return what was spent, by name; only what is known."""
+    trained = sum(row.train_tokens for row in rows)
+    found = {
+        "wall time at work": _hours(attributes.get("hours over all starts")),
+        "device time": _hours(attributes.get("worker hours")),
+        "of it training": show_seconds(sum(row.train_seconds for row in rows)),
+        "tokens trained": show_count(trained),
+        "tokens that pruning saved": _saved(rows, attributes, trained),
+        "peak memory": _memory(attributes.get(PEAK)),
+        "price": attributes.get("cost", ""),
+        **compared(rows, attributes, folder),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def forecast_file(folder: Path) -> Path:
+    """Return where `plan` keeps its forecast: beside the study's folder."""
+    return folder.parent / f"{folder.name}.plan.json"
+
+
+def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the forecast beside the truth; nothing where none was made, or for another number of trials."""
+    n_trials = recorded_values(attributes).get("study.n_trials")
+    try:
+        kept = json.loads(forecast_file(folder).read_text(encoding="utf-8"))
+        low, expected, high = (float(value) for value in kept["seconds"])
+        tokens = float(kept["tokens"][1])
+        hours = float(attributes["hours over all starts"])
+        is_same = kept["n_trials"] == n_trials
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not is_same or n_trials is None:
+        return {}
+    trained = sum(row.train_tokens for row in rows)
+    return {
+        "forecast of time": f"{show_seconds(expected)} ({show_seconds(low)} to {show_seconds(high)}); "
+        f"took {show_seconds(hours * 3600)}",
+        "forecast of tokens": f"{show_count(round(tokens))}; trained {show_count(trained)}",
+    }
+
+
+def tokens_saved(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> int:
+    """Return how many tokens the pruned trials would still have trained, at their own pace, to their end."""
+    settings = recorded_values(attributes)
+    saved = 0.0
+    for row in rows:
+        if row.state != "PRUNED" or not row.perplexities:
+            continue
+        epochs, evals = (
+            {**settings, **row.params}.get(f"train.{key}") for key in ("epochs", "evals_per_epoch")
+        )
+        if isinstance(epochs, int) and isinstance(evals, int):
+            rung = max(row.perplexities)
+            saved += row.train_tokens / rung * max(0, epochs * evals - rung)
+    return round(saved)
+
+
+def _saved(rows: Sequence[TrialRow], attributes: Mapping[str, str], trained: int) -> str:
+    saved = tokens_saved(rows, attributes)
+    return (
+        f"{show_count(saved)} ({100 * saved / (saved + trained):.0f} % of what all would have taken)"
+        if saved
+        else ""
+    )
+
+
+def _hours(text: str | None) -> str:
+    return show_seconds(float(text) * 3600) if text else ""
+
+
+def _memory(text: str | None) -> str:
+    return f"{float(text) / 2**30:.1f} GiB" if text else ""

@@ -1,0 +1,153 @@
+"""What a report says of a study, in words: how sure, what may help, what it knows about itself. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lora_search.results.certainty import SURE, Certainty
+from lora_search.results.costs import PEAK
+from lora_search.results.formatting import (
+    show_count,
+    show_difference,
+    show_perplexity,
+    show_seconds,
+    show_value,
+)
+from lora_search.results.verdict import line_of_test, tied_line
+from lora_search.settings.recorded import plain, recorded_values
+from lora_search.study.about import LENGTHS
+from lora_search.study.budget import WORKED
+from lora_search.study.results import read_test_score
+from lora_search.trial import TrialRow
+
+HIDDEN = (  # the settings say the same; shown elsewhere
+    "fingerprint", "command", "settings", "test_score", "confirmation", "worker hours", WORKED, LENGTHS, PEAK,
+)  # fmt: skip
+
+
+def how_sure(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow | None
+) -> list[str]:
+    """Return what the rows say for and against the winner, a sentence each."""
+    if best is None:
+        return []
+    said: list[str] = []
+    to_base = certainty.against_base.get(best.number)
+    if to_base is not None:
+        low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))
+        said.append(
+            f"Against the base model on the same {to_base.num_rows} validation rows: "
+            f"{show_difference(to_base.change, to_base.change_error)} (95 % interval {low:+.1f} to "
+            f"{high:+.1f} %). The trial was chosen on these rows, so this is a little too good."
+        )
+    said += over_default(rows, attributes, certainty, best)
+    test = read_test_score(attributes)
+    said.append(f"{line_of_test(test, best)}." if test else "The test split has not been scored.")
+    tied = tied_line(rows, certainty)
+    if tied:
+        said.append(f"{tied[0].upper()}{tied[1:]}.")
+    elif certainty.against_best:
+        said.append("No other complete trial is within two standard errors of it.")
+    else:
+        said.append("How the trials compare row by row is not known here, so neither is who is tied.")
+    return said
+
+
+def over_default(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow
+) -> list[str]:
+    """Return what the search won over the settings it was given, where a trial has trained those."""
+    settings, keys = recorded_values(attributes), best.params
+    given = [row for row in rows if all(plain(row.params.get(key)) == settings.get(key) for key in keys)]
+    default = next((row for row in given if row.perplexity is not None), None)
+    if default is None or not keys or not settings:
+        return []
+    name = f"the settings as they were given, trial {default.number}"
+    if default is best:
+        return [f"The best are {name}: the search found none better."]
+    until = f", pruned at rung {max(default.perplexities)}" if default.state == "PRUNED" else ""
+    shown = show_perplexity(default.perplexity, 2)
+    to_best = certainty.against_best.get(default.number)
+    if to_best is None or best.perplexity is None or not default.perplexity:
+        return [f"{name[0].upper()}{name[1:]}{until}, came to {shown}."]
+    won = math.expm1(-to_best.difference)
+    error = math.exp(-to_best.difference) * to_best.error
+    return [f"Against {name}{until}, which came to {shown}: {show_difference(won, error)}."]
+
+
+def hints(
+    rows: Sequence[TrialRow], attributes: Mapping[str, str], best: TrialRow | None
+) -> list[tuple[str, str]]:
+    """Return what might help further, each with the override to type."""
+    if best is None:
+        return []
+    found = [(f"{key} of the best is the {word} value that was tried.", override)
+             for key in best.params for word, override in at_edge(rows, best, key)]  # fmt: skip
+    if best.perplexities and best.best_rung == max(best.perplexities):
+        epochs = best.params.get("train.epochs", recorded_values(attributes).get("train.epochs"))
+        more = 2 * epochs if isinstance(epochs, int) else "N"
+        text = (
+            "The best trial was still improving at its end: more epochs may help, in a study of another name."
+        )
+        found.insert(0, (text, f"train.epochs={more} study.name={attributes.get('study', 'NAME')}-longer"))
+    return found
+
+
+def at_edge(rows: Sequence[TrialRow], best: TrialRow, key: str) -> list[tuple[str, str]]:
+    """Return whether the best value is the smallest or largest of those tried, and a wider range to type."""
+    values = [v for row in rows if isinstance(v := row.params.get(key), int | float)]
+    value, tried = best.params[key], sorted(set(values))
+    if not isinstance(value, int | float) or isinstance(value, bool) or len(tried) < 3:
+        return []
+    low, high = tried[0], tried[-1]
+    found = []
+    for edge, word, factor in ((low, "smallest", 0.5), (high, "largest", 2.0)):
+        if value != edge:
+            continue
+        if all(isinstance(v, int) for v in tried):
+            choices = sorted({*tried, max(1, round(edge * factor))})
+            found.append((word, f"'{key}=choice({', '.join(map(str, choices))})'"))
+        else:
+            found.append((word, f"'{key}={wider(float(low), float(high), is_low=word == 'smallest')}'"))
+    return found
+
+
+def wider(low: float, high: float, *, is_low: bool) -> str:
+    """Return a range that goes on where this one ends; of logarithms where it spans a decade."""
+    if low > 0 and high / low >= 10:
+        ends = (low / 3, high) if is_low else (low, high * 3)
+        return f"tag(log, interval({show_value(ends[0])}, {show_value(ends[1])}))"
+    half = (high - low) / 2
+    ends = (max(0.0, low - half), high) if is_low else (low, high + half)
+    return f"interval({show_value(ends[0])}, {show_value(ends[1])})"
+
+
+def tiles(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
+    """Return the figures of the headline, and what each one is."""
+    states = [row.state for row in rows]
+    shown = [
+        ("trials complete", str(states.count("COMPLETE"))),
+        ("pruned", str(states.count("PRUNED"))),
+        ("failed", str(states.count("FAIL"))),
+        ("tokens trained", show_count(sum(row.train_tokens for row in rows))),
+        ("training time", show_seconds(sum(row.train_seconds for row in rows))),
+    ]
+    running = states.count("RUNNING") + states.count("WAITING")
+    return [*shown, ("still to end", str(running))] if running else shown
+
+
+def share_saved(rows: Sequence[TrialRow]) -> tuple[int, int] | None:
+    """Return (rungs trained by the pruned trials, rungs had they all run as long as the longest trial)."""
+    pruned = [len(row.perplexities) for row in rows if row.state == "PRUNED"]
+    longest = max((len(row.perplexities) for row in rows if row.state == "COMPLETE"), default=0)
+    return (sum(pruned), longest * len(pruned)) if pruned and longest else None
+
+
+def facts(attributes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return what the study knows about itself, in groups: title -> name -> value."""
+    groups: dict[str, dict[str, str]] = {"Run": {}, "Data": {}, "Versions": {}, "Settings": {}}
+    prefixes = {"version/": "Versions", "setting/sweep.": "Settings", "data.": "Data", "data/": "Data"}
+    for key, value in sorted(attributes.items()):
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        if key not in HIDDEN:
+            groups[prefixes[prefix] if prefix else "Run"][key.removeprefix(prefix or "")] = value
+    return {title: group for title, group in groups.items() if group}

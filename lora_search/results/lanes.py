@@ -1,0 +1,74 @@
+"""Who trained when: trials laid into slots, over the time that anybody was at work.
+
+Which slot a trial had is not recorded: a lane holds trials that do not overlap, so that there are as many
+lanes as trials ran at once. Pure.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_search.trial import TrialRow
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A trial in its lane, in seconds of work since the study began."""
+
+    row: TrialRow
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """``seconds``: that anybody was at work; ``breaks``: when a later start begins."""
+
+    lanes: list[list[Bar]]
+    seconds: float
+    breaks: list[float]
+
+    @property
+    def set_up(self) -> float:
+        """Seconds until the first trial began."""
+        return min(lane[0].begin for lane in self.lanes)
+
+    @property
+    def last(self) -> float:
+        """When the last trial ended."""
+        return max(lane[-1].end for lane in self.lanes)
+
+    @property
+    def busy(self) -> float:
+        """The share of the lanes' time, from the first trial to the end of the last, that trials filled."""
+        used = sum(bar.end - bar.begin for lane in self.lanes for bar in lane)
+        whole = (self.last - self.set_up) * len(self.lanes)
+        return min(1.0, used / whole) if whole > 0 else 0.0
+
+
+def lanes_of(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> Lanes | None:
+    """Return the lanes; None where no trial's time is known."""
+    timed = [(row.began, row) for row in rows if row.began is not None]
+    worked = spans_of(attributes)
+    if not timed or not worked:
+        return None
+    now = worked[-1][1]
+    lanes: list[list[Bar]] = []
+    for began, row in sorted(timed, key=lambda pair: (pair[0], pair[1].number)):
+        bar = Bar(row, at_work(began, worked), at_work(row.ended or now, worked))
+        free = next((lane for lane in lanes if lane[-1].end <= bar.begin), None)
+        lanes.append([bar]) if free is None else free.append(bar)
+    starts = [sum(end - begin for begin, end in worked[:i]) for i in range(1, len(worked))]
+    return Lanes(lanes, at_work(now, worked), starts)
+
+
+def spans_of(attributes: Mapping[str, str]) -> list[Span]:
+    """Return when anybody was at work, in epoch seconds."""
+    return [(float(begin), float(end)) for begin, end in json.loads(attributes.get("worked", "[]"))]
+
+
+def at_work(moment: float, worked: Sequence[Span]) -> float:
+    """Return for how much of the time until then somebody was at work."""
+    return sum(max(0.0, min(moment, end) - begin) for begin, end in worked)
