@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
 
 
 def source_folder(found: FoundStudy, row: TrialRow) -> Path:
-    """Return the trial's adapter. Raises StudyError where it was trained on another machine."""
+    """Return the trial's adapter. Raises StudyError if it was trained on another machine."""
     adapter = found.folder / "trials" / str(row.number) / "adapter"
     if not adapter.is_dir():
         raise StudyError(f"trial {row.number}: {adapter} is not here. Export it where it was trained.")

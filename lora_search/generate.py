@@ -127,7 +127,7 @@ def read_questions(path: Path) -> list[str]:
 
 
 def question_in(line: str) -> str:
-    """Return the question of a line of JSON; nothing where there is none."""
+    """Return the question of a line of JSON; nothing if there is none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:

@@ -20,7 +20,7 @@ from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space, largest, parse_space, smallest
-from lora_search.study.study import check_study
+from lora_search.study.adoption import check_study
 from lora_search.trial import TrialRun
 
 if TYPE_CHECKING:

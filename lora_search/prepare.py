@@ -73,7 +73,7 @@ def check_places(config: SweepConfig) -> Identity | None:
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
-    """Raise ConfigError where one optimizer step would take more examples than there are: its learning rate
+    """Raise ConfigError if one optimizer step would take more examples than there are: its learning rate
     would still be warming up when the trial ends."""
     batch_size = largest(config, space, "train.batch_size")
     steps = largest(config, space, "train.gradient_accumulation_steps")
@@ -131,7 +131,7 @@ def read_inputs(
     targets: Sequence[tuple[str, ...]] = (),
 ) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
-    study was begun with. Raises ModelError where the base is not whole or lacks one of the targets."""
+    study was begun with. Raises ModelError if the base is not whole or lacks one of the targets."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
     num_embeddings, width = check_outline(source, model, targets)
@@ -157,7 +157,7 @@ def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Id
 def check_older(
     config: SweepConfig, identity: Identity | None, engine: Engine, content: Mapping[str, str]
 ) -> None:
-    """Raise FingerprintError where a study of a version that stored no digests would go on with another base,
+    """Raise FingerprintError if a study of a version that stored no digests would go on with another base,
     or with rows that this version writes otherwise."""
     if identity is None or not identity.is_older or "content.layers" in identity.fingerprint:
         return

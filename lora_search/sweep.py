@@ -73,10 +73,10 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     """Let workers search, and conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.settings.space import parse_space
-    from lora_search.study.adoption import check_adoptable
+    from lora_search.study.adoption import check_adoptable, check_study
     from lora_search.study.claims import reclaim_all
     from lora_search.study.folder import check_folder, find_owned, study_folder
-    from lora_search.study.study import SweepStudy, check_study
+    from lora_search.study.study import SweepStudy
 
     check_study(config, parse_space(config))
     folder = Path(config.runs_dir) / config.study.name
@@ -104,7 +104,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
-    from lora_search.study.study import SweepStudy, check_study
+    from lora_search.study.adoption import check_study
+    from lora_search.study.study import SweepStudy
     from lora_search.worker.worker import work
 
     space = parse_space(config)

@@ -153,7 +153,7 @@ def test_a_changed_input_is_named_and_nothing_is_written(
     assert caught.value.exit_code == 2
     assert lines[0] == "study.name: 'faq' was started with other settings or inputs:"
     assert lines[1:-1] == [f"  {words}"]  # the cause alone, without what follows from it
-    assert lines[-1] == f"Choose a new study.name, or put these back. {FREE}"
+    assert lines[-1] == f"Choose a new study.name, or restore these. {FREE}"
     assert content(folder).items() >= {k: v for k, v in before.items() if "study.db" not in k}.items()
 
 
@@ -297,7 +297,7 @@ def test_a_new_database_over_an_old_runs_folder_is_refused_with_the_ways_out(
         begin(folder, "data.max_train_examples=20", "template.system_prompt=Be brief.")
 
     assert caught.value.exit_code == 2
-    assert "study.name: must not lead into another study's folder" in str(caught.value)
+    assert "study.name: must not name another study's folder" in str(caught.value)
     ways_out = "Choose another study.name or runs_dir, give that study's study.storage, or delete"
     assert f"{ways_out} {folder}/runs/faq." in str(caught.value)
     assert content(folder) == before

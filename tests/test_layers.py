@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"list"},
     {"cli"},
 ]
-LARGEST_ROOM = 15
+LARGEST_ROOM, MOST_LINES = 15, 350
 HOMES = {  # library -> the rooms or modules that may import it
     "wandb": {"output.tracking"},
     "optuna_dashboard": {"output.dashboard_note"},
@@ -87,6 +87,12 @@ def test_every_module_has_a_floor_and_every_floor_its_modules() -> None:
 
     assert sorted(listed) == sorted({room(module) for module in modules()})
     assert len(modules()) > 70
+
+
+def test_no_module_is_too_long_to_read_in_one_sitting() -> None:
+    lines = {module: len(path.read_text().splitlines()) for module, path in modules().items()}
+
+    assert {module: count for module, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_no_room_is_too_full_to_find_anything() -> None:

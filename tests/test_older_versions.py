@@ -102,7 +102,7 @@ def test_a_new_study_does_not_take_an_old_folder(
 
     assert run_sweep(monkeypatch, old, *ITS_COMMAND, "study.n_trials=1") == 2
 
-    assert "holds the results of a study that is not in study.storage" in capsys.readouterr().out
+    assert "has the results of a study that is not in study.storage" in capsys.readouterr().out
     assert sorted((path, path.stat().st_mtime_ns) for path in (old / "runs").rglob("*")) == kept
 
 

@@ -39,5 +39,5 @@ def test_a_plan_of_wrong_settings_is_one_message(
 
     assert plan.main() == 2
 
-    assert "optim.lr: must lie between 0 and 1" in capsys.readouterr().out
+    assert "optim.lr: must be between 0 and 1" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()

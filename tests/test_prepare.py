@@ -42,8 +42,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("sqlite:///", "study.storage: must name a file, or nothing of the study is kept"),
-        ("sqlite:///:memory:", "study.storage: must name a file, or nothing of the study is kept"),
+        ("sqlite:///", "study.storage: must name a file, so that the study is kept"),
+        ("sqlite:///:memory:", "study.storage: must name a file, so that the study is kept"),
         ("redis://localhost", "study.storage: must be a SQL URL of a known kind, got 'redis://localhost'"),
         (
             "postgresql+psycopg://u:secret@localhost:1/db",

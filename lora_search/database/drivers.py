@@ -1,9 +1,9 @@
-"""How the study's database is connected to, driver by driver, and how long it may be silent.
+"""Connections to the study's database, with time limits for each driver.
 
-A server that hangs, or whose host is gone, accepts what is sent and never answers. Each wait for it ends
-after SILENCE_SECONDS with the driver's OperationalError, and the connection is closed: with psycopg, pymysql
-and mysqlclient. psycopg2 has no such limit. What was asked may have been done all the same. Costs nothing
-while the server answers.
+A server that hangs, or whose host is gone, accepts queries and never answers. With psycopg, pymysql and
+mysqlclient each wait ends after SILENCE_SECONDS with the driver's OperationalError, and the connection is
+closed; psycopg2 has no such limit. The server may have run the query all the same. Costs nothing while the
+server answers.
 """
 
 import time
@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from sqlalchemy.engine import URL
 
 T = TypeVar("T")
-SILENCE_SECONDS = 10  # training stands still meanwhile; then the outbox keeps what waits
-SQLITE_SECONDS = 60  # how long SQLite waits for another process's write while it is opened
+SILENCE_SECONDS = 10  # training pauses for so long; then the outbox keeps the writes
+SQLITE_SECONDS = 60  # how long SQLite waits for another process's write while the study is opened
 CONNECT = {"connect_timeout": SILENCE_SECONDS}
 LIBPQ = CONNECT | {
-    "keepalives_idle": 30,  # nor does a firewall forget a connection between two heartbeats
+    "keepalives_idle": 30,  # also keeps firewalls from dropping the connection between two heartbeats
     "keepalives_interval": SILENCE_SECONDS,
     "keepalives_count": 3,
     "tcp_user_timeout": 1000 * SILENCE_SECONDS,
@@ -32,19 +32,20 @@ LIMITS = {
 
 
 def engine_options(url: URL) -> dict[str, object]:
-    """Return what SQLAlchemy's create_engine is given beside the URL. What the URL says itself is kept."""
+    """Return the options of SQLAlchemy's create_engine. Options in the URL take precedence."""
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": SQLITE_SECONDS}}
     options: dict[str, object] = {"creator": Line(url), "pool_pre_ping": True}
     if url.get_backend_name() in ("mysql", "mariadb"):
-        # Their default, REPEATABLE READ, refuses to write a row that has changed since the transaction began
-        # (MariaDB from 11.6 on: error 1020). PostgreSQL's default is this one.
+        # With their default, REPEATABLE READ, MariaDB from 11.6 on refuses to write a row that has changed
+        # since the transaction began (error 1020). PostgreSQL's default is READ COMMITTED.
         options["isolation_level"] = "READ COMMITTED"
     return options
 
 
 class Line:
-    """Connects to a server; after a failure it rests as long as that took: Optuna tries five times."""
+    """Connects to a server. A failure repeats without a new try for as long as it took: Optuna tries five
+    times."""
 
     def __init__(self, url: URL) -> None:
         kind: Any = url.get_dialect()
@@ -61,7 +62,7 @@ class Line:
     def __call__(self) -> object:
         begin = time.monotonic()
         if begin < self._rests_until:
-            raise self._last_failure.with_traceback(None)  # or it would grow, and hold its callers' frames
+            raise self._last_failure.with_traceback(None)  # a growing traceback would keep frames alive
         try:
             return self._connect(*self._arguments, **self._options)
         except self._failures as error:
@@ -71,7 +72,7 @@ class Line:
 
 
 def impatient(psycopg: Any) -> Any:
-    """Return psycopg's Connection with an end to its waits, for which neither it nor libpq has an option."""
+    """Return psycopg's Connection with a time limit on each wait: neither psycopg nor libpq has an option."""
 
     class Impatient(psycopg.Connection):  # type: ignore[misc]
         def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
@@ -86,7 +87,7 @@ def impatient(psycopg: Any) -> Any:
 
 
 def _while_it_speaks(gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Hand on what psycopg waits for; it is asked every 0.1 s. TimeoutError after too long a silence."""
+    """Forward the generator that psycopg polls every 0.1 s. Raises TimeoutError after SILENCE_SECONDS."""
     ready, last_word = None, time.monotonic()
     while True:
         try:
@@ -99,4 +100,4 @@ def _while_it_speaks(gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
         if ready:
             last_word = now
         elif now - last_word > SILENCE_SECONDS:
-            raise TimeoutError(f"the server has said nothing for {SILENCE_SECONDS} s")
+            raise TimeoutError(f"no answer from the server for {SILENCE_SECONDS} s")

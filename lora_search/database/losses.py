@@ -1,5 +1,5 @@
-"""What somebody deletes under a running sweep: the SQLite file, the study, trials of it. SQLite goes on
-writing to a file that has no name any more, and all of it is gone when the sweep ends."""
+"""Detects deletions under a running sweep: of the SQLite file, the study, or trials. SQLite keeps writing to
+a deleted file, and everything is lost when the sweep ends."""
 
 import os
 import sqlite3
@@ -16,7 +16,7 @@ from lora_search.errors import StudyError
 
 
 class Losses:
-    """Compares the database with what it was when the study was opened, and with the trials seen since."""
+    """Compares the database file with the one that was opened, and the trials with those seen since."""
 
     def __init__(self, table: TrialTable) -> None:
         self._engine, self._table = table.storage.engine, table
@@ -26,14 +26,14 @@ class Losses:
         self._inode = _inode(self._path) if self._path else None
 
     def check_file(self) -> None:
-        """Raise StudyError where the file was deleted or replaced; what it held is saved first."""
+        """Raise StudyError if the file was deleted or replaced, after saving a copy of its content."""
         if self._path is None or (inode := _inode(self._path)) == self._inode:
             return
         happened = "was deleted" if inode is None else "was replaced by another file"
         raise StudyError(f"{KEY}: {self._path} {happened} while the sweep ran. {self._rescue(self._path)}")
 
     def check_trials(self, num_seen: int) -> None:
-        """Raise StudyError where any of the study's first ``num_seen`` trials is missing."""
+        """Raise StudyError if any of the study's first ``num_seen`` trials is missing."""
         self.check_file()
         if not num_seen:
             return
@@ -46,8 +46,8 @@ class Losses:
             raise StudyError(f"{KEY}: {text}. {RESTORE}")
 
     def _rescue(self, path: Path) -> str:
-        """Copy what the lost file holds beside it; return what to do. Workers that share it write the same
-        copy: the last is the newest."""
+        """Copy the content of the lost file next to it; return the remedy. Workers that share the file write
+        the same copy; the last one is the newest."""
         copy = path.with_name(f"{path.name}.rescued-{self._inode}")
         fresh = copy.with_name(f"{copy.name}.{os.getpid()}.new")
         try:
@@ -60,8 +60,8 @@ class Losses:
             fresh.unlink(missing_ok=True)
             return RESTORE
         return (
-            f"What it held is saved in {copy}. To go on: stop all workers, delete {path}-wal and {path}-shm "
-            f"where they are left, move the copy to {path}; then the same command goes on."
+            f"Its content is saved in {copy}. To continue: stop all workers, delete {path}-wal and "
+            f"{path}-shm if they exist, move the copy to {path}, and run the same command again."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a study is given once: of several starts at the same moment the first one writes, the others read."""
+"""Attributes that a study gets once: of several simultaneous starts the first writes, the others read."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 
 def write_once(storage: RDBStorage, study_id: int, values: Mapping[str, object]) -> dict[str, Any]:
-    """Store the attributes that the study lacks, all in one transaction; return all that it has then.
+    """Store the attributes that the study lacks, in one transaction; return all of its attributes.
 
-    The table holds one row for each study and key, so the second of two writers gets an IntegrityError.
+    The table has one row per study and key, so the second of two writers gets an IntegrityError.
     """
     attributes: dict[str, Any] = storage.get_study_user_attrs(study_id)
     lacking = {key: value for key, value in values.items() if key not in attributes}

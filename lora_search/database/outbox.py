@@ -1,8 +1,7 @@
-"""The worker's line to the database, which may be gone for a while.
+"""The worker's access to a database that may be unreachable for a while.
 
-What must be written waits in order until it is written; what is only asked gets no answer meanwhile.
-After each failure the next try comes later: 1, 2, 4 ... 60 seconds. One that lasts longer than
-study.patience_seconds is a StudyError.
+Writes wait in order until they succeed; queries return None in the meantime. The delay between two tries
+doubles: 1, 2, 4 ... 60 seconds. An outage longer than study.patience_seconds is a StudyError.
 """
 
 import logging
@@ -22,8 +21,8 @@ MAX_DELAY_SECONDS = 60.0
 
 
 class Outbox:
-    """Every write is one that may be repeated: it can have reached the database before the line broke. Writes
-    wait as callables, for what is written depends on whose trial it is by then."""
+    """Every write must be repeatable: it may have reached the database before the connection broke. Writes
+    wait as callables, since what they write depends on who holds the trial by then."""
 
     def __init__(self, config: StudyConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._clock = config, clock
@@ -33,7 +32,7 @@ class Outbox:
 
     @property
     def is_open(self) -> bool:
-        """Whether the database answered last time and nothing waits."""
+        """Whether the last query was answered and no write waits."""
         return self._gone_since is None and not self._waiting
 
     @property
@@ -41,17 +40,18 @@ class Outbox:
         return max(0.0, self._next_try - self._clock()) if self._gone_since is not None else 0.0
 
     def put(self, write: Callable[[], object]) -> None:
-        """Let this be written after all that waits."""
+        """Queue a write."""
         self._waiting.append(write)
 
     def flush(self) -> bool:
-        """Write what waits, in order; return whether nothing waits any more."""
+        """Run the queued writes in order; return whether all succeeded."""
         while self._waiting and self.ask(self._write_first) is not None:
             pass
         return self.is_open
 
     def ask(self, question: Callable[[], T]) -> T | None:
-        """Return what the study answers; None while the database is gone. Raises StudyError in the end."""
+        """Return the answer; None while the database is unreachable. Raises StudyError once that lasts too
+        long."""
         if self.seconds_to_next_try:
             return None
         try:
@@ -61,12 +61,12 @@ class Outbox:
             self._note_failure(error)
             return None
         if self._gone_since is not None:
-            logger.warning("study.storage answers again; %d writes waited", len(self._waiting))
+            logger.warning("study.storage answers again; %d writes are queued", len(self._waiting))
         self._gone_since, self._delay = None, 1.0
         return answer
 
     def insist(self, question: Callable[[], T]) -> T:
-        """Return what the study answers, however long that takes within study.patience_seconds."""
+        """Return the answer, waiting up to study.patience_seconds for the database."""
         while (answer := self.ask(question)) is None:
             time.sleep(self.seconds_to_next_try)
         return answer
@@ -82,11 +82,11 @@ class Outbox:
         gone = now - self._gone_since
         if gone >= self._config.patience_seconds or "disk is full" in str(error):
             raise StudyError(
-                f"{error}. It has been so for {gone:.0f} s (study.patience_seconds: "
-                f"{self._config.patience_seconds}). Checkpoints are kept: once the database is back, "
-                "the same command goes on."
+                f"{error}. This has lasted {gone:.0f} s (study.patience_seconds: "
+                f"{self._config.patience_seconds}). Checkpoints are kept: once the database is back, run the "
+                "same command again."
             )
-        logger.warning("%s. Training goes on; %d writes wait; next try in %.0f s", error,
+        logger.warning("%s. Training continues; %d writes are queued; next try in %.0f s", error,
                        len(self._waiting), self._delay)  # fmt: skip
         self._next_try = now + self._delay
         self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)

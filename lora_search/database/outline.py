@@ -1,4 +1,4 @@
-"""What is stored under a study's name, whoever put it there. Reads only: makes no file and no table."""
+"""What is stored under a study's name, by any program. Read-only: creates no file and no table."""
 
 import os
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from lora_search.settings.schema import StudyConfig
 
 @dataclass(frozen=True)
 class StudyOutline:
-    """What a study is."""
+    """Directions, trials and attribute keys of a stored study."""
 
-    directions: tuple[str, ...]  # MINIMIZE or MAXIMIZE, one for each objective
+    directions: tuple[str, ...]  # MINIMIZE or MAXIMIZE, one per objective
     has_trials: bool
     attributes: frozenset[str]  # keys
 
 
 def outline_of(config: StudyConfig) -> StudyOutline | None:
-    """Return the study of that name; None where there is none. Raises as ``check_storage`` does."""
+    """Return the outline of the study; None if it does not exist. Raises as ``check_storage`` does."""
     check_storage(config)
     url = make_url(config.storage)
     if url.get_backend_name() == "sqlite" and not os.path.exists(url.database or ""):

@@ -1,12 +1,10 @@
-"""Who is at work on a study: the name of a worker process, and whether it still runs."""
+"""The name of a worker process, and whether that process still runs."""
 
 import os
 import platform
 from pathlib import Path
 
-GRACE_HEARTBEATS = (
-    4  # so many missed and a worker is taken for dead (optuna#5470: too short kills the living)
-)
+GRACE_HEARTBEATS = 4  # missed by a dead worker (optuna#5470: with fewer, live workers lose their trials)
 
 
 def worker_name(pid: int) -> str:
@@ -20,7 +18,7 @@ def worker_name(pid: int) -> str:
 
 
 def worker_is_dead(name: str) -> bool:
-    """Return whether the worker ran on this host and runs no more; False where that cannot be known."""
+    """Return whether the worker ran on this host and has ended; False if that is unknown."""
     host, _, rest = name.partition(":")
     pid = rest.partition(":")[0]
     known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
@@ -28,6 +26,6 @@ def worker_is_dead(name: str) -> bool:
 
 
 def _host() -> str:
-    """Return the host's name; containers that share one differ in their space of process ids."""
+    """Return the host's name; containers with the same name differ in their PID namespace."""
     namespace = Path("/proc/self/ns/pid")
     return f"{platform.node()}/{os.stat(namespace).st_ino}" if namespace.exists() else platform.node()

@@ -1,4 +1,4 @@
-"""What an existing SQLite file is, before Optuna would make its tables in it. Opens it for reading only."""
+"""Checks an existing SQLite file before Optuna creates its tables in it. Opens the file read-only."""
 
 import os
 import sqlite3
@@ -15,8 +15,8 @@ REMEDY = "Give a file of its own, e.g. sqlite:///runs/lora_search.db"
 
 
 def check_sqlite_file(path: Path) -> None:
-    """Raise ConfigError for a file that is no database, another application's, another schema's, or that may
-    not be written to. A database that another process has locked is none of these."""
+    """Raise ConfigError for a file that is not a database, belongs to another application, has another schema
+    version, or is read-only. A database that another process has locked passes."""
     if not path.is_file():
         raise ConfigError(KEY, str(path), "must be a file", REMEDY)
     if not os.access(path, os.W_OK):
@@ -27,6 +27,6 @@ def check_sqlite_file(path: Path) -> None:
         with engine.connect() as connection:
             check_tables(connection, str(path), REMEDY, is_shared=False)
     except OperationalError:
-        return  # it is locked, or has no more room: opening it says so, or waits
+        return  # it is locked, or the disk is full: opening it waits or reports that
     except DatabaseError as error:
         raise ConfigError(KEY, str(path), f"must be an SQLite database ({error.orig})", REMEDY) from None

@@ -1,7 +1,7 @@
-"""Where the study lives: any SQL database behind a SQLAlchemy URL, and who is at work on it.
+"""The study's storage: any SQL database behind a SQLAlchemy URL.
 
-SQLite gets what several processes need: write-ahead log, busy timeout, one taker for each waiting trial.
-Whatever is wrong with the URL or behind it is one message, without the password.
+SQLite is set up for several processes: write-ahead log, busy timeout, and a lock so that one process takes
+each waiting trial. Any problem with the URL or the database is one message, without the password.
 """
 
 import os
@@ -37,14 +37,14 @@ from lora_search.files.atomic import refused_writing
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.secrets import redact
 
-BUSY_AT_WORK_SECONDS = 5  # SQLite waits so long for another process; then the outbox keeps what waits
-MAX_ATTEMPTS = 5  # processes that create the same tables at once get in each other's way
-NOT_LET_IN = (  # says a server or its driver of the URL; what else they say is no fault of the URL's
+BUSY_AT_WORK_SECONDS = 5  # how long SQLite waits for another process; then the outbox keeps the write
+MAX_ATTEMPTS = 5  # to create tables, since processes that do so at once make each other fail
+NOT_LET_IN = (  # in the message of a server or driver if the URL is wrong
     "authentication failed", "does not exist", "no pg_hba.conf entry", "Access denied", "Unknown database",
     "invalid port", "no password supplied",
 )  # fmt: skip
-MADE = ("exist", "duplicate key name")  # says a database of what another process has made
-NOT_THERE = (NOT_FOUND_MSG, "No trial with trial number")  # says Optuna of what is not in the database
+MADE = ("exist", "duplicate key name")  # in a database's message if another process has created a table
+NOT_THERE = (NOT_FOUND_MSG, "No trial with trial number")  # in Optuna's message for a deleted row
 RESTORE = (
     "Checkpoints and adapters are kept in the study's folder. Put a backup of the database back, or choose "
     "a new study.name."
@@ -60,7 +60,7 @@ DRIVERS = (
 
 
 def open_storage(config: StudyConfig) -> RDBStorage:
-    """Return the storage, its tables made where they were missing. Raises ConfigError or StudyError."""
+    """Return the storage; create missing tables. Raises ConfigError or StudyError."""
     quieten_optuna()
     check_storage(config)
     url = _parse(config.storage)
@@ -77,12 +77,12 @@ def open_storage(config: StudyConfig) -> RDBStorage:
 
 
 def check_storage(config: StudyConfig) -> None:
-    """Raise ConfigError or StudyError for a database that cannot be used. Makes none."""
+    """Raise ConfigError or StudyError for a database that cannot be used. Creates nothing."""
     url = _parse(config.storage)
     is_there, is_file = True, url.get_backend_name() == "sqlite"
     if is_file:
         _check_file(config, url)
-        is_there = os.path.exists(url.database or "")  # unlike Path.exists, False where it may not look
+        is_there = os.path.exists(url.database or "")  # unlike Path.exists, False without permission to look
     with explained_errors(config), _explained_url(config):
         engine = create_engine(url, **engine_options(url))
         if is_there:
@@ -93,8 +93,7 @@ def check_storage(config: StudyConfig) -> None:
 
 @contextmanager
 def _explained_url(config: StudyConfig) -> Iterator[None]:
-    """Turn what a driver says of a URL that it cannot take, or a server of a user that it does not let in,
-    into a ConfigError."""
+    """Turn a driver's error about the URL, or a server's refusal of the user, into a ConfigError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Query string argument")  # of SQLite: they would be ignored
@@ -105,7 +104,7 @@ def _explained_url(config: StudyConfig) -> Iterator[None]:
         cause = _cause(error, make_url(config.storage))
         if isinstance(error, OperationalError) and not any(words in cause for words in NOT_LET_IN):
             raise
-        rule = f"must be a URL that its database takes ({cause})"
+        rule = f"must be a URL that the database accepts ({cause})"
         raise ConfigError(
             KEY, redact(config.storage), rule, "Check user, password, host, database and options."
         ) from None
@@ -113,7 +112,7 @@ def _explained_url(config: StudyConfig) -> Iterator[None]:
 
 def _check_file(config: StudyConfig, url: URL) -> None:
     if url.database in (None, "", ":memory:"):
-        rule = "must name a file, or nothing of the study is kept"
+        rule = "must name a file, so that the study is kept"
         raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
     if "uri" in url.query:
         return
@@ -121,20 +120,20 @@ def _check_file(config: StudyConfig, url: URL) -> None:
         check_sqlite_file(Path(url.database))
     refusal = refused_writing(Path(url.database).parent)
     if refusal is not None:
-        rule = f"must lie in a folder that can be written to ({refusal})"
+        rule = f"must be in a writable folder ({refusal})"
         raise ConfigError(KEY, config.storage, rule, "Give another folder.")
 
 
 @contextmanager
 def explained_errors(config: StudyConfig) -> Iterator[None]:
-    """Turn what the database raises into a DatabaseError without the password, and what it has lost into a
-    StudyError."""
+    """Turn the database's exceptions into a DatabaseError without the password; a deleted study or trial
+    into a StudyError."""
     try:
         yield
     except KeyError as error:
         if not any(text in str(error) for text in NOT_THERE):
             raise
-        what = "is not what it was: it, or trials of it, were deleted in the database while it was in use"
+        what = "or some of its trials were deleted in the database while it was in use"
         raise StudyError(f"study.name: {config.name!r} {what}. {RESTORE}") from None
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
         cause = _cause(error, make_url(config.storage))
@@ -143,10 +142,10 @@ def explained_errors(config: StudyConfig) -> Iterator[None]:
 
 @contextmanager
 def locked_from_the_start() -> Iterator[None]:
-    """Let each SQLite transaction inside lock the database before its first read.
+    """Inside, every SQLite transaction locks the database before its first read.
 
-    Python begins one at its first write. Optuna reads that a trial is WAITING and then makes it RUNNING: two
-    processes could both take it. Other databases lock the row.
+    By default Python begins a transaction at the first write. Optuna reads that a trial is WAITING and then
+    sets it to RUNNING, so two processes could both take it. Other databases lock the row.
     """
     token = _locks_first.set(True)
     try:
@@ -156,7 +155,7 @@ def locked_from_the_start() -> Iterator[None]:
 
 
 def require_database(config: StudyConfig) -> None:
-    """Refuse an SQLite file that is not there, so that reading a study never makes an empty one."""
+    """Raise ConfigError if the SQLite file does not exist, so that reading a study never creates one."""
     url = _parse(config.storage)
     if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
         raise ConfigError(
@@ -165,18 +164,18 @@ def require_database(config: StudyConfig) -> None:
 
 
 def database_file(config: StudyConfig) -> Path | None:
-    """Return the SQLite file behind study.storage; None where the database is none."""
+    """Return the SQLite file of study.storage; None for another database."""
     url = _parse(config.storage)
     is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)) if is_file else None
 
 
 def quieten_optuna() -> None:
-    """Leave Optuna's errors only; what its warnings say is handled here or documented."""
+    """Show only Optuna's errors; its warnings are handled here or documented."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     optuna.logging.disable_propagation()
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    # Optuna records heartbeats in Study.optimize only; SweepStudy.heartbeat does it for ask and tell.
+    # Optuna records heartbeats only in Study.optimize; SweepStudy.heartbeat does so for ask and tell.
     warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
 
 
@@ -190,7 +189,7 @@ def _parse(text: str) -> URL:
         raise ConfigError(KEY, redact(text), f"needs a database driver ({error})", DRIVERS) from None
     if "@" in (url.host or ""):
         raise ConfigError(
-            KEY, redact(text), "must write special signs of the password in percent form", "@ is %40."
+            KEY, redact(text), "must percent-encode special characters of the password", "@ is %40."
         )
     return url
 
@@ -201,21 +200,21 @@ def _make_folder(url: URL) -> None:
     try:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StudyError(f"{KEY}: the folder of {url.database} cannot be made: {error.strerror}") from None
+        raise StudyError(f"{KEY}: the folder of {url.database} cannot be created: {error.strerror}") from None
 
 
 def _make_file(config: StudyConfig, url: URL) -> None:
-    """Let a new SQLite file appear with all its tables or not at all.
+    """Create a new SQLite file with all its tables in one step.
 
-    SQLite commits each CREATE by itself. A kill between a table and its unique index left a database in which
-    each start made another study of the same name.
+    SQLite commits each CREATE by itself. After a kill between a table and its unique index, every start would
+    create another study of the same name.
     """
     path = Path(url.database or ":memory:")
     if url.database in (None, "", ":memory:") or "uri" in url.query or path.exists():
         return
     fresh = path.with_name(f"{path.name}.{worker_name(os.getpid()).replace('/', '-')}.new")
     _create_tables(config, url.set(database=str(fresh))).engine.dispose()
-    with suppress(FileExistsError):  # another worker's came first, and is whole as well
+    with suppress(FileExistsError):  # another worker was first, with a complete file
         os.link(fresh, path)
     fresh.unlink()
 
@@ -238,30 +237,30 @@ def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
             time.sleep(0.1 * attempt)
         except ImportError as error:
             raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from error
-        except RuntimeError as error:  # the tables are of another Optuna's making
+        except RuntimeError as error:  # another version of Optuna created the tables
             raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
     raise AssertionError("the last attempt returns or raises")
 
 
 def _create_missing_indexes(storage: RDBStorage) -> None:
-    """Make what a kill between a table and its index left out: MySQL commits each CREATE by itself. Without
-    the unique one each start would make another study of the same name."""
+    """Create the indexes that a kill between a table and its index left out: MySQL commits each CREATE by
+    itself. Without the unique one every start would create another study of the same name."""
     for table in BaseModel.metadata.sorted_tables:
         for index in table.indexes:
             index.create(storage.engine, checkfirst=True)
 
 
 def _check_spelling(config: StudyConfig, storage: RDBStorage) -> None:
-    """Refuse a name that MySQL takes for another study's: it does not tell A from a."""
-    with suppress(KeyError):  # there is no such study yet
+    """Raise ConfigError for a name that MySQL, which ignores case, confuses with another study's."""
+    with suppress(KeyError):  # no such study yet
         stored = storage.get_study_name_from_id(storage.get_study_id_from_name(config.name))
         if stored != config.name:
-            rule = f"must be spelt like the study that is there, {stored!r}"
-            raise ConfigError("study.name", config.name, rule, "This database takes both for one name.")
+            rule = f"must be spelt like the existing study, {stored!r}"
+            raise ConfigError("study.name", config.name, rule, "This database ignores upper and lower case.")
 
 
 def _share_sqlite(storage: RDBStorage) -> None:
-    """Let several processes and the dashboard work at once."""
+    """Set SQLite up for several processes and the dashboard at once."""
 
     def on_connect(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -274,18 +273,18 @@ def _share_sqlite(storage: RDBStorage) -> None:
 
     def on_new_connection(*_: object) -> None:
         if not Path(storage.engine.url.database or "").exists():
-            raise sqlite3.OperationalError("the file is gone")  # or SQLite would make an empty one
+            raise sqlite3.OperationalError("the file is gone")  # SQLite would create an empty one
 
     if "uri" not in storage.engine.url.query:
         event.listen(storage.engine, "do_connect", on_new_connection)
     event.listen(storage.engine, "connect", on_connect)
     event.listen(storage.engine, "begin", on_begin)
-    storage.engine.dispose()  # the connections made so far know nothing of this
+    storage.engine.dispose()  # open connections lack these settings
     storage.engine.connect().close()
 
 
 def _cause(error: BaseException, url: URL) -> str:
-    """Return the first line of what the database said, without the password in any spelling."""
+    """Return the first line of the database's message, without the password in any spelling."""
     origin = getattr(error, "orig", None) or error.__cause__ or error
     text = redact(str(origin).strip().splitlines()[0]) if str(origin).strip() else type(origin).__name__
     return text.replace(str(url.password), "***") if url.password else text

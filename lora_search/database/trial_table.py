@@ -1,8 +1,8 @@
 """The trials of one study as rows of the database.
 
-Whether a trial may be written, and the write, are one transaction with the row locked: no other worker takes
-or ends the trial in between, and whoever comes too late sees that and writes nothing. Optuna's own storage
-looks and writes in two.
+The check whether a trial may be written, and the write, are one transaction with the row locked: no other
+worker takes or ends the trial in between, and a worker that is too late writes nothing. Optuna's own storage
+uses two transactions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,22 +36,22 @@ class TrialTable:
         self.storage.record_heartbeat(self.id_of(number))
 
     def silent_ids(self) -> set[int]:
-        """Return the ids of running trials whose worker has been silent for too long."""
-        # Optuna's public fail_stale_trials would end them for good; only the query behind it is needed.
+        """Return the ids of running trials whose worker has sent no heartbeat for too long."""
+        # Optuna's public fail_stale_trials would also fail them; only its query is needed.
         return set(self.storage._get_stale_trial_ids(self.study_id))
 
     @contextmanager
     def locked(self, number: int) -> Iterator["LockedTrial"]:
-        """Keep all other writers from the trial. What the block writes appears at its end, as a whole. Inside
-        it, nothing else may be asked of the database."""
+        """Lock the trial against other writers. The writes of the block are committed together at its end.
+        Inside it, make no other query."""
         trial_id = self.id_of(number)
         with self._transaction() as session:
             row = TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             yield LockedTrial(self.storage, session, row, trial_id)
 
     def enqueue_first(self, points: Sequence[Mapping[str, object]]) -> bool:
-        """Put a study's first trials in line; return False where it has trials. Of many starts one does it.
-        What a point leaves out is drawn."""
+        """Enqueue a study's first trials; return False if it has trials. Only one of many starts does it.
+        Parameters that a point lacks are drawn."""
         fixed = [{"fixed_params": dict(params)} for params in points]
         first = [create_trial(state=TrialState.WAITING, system_attrs=attributes) for attributes in fixed]
         with self._transaction() as session:
@@ -69,7 +69,7 @@ class TrialTable:
 
 
 class LockedTrial:
-    """A trial that nobody else can change meanwhile; ``seen`` is what it was when it was locked."""
+    """A trial that no other process can change; ``seen`` is its state when it was locked."""
 
     def __init__(self, storage: RDBStorage, session: Session, row: TrialModel, trial_id: int) -> None:
         self._storage, self._session, self._row, self._id = storage, session, row, trial_id
@@ -82,7 +82,7 @@ class LockedTrial:
     def write(
         self, attributes: Mapping[str, object], state: TrialState | None = None, value: float | None = None
     ) -> None:
-        """Set user attributes, and the state with them. A PRUNED trial's value is that of its last rung."""
+        """Set user attributes and, if given, the state. A PRUNED trial gets the value of its last rung."""
         for key, attribute in attributes.items():
             self._storage._set_trial_attr_without_commit(
                 self._session, TrialUserAttributeModel, self._id, key, attribute

@@ -22,7 +22,7 @@ def write_scores(folder: Path, scores: RowScores, rung: int, name: str = VALIDAT
 
 
 def read_scores(folder: Path, name: str = VALIDATION) -> tuple[RowScores, int] | None:
-    """Return the scores and their rung; None where there is no such file or it cannot be read."""
+    """Return the scores and their rung; None if there is no such file or it cannot be read."""
     try:
         with np.load(folder / name, allow_pickle=False) as found:
             return RowScores(found["nll"], found["tokens"]), int(found["rung"])

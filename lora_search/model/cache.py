@@ -76,7 +76,7 @@ def _state(path: Path) -> tuple[str, int, int, int, int]:
 
 
 def _read_note(note: Path, state: tuple[str, int, int, int, int]) -> str | None:
-    """Return the digest noted for a file in this state; None where there is no note, or a damaged one."""
+    """Return the digest noted for a file in this state; None if there is no note, or a damaged one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(note.read_bytes())
         digest = stored["sha256"]

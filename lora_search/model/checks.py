@@ -41,7 +41,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError where a file of a model folder is missing, is cut short or is no file of its kind."""
+    """Raise ModelError if a file of a model folder is missing, is cut short or is no file of its kind."""
     for name in ("config.json", "adapter_config.json", "tokenizer.json"):
         path = folder / name
         if path.exists():
@@ -58,7 +58,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers would read; ModelError where an index names one that is missing."""
+    """Return the files that transformers would read; ModelError if an index names one that is missing."""
     for name in INDEXES:
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.exists():

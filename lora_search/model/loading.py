@@ -202,7 +202,7 @@ def _keep_trainable(model: PreTrainedModel) -> None:
 
 
 def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise ModelError where transformers would go on with random weights, or put an adapter on by itself."""
+    """Raise ModelError if transformers would go on with random weights, or put an adapter on by itself."""
     if hasattr(model, "peft_config"):
         raise ModelError(
             f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
@@ -243,6 +243,6 @@ def _remedy(config: ModelConfig, error: Exception) -> str:
         return DAMAGED
     if isinstance(error, ImportError):
         return "Install what it names, or choose another base."
-    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False where it may not look
+    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False if it may not look
         return "Check the files in it, or give another base."
     return "Check name and network, log in with `hf auth login` for gated models, or give a folder."

@@ -79,7 +79,7 @@ def _packed_logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _linear_layers_watched(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
-    """Raise ValueError where a linear layer is given some of the tokens only, as an expert would be: which
+    """Raise ValueError if a linear layer is given some of the tokens only, as an expert would be: which
     token gets which adapter goes by its place in the pass."""
 
     def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

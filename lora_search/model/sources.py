@@ -91,7 +91,7 @@ def _commit(source: str, config: ModelConfig) -> str:
 
 
 def folder_of(source: str, config: ModelConfig) -> Path | None:
-    """Return the folder with the files of a resolved model; None where the hub has still to send them."""
+    """Return the folder with the files of a resolved model; None if the hub has still to send them."""
     if not is_hub_id(source):
         return Path(source)
     found = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=config.revision)
@@ -124,7 +124,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _cached_snapshot(config: ModelConfig) -> Path:
-    """Return the folder that the hub's cache holds; ModelError where it holds none."""
+    """Return the folder that the hub's cache holds; ModelError if it holds none."""
     try:
         found = huggingface_hub.try_to_load_from_cache(config.path, "config.json", revision=config.revision)
     except ValueError as error:

@@ -125,7 +125,7 @@ def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) ->
 
 
 def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
-    """Return the pruner for trials of up to ``num_rungs`` rungs; ConfigError where it cannot work.
+    """Return the pruner for trials of up to ``num_rungs`` rungs; ConfigError if it cannot work.
 
     median, percentile and wilcoxon compare with COMPLETE trials: the first pack trains to its end. wilcoxon
     pairs a trial's rungs with the best trial's; they are not independent, so its p is a rule of thumb.

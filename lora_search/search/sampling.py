@@ -171,7 +171,7 @@ def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
 def make_sampler(
     config: SamplerConfig, distributions: Mapping[str, BaseDistribution], seed: int
 ) -> samplers.BaseSampler:
-    """Return the sampler of a sweep. Raises ConfigError where it cannot search this space.
+    """Return the sampler of a sweep. Raises ConfigError if it cannot search this space.
 
     grid is no sampler here: the study itself hands out the untried points of the space, in seeded order.
     cmaes moves numbers only and draws choices at random.

@@ -56,13 +56,13 @@ def progress_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def text_of(trial: FrozenTrial, key: str) -> str:
-    """Return a user attribute that is a text; nothing where it is missing or another program's."""
+    """Return a user attribute that is a text; nothing if it is missing or another program's."""
     value = trial.user_attrs.get(key)
     return value if isinstance(value, str) else ""
 
 
 def count_of(trial: FrozenTrial, key: str) -> int:
-    """Return a user attribute that is a count; 0 where it is missing or another program's."""
+    """Return a user attribute that is a count; 0 if it is missing or another program's."""
     value = trial.user_attrs.get(key)
     return value if isinstance(value, int) else 0
 

@@ -155,7 +155,7 @@ class Answerer:
 def open_answerer(
     config: SweepConfig, commit: str | None, folder: Path, trials: Sequence[int], max_new_tokens: int
 ) -> Answerer:
-    """Return the study's base with the adapters of these trials. Raises StudyError where one is not here."""
+    """Return the study's base with the adapters of these trials. Raises StudyError if one is not here."""
     adapters = {number: adapter_folder(folder, number) for number in trials}
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
@@ -163,7 +163,7 @@ def open_answerer(
 
 
 def adapter_folder(folder: Path, number: int) -> Path:
-    """Return where a trial's adapter is. Raises StudyError where it was trained on another machine."""
+    """Return where a trial's adapter is. Raises StudyError if it was trained on another machine."""
     adapter = folder / "trials" / str(number) / "adapter"
     if not adapter.is_dir():
         raise StudyError(

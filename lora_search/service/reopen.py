@@ -35,7 +35,7 @@ class Reopened:
 def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int | str) -> Reopened:
     """Return an engine with room for these trials, ``num_slots`` at a time, or auto.
 
-    Raises FingerprintError where rows, base or template are not those of the study.
+    Raises FingerprintError if rows, base or template have changed.
     """
     inputs, identity = read_again(config), find_identity(config.study)
     sized = replace(config, engine=replace(config.engine, slots=num_slots))
@@ -47,7 +47,7 @@ def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int 
 
 
 def read_again(config: SweepConfig) -> Inputs:
-    """Return rows, tokenizer and template of the study. Raises FingerprintError where they have changed."""
+    """Return rows, tokenizer and template of the study. Raises FingerprintError if they have changed."""
     identity = find_identity(config.study)
     inputs = read_inputs(config, load_rows(config.data), identity)
     stored = identity.fingerprint if identity is not None else {}

@@ -23,7 +23,7 @@ def score_test_once(
 ) -> TestScore | None:
     """Score the best trial and the base on the test split, unless that was done before by anybody.
 
-    None where there is nothing to score: no test rows, no complete trial, its adapter on another machine.
+    None if there is nothing to score: no test rows, no complete trial, its adapter on another machine.
     """
     view = StudyView(config)
     with one_at_a_time(folder):
@@ -39,7 +39,7 @@ def score_test_once(
 def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) -> TestScore | None:
     """Score the trial and the base on the test split, and store that with the study.
 
-    None where a score is not finite, or of one row only.
+    None if a score is not finite, or of one row only.
     """
     slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
     base, scores = engine.scores([None, slot], engine.splits.test)

@@ -1,11 +1,9 @@
-"""Hydra composes a sweep: `sweeps/NAME.yaml` over the groups in `conf/` and the command line, into a
-SweepConfig.
+"""Composes a SweepConfig with Hydra, from `sweeps/NAME.yaml`, the groups in `conf/` and the command line.
 
-A sweep on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) is taken as `space.optim.lr`.
+A range on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) sets `space.optim.lr`.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +34,7 @@ from lora_search.settings.sweep_file import (
 )
 
 PACKAGE = Path(__file__).parents[1]
-ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries both folders inside
+ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel has both folders in the package
 SWEEPS, CONF = ROOT / "sweeps", ROOT / "conf"
 DEFAULT_SWEEP = "construction_faq"
 HELP = """\
@@ -61,7 +59,7 @@ Search LoRA hyperparameters: many trials train packed over one frozen base model
 
 
 class GroupsPlugin(SearchPathPlugin):  # type: ignore[misc]  # hydra's plugin base is untyped
-    """Puts the config groups on the search path, so that `--help` lists them."""
+    """Adds the config groups to the search path, so that `--help` lists them."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("lora_search", f"file://{CONF}")
@@ -72,9 +70,9 @@ ConfigStore.instance().store(name="schema", node=SweepConfig)
 
 
 def compose(config_name: str, overrides: Sequence[str], more: Path | None = None) -> SweepConfig:
-    """Return the checked settings of a sweep, found in sweeps/ or in a folder of one's own (``more``).
+    """Return the checked settings of a sweep from sweeps/ or from the user's own folder (``more``).
 
-    Raises InputError with one message for whatever is wrong.
+    Raises InputError with one message for any mistake.
     """
     composed = _compose(config_name, overrides, more)
     with _explained(config_name, more):
@@ -87,7 +85,7 @@ def compose(config_name: str, overrides: Sequence[str], more: Path | None = None
 def compose_study(
     config_name: str, overrides: Sequence[str], more: Path | None = None
 ) -> tuple[StudyConfig, str]:
-    """Return where a sweep's study lies and its runs_dir; data.path and the like need not be given."""
+    """Return a sweep's study settings and runs_dir; required settings like data.path may be missing."""
     composed = _compose(config_name, overrides, more)
     with _explained(config_name, more):
         _remember(OmegaConf.to_container(composed.study, resolve=True))
@@ -100,7 +98,7 @@ def compose_study(
 def check_composes(
     config_name: str, overrides: Sequence[str], more: Path | None = None, *, resolve: bool = False
 ) -> None:
-    """Raise InputError where the settings cannot be composed, or resolved; none need be given."""
+    """Raise InputError if the settings cannot be composed or resolved; required ones may be missing."""
     composed = _compose(config_name, overrides, more)
     if resolve:
         with _explained(config_name, more):
@@ -108,14 +106,14 @@ def check_composes(
 
 
 def compose_section(config_name: str, overrides: Sequence[str], more: Path | None, section: str) -> object:
-    """Return one section of a sweep's settings, checked; the others need not be given."""
+    """Return one checked section of a sweep's settings; required settings elsewhere may be missing."""
     composed = _compose(config_name, overrides, more)
     with _explained(config_name, more):
         return OmegaConf.to_object(composed[section])
 
 
 def help_page(config_name: str, overrides: Sequence[str], more: Path | None = None) -> str:
-    """Return what --help shows: sweeps, groups and settings. Hydra's own page takes twice as long."""
+    """Return the text of --help: sweeps, groups and settings. Hydra's own page takes twice as long."""
     sweeps = "\n".join(f"  {path.stem:<22}{_question(path)}" for path in _files(SWEEPS, more, "*.yaml"))
     groups: dict[str, list[str]] = {}
     for path in _files(CONF, more, "*/**/*.yaml"):
@@ -132,14 +130,14 @@ def help_page(config_name: str, overrides: Sequence[str], more: Path | None = No
 
 
 def as_override(text: str) -> str:
-    """Return the override with a sweep turned into text under `space`; anything else as it is.
+    """Return the override; one with a range becomes text under `space`.
 
-    Raises InputError for what Hydra would answer with a traceback.
+    Raises InputError for overrides that crash Hydra.
     """
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
-        return text  # composing reports it
+        return text  # `compose` reports it
     key = override.key_or_group
     if not key:
         raise InputError(f"{text}: has no key. Write key=value.")
@@ -156,15 +154,15 @@ def as_override(text: str) -> str:
 
 
 def _check_choice(text: str, group: str, choice: object) -> None:
-    """Raise InputError for what is no choice of a group, and for several of one that takes one."""
+    """Raise InputError unless this is a choice of the group, and only one, except for `space`."""
     if not isinstance(choice, str | list):
-        raise InputError(f"{text}: names no choice of the group {group}. Leave the group out with ~{group}.")
+        raise InputError(f"{text}: is not a choice of the group {group}. Leave the group out with ~{group}.")
     if isinstance(choice, list) and len(choice) > 1 and not group.startswith("space"):
-        raise InputError(f"{text}: names {len(choice)} choices, and only the last would count. Name one.")
+        raise InputError(f"{text}: has {len(choice)} choices, and only the last would count. Give one.")
 
 
 def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> DictConfig:
-    """Return the settings as Hydra composes them, with no key that is not in the schema."""
+    """Return the settings as Hydra composes them. Raises InputError for a key that the schema lacks."""
     first, others = _search_path(config_name, more)
     texts = [as_override(text) for text in overrides]
     texts += [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]" for folder in others]
@@ -178,7 +176,7 @@ def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> D
         )  # its values count last
         composed: DictConfig = hydra_compose(config_name, overrides=texts)
     if OmegaConf.get_type(composed) is not SweepConfig:
-        raise InputError(f"-cn {config_name}: is no sweep: it lacks `schema`. {BEGIN}.")
+        raise InputError(f"-cn {config_name}: is not a sweep: it lacks `schema`. {BEGIN}.")
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
     _remember(plain)
@@ -189,19 +187,19 @@ def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> D
 
 
 def _search_path(config_name: str, more: Path | None) -> tuple[Path, list[Path]]:
-    """Return the folder that the sweep is in, and the others to look for groups in."""
+    """Return the folder that has the sweep, and the other folders to search for groups."""
     if more is None:
         return SWEEPS, []
     if not (os.path.isdir(more) and os.access(more, os.R_OK | os.X_OK)):
         raise InputError(
-            f"-cd {more}: no such folder, or it may not be read. Give the folder of your sweeps."
+            f"-cd {more}: no such folder, or no permission to read it. Give the folder of your sweeps."
         )
     own = _own_file(config_name, more)
     assert own is not None
     check_groups(more, CONF)
     if os.path.lexists(own):
         check_sweep_file(own)
-        return more.resolve(), [SWEEPS]  # Hydra looks for a primary config in its first folder only
+        return more.resolve(), [SWEEPS]  # Hydra searches only the first folder for the primary config
     other = own.with_suffix(".yml")
     if config_name.endswith(".yml") or other.is_file():
         raise InputError(
@@ -212,7 +210,7 @@ def _search_path(config_name: str, more: Path | None) -> tuple[Path, list[Path]]
 
 @contextmanager
 def _explained(config_name: str, more: Path | None) -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise into one InputError."""
+    """Turn every exception of Hydra and OmegaConf into an InputError."""
     try:
         yield
     except LoraSearchError:
@@ -222,7 +220,7 @@ def _explained(config_name: str, more: Path | None) -> Iterator[None]:
         raise InputError(f"-cn {config_name}: cannot be composed, {loop}. Break the loop.") from None
     except yaml.YAMLError as error:
         raise InputError(redact(explain_yaml(error, config_name))) from None
-    except Exception as error:  # noqa: BLE001 (Hydra answers strange files with whatever its code runs into)
+    except Exception as error:  # noqa: BLE001 (Hydra raises any kind of exception for odd files)
         said = explain(error, config_name, [path.stem for path in _files(SWEEPS, more, "*.yaml")])
         raise InputError(redact(f"{_place(said, config_name, more)}{said}")) from None
 
@@ -233,14 +231,14 @@ def _own_file(config_name: str, more: Path | None) -> Path | None:
 
 
 def _place(said: str, config_name: str, more: Path | None) -> str:
-    """Return file and line of the key that a message begins with, where one's own sweep file has it."""
+    """Return file and line of the key that a message begins with, if the user's sweep file has it."""
     own = _own_file(config_name, more)
     line = None if own is None or not own.is_file() else line_of(own, said.partition(":")[0])
     return "" if line is None else f"{own}, line {line}: "
 
 
 def _quoted(text: str) -> str:
-    """Return the text in quotes of Hydra's grammar."""
+    """Return the text quoted for Hydra's grammar."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
@@ -250,7 +248,7 @@ def _files(ours: Path, more: Path | None, pattern: str) -> list[Path]:
 
 
 def _question(sweep: Path) -> str:
-    """Return the comment that a sweep begins with; nothing for a file that cannot be read."""
+    """Return the comment on a sweep's first line, or why the file cannot be read."""
     try:
         first = read_text(sweep).partition("\n")[0]
     except InputError as error:
@@ -259,9 +257,9 @@ def _question(sweep: Path) -> str:
 
 
 def _remember(node: object) -> None:
-    """Keep the passwords and keys among the settings in mind, so that no message says one."""
+    """Register the passwords and keys in the settings, so that `redact` removes them from messages."""
     if isinstance(node, str):
-        if "${" not in node:  # what it comes to is looked at once it is resolved
+        if "${" not in node:  # registered once it is resolved
             remember(node)
     elif isinstance(node, Mapping | list):
         for child in node.values() if isinstance(node, Mapping) else node:

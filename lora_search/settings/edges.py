@@ -1,4 +1,4 @@
-"""Where a winner lies at the edge of what was searched, and the override that searches beyond it."""
+"""Notes on best values at the end of their range, with the override that extends the range."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space
 
-NEAR = 0.1  # of the range, in its own scale
+NEAR = 0.1  # share of the range, in its own scale
 
 
 def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) -> list[str]:
-    """Return one line for each searched number whose best value lies at an end of its range.
+    """Return one line for each searched number whose best value is at an end of its range.
 
-    A range may be widened in the same study; choices may not, so theirs asks for a new one.
+    The same study may widen a range; new choices need a new study.
     """
     notes = []
     for key, distribution in space.distributions.items():
@@ -43,12 +43,12 @@ def _range_note(
     bound = max(1, round(wider)) if whole else float(f"{wider:.3g}")
     ends = (bound, high) if is_low else (low, bound)
     if (ends[0] >= low and ends[1] <= high) or not _is_allowed(config, key, bound):
-        return []  # nothing lies beyond: a rank of 0, a learning rate of 1
+        return []  # no valid value beyond: a rank of 0, a learning rate of 1
     inner = f"interval({ends[0]},{ends[1]})"
     wide = f"tag(log,{inner})" if log else inner
     return [
-        f"{key}={value:.4g} lies at the {'lower' if is_low else 'upper'} end of its range: better may lie "
-        f"beyond. To go on there in the same study: 'space.{key}={wide}'"
+        f"{key}={value:.4g} is at the {'lower' if is_low else 'upper'} end of its range; the best value may "
+        f"be outside. To extend the range in the same study: 'space.{key}={wide}'"
     ]
 
 
@@ -57,18 +57,18 @@ def _choice_note(key: str, choices: list[object], value: float) -> list[str]:
     if len(numbers) < 2 or len(numbers) < len(choices) or value not in (numbers[0], numbers[-1]):
         return []
     end, word = ("largest", "larger") if value == numbers[-1] else ("smallest", "smaller")
-    return [f"{key}={value} is the {end} choice: a {word} one may be better, in a study of another name"]
+    return [f"{key}={value} is the {end} choice; a {word} one may be better: try it under a new study.name"]
 
 
 def _place(value: float, low: float, high: float, *, log: bool) -> float:
-    """Return where the value lies in its range: 0 at the lower end, 1 at the upper."""
+    """Return the value's position in its range: 0 at the lower end, 1 at the upper."""
     if log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low) if high > low else 0.5
 
 
 def _beyond(low: float, high: float, *, is_low: bool, log: bool) -> float:
-    """Return an end that makes the range half as wide again, in its own scale."""
+    """Return a new end that makes the range half as wide again, in its own scale."""
     if log:
         factor = math.sqrt(high / low)
         return low / factor if is_low else high * factor

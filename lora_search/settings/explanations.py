@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf raise, as one line that names key, rule and remedy."""
+"""Turns the exceptions of Hydra and OmegaConf into one message: key, rule, remedy."""
 
 import difflib
 import re
@@ -13,53 +13,66 @@ from lora_search.settings.schema import SweepConfig
 
 
 def explain(error: Exception, config_name: str, sweeps: Sequence[str]) -> str:
-    """Return one line from Hydra's or OmegaConf's own words. ``sweeps``: those that there are."""
+    """Return one line that names key, rule and remedy, from the text that Hydra or OmegaConf raised."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    said = str(cause).partition("raised while composing config:\n")[2] or str(cause)
     text = " ".join(line.strip() for line in (str(error) or str(cause)).splitlines() if line.strip())
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {_unreadable(text, error.override)}"
     if isinstance(cause, InterpolationResolutionError | GrammarParseError):
         return _unresolved(cause)
-    missing = _first(r"Could not find '([^']+)'", text)
+    if "MissingConfig" in type(error).__name__ and "primary config" in text:
+        remedy = f"There are: {_listed(sweeps)}; or give your own folder with -cd"
+        return f"-cn {config_name}: no such sweep. {remedy}."
+    known = _not_found(text) or _misshapen(text) or _wrong_key(str(cause), text)
+    said = text or type(error).__name__
+    return known or (
+        f"-cn {config_name}: the settings cannot be composed: {said}. Compare with the files in sweeps/."
+    )
+
+
+def _not_found(text: str) -> str | None:
+    """Return the message if a group, a choice or a file does not exist."""
+    missing, unloaded = _first(r"Could not find '([^']+)'", text), _first(r"Could not load '([^']+)'", text)
+    if missing and "Available" not in text:
+        return f"{missing}: there is no such group. --help lists the groups and their choices."
     if missing:
-        if "Available" not in text:
-            return f"{missing}: there is no such group. --help lists the groups and their choices."
         available = text[text.find("Available") :].partition(" Config search")[0]
         return f"{missing}: there is no such choice. {available}."
-    unloaded = _first(r"Could not load '([^']+)'", text)
     if unloaded:
         return f"defaults: there is no file {unloaded}.yaml. Name one of sweeps/ or of your folder."
-    misfit = re.search(
-        r"Merge error: (\w+) is not a subclass of (\w+?)Conf(?:ig)?\. value: (.*?) full_key", text
-    )
-    if misfit:
+    return None
+
+
+def _misshapen(text: str) -> str | None:
+    """Return the message if a value was given for a group, or a list for settings."""
+    merge = r"Merge error: (\w+) is not a subclass of (\w+?)Conf(?:ig)?\. value: (.*?) full_key"
+    if misfit := re.search(merge, text):
         rule = "must be a group of settings (key: value, indented below it)"
         return f"{misfit[2].lower()}: {rule}, got {misfit[3]}. Compare with the files in sweeps/."
     if "Cannot merge DictConfig with ListConfig" in text:
         where = _first(r"full_key: ([^\s=]+)(?= |$)", text)
         place = "space" if where is None or where.startswith("object_type") else where
         return f"{place}: must be settings (key: value, indented below it), got a list."
-    key = _first(r"full_key: (\S+)", str(cause)) or _first(r"Could not (?:override|delete).* '([^']+)'", text)
-    if "MissingConfig" in type(error).__name__ and "primary config" in text:
-        ways = f"There are: {_listed(sweeps)}; or give a folder of yours with -cd"
-        return f"-cn {config_name}: no such sweep. {ways}."
-    if any(words in text for words in ("is not in struct", "Could not delete")) or "not in '" in str(cause):
+    return None
+
+
+def _wrong_key(cause: str, text: str) -> str | None:
+    """Return the message if one key is unknown, missing, or has an impossible value."""
+    key = _first(r"full_key: (\S+)", cause) or _first(r"Could not (?:override|delete).* '([^']+)'", text)
+    if any(words in text for words in ("is not in struct", "Could not delete")) or "not in '" in cause:
         return unknown(key or "")
-    if "does not support deletion" in str(cause):
+    if "does not support deletion" in cause:
         return f"~{key}: a setting cannot be left out. Give it a value; groups can be left out (~space/lora)."
     if "missing mandatory value" in text.casefold():
         return f"{key}: must be given, got ???. Add {key}=VALUE to the command."
-    if "is not Optional" in str(cause):
+    if "is not Optional" in cause:
         return f"{key}: must have a value, got null."
-    if key:
-        return f"{key}: {said.splitlines()[0]}. {_example(key)}"
-    named = text or type(error).__name__
-    return f"-cn {config_name}: the settings cannot be composed: {named}. Compare with the files in sweeps/."
+    said = cause.partition("raised while composing config:\n")[2] or cause
+    return f"{key}: {said.splitlines()[0]}. {_example(key)}" if key else None
 
 
 def _unresolved(error: OmegaConfBaseException) -> str:
-    """Return what is wrong with a ${...}, and what can be written there."""
+    """Return the message for a ${...} that cannot be resolved."""
     text = " ".join(str(error).split())
     key = _first(r"full_key: (\S+)", text) or str(getattr(error, "full_key", None) or "a setting")
     variable = _first(r"Environment variable '([^']*)' not found", text)
@@ -74,7 +87,7 @@ def _unresolved(error: OmegaConfBaseException) -> str:
     if missing is not None:
         near = difflib.get_close_matches(missing, known_keys(), n=1)
         remedy = f"Did you mean ${{{near[0]}}}" if near else "Write the full key of a setting: ${model.path}"
-        return f"{key}: ${{{missing}}} names no setting. {remedy}."
+        return f"{key}: ${{{missing}}} is not a setting. {remedy}."
     if "recursi" in text.lower():
         return f"{key}: refers to itself by ${{...}}. Break the loop."
     said = text.partition(" full_key:")[0].rstrip(".")
@@ -82,12 +95,12 @@ def _unresolved(error: OmegaConfBaseException) -> str:
 
 
 def _unreadable(text: str, override: str) -> str:
-    """Return what is wrong with an override that breaks Hydra's grammar, and how to write it."""
+    """Return the message for an override that Hydra's grammar does not allow."""
     key, equals, value = override.partition("=")
     if not equals:
         return "has no value. Write key=value, or see --help."
     if "NoneType" in text:
-        return "null cannot be among the choices of Hydra's grammar. Leave it out."
+        return "null cannot be a choice in Hydra's grammar. Leave it out."
     evaluated = _first(r"while evaluating '.*?': (.+)", text)
     if evaluated:
         return f"cannot be read: {evaluated.partition(' See ')[0]}."
@@ -104,7 +117,7 @@ def unknown(key: str) -> str:
 
 
 def _example(key: str) -> str:
-    """Return what a value of the setting looks like."""
+    """Return the default of the setting, as an example of its form."""
     default = OmegaConf.select(OmegaConf.structured(SweepConfig), key)
     return "See --help." if default is None or OmegaConf.is_config(default) else f"Its default is {default}."
 
@@ -115,20 +128,20 @@ def _first(pattern: str, text: str) -> str | None:
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
-    """Return the names, a long list cut with a count."""
+    """Return the names; a long list ends with the number of the rest."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def known_keys() -> list[str]:
-    """Return every setting as its dotted key."""
+    """Return the dotted keys of all settings."""
     plain = OmegaConf.to_container(OmegaConf.structured(SweepConfig), resolve=False)
     assert isinstance(plain, dict)
     return sorted(leaves(plain))
 
 
 def leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys outside `space`, whose keys are free until it is parsed."""
+    """Yield the dotted keys outside `space`; `parse_space` checks the keys inside."""
     for name, child in node.items():
         if f"{prefix}{name}" == "space":
             continue

@@ -1,4 +1,4 @@
-"""One trial's settings: the sweep's with the trial's parameters laid over, checked by each key's rules."""
+"""One trial's settings: the sweep's, overridden by the trial's parameters, checked by each key's rules."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, Swe
 from lora_search.trial import TrialSettings, draw_seed
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
-FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials meet at the same rungs, on the same tokens
+FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials are compared at the same rungs and tokens
 
 
 def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSettings:
-    """Return what one trial trains: the sweep's settings with its parameters laid over."""
+    """Return one trial's settings: the sweep's, overridden by the trial's parameters."""
     lora, optim, train = (_overlay(config, section, params) for section in ("lora", "optim", "train"))
     assert isinstance(lora, LoraConfig)
     assert isinstance(optim, OptimConfig)
@@ -41,7 +41,7 @@ def trial_seed(config: SweepConfig, params: Mapping[str, object], number: int) -
 
 
 def searchable_keys() -> list[str]:
-    """Return the settings that may differ between the trials of a sweep."""
+    """Return the keys that may differ between the trials of a sweep."""
     keys = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
     return [key for key in keys if key not in FIXED]
 
@@ -56,7 +56,7 @@ def _overlay(config: SweepConfig, section: str, params: Mapping[str, object]) ->
 def _check_type(key: str, value: object) -> None:
     types = _types(key)
     if object in types:
-        return  # the class itself checks it
+        return  # its class checks it
     allowed = (*types, int) if float in types else types
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
         shown = " or ".join(t.__name__ for t in types if t is not type(None))
@@ -64,7 +64,7 @@ def _check_type(key: str, value: object) -> None:
 
 
 def _types(key: str) -> tuple[type, ...]:
-    """Return the types that the key's field is declared with; object where it is declared with Any."""
+    """Return the declared types of the key's field; object for Any."""
     section, _, name = key.partition(".")
     declared = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
     if isinstance(declared, UnionType):

@@ -1,4 +1,4 @@
-"""The settings of a sweep as its study recorded them: for commands that get nothing but the study's name."""
+"""The settings of a sweep as its study recorded them, for commands that get only the study's name."""
 
 import ast
 import json
@@ -29,9 +29,9 @@ def plain(value: object) -> object:
 
 
 def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:
-    """Return the sweep's settings, checked; without its space, and with the storage that was given now.
+    """Return the sweep's checked settings, without its space, and with ``study`` in place of its own.
 
-    A setting that a later version added has its default; one that it dropped is left out.
+    Settings added in a later version get their defaults; settings dropped since are ignored.
     """
     config = _build(SweepConfig, "", recorded_values(attributes), recorded_settings(attributes))
     assert isinstance(config, SweepConfig)
@@ -40,7 +40,7 @@ def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepC
 
 
 def _build(kind: type, prefix: str, values: Mapping[str, object], texts: Mapping[str, str]) -> Any:
-    """Return an object of a settings class; what is not recorded keeps its default."""
+    """Return an object of a settings class; fields that are not recorded keep their defaults."""
     chosen: dict[str, object] = {}
     for field in fields(kind):
         key, declared = f"{prefix}{field.name}", field.type
@@ -63,7 +63,7 @@ def _flat(prefix: str, tree: Mapping[str, object]) -> dict[str, object]:
 
 
 def _literal(text: str) -> object:
-    """Return the value whose str() an older version recorded."""
+    """Return the value from the str() that an older version recorded."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

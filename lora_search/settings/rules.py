@@ -1,11 +1,10 @@
-"""How a setting's rule is checked: one ConfigError that names the key as it is typed."""
+"""Checks of a setting's rule. Each raises a ConfigError that names the key as the user types it."""
 
 from lora_search.errors import ConfigError
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str = "") -> None:
-    """Raise a ConfigError unless the rule holds. NaN and infinity break every comparison, so they never
-    pass."""
+    """Raise a ConfigError unless the rule holds. Write rules as comparisons that NaN fails."""
     if not holds:
         raise ConfigError(key, value, rule, remedy)
 

@@ -1,8 +1,7 @@
-"""The settings of a sweep: typed, with every default and every rule in one place. No library but the
-standard one.
+"""The settings of a sweep: typed, with every default and every rule in one place. Standard library only.
 
-`composition` fills these classes from YAML and the command line. A rule that a value breaks raises a
-ConfigError that names the key as it is typed; nothing is ever changed in silence.
+`composition` fills these classes from YAML and the command line. A value that breaks a rule raises a
+ConfigError that names the key as the user types it; no value is changed silently.
 """
 
 import re
@@ -17,15 +16,15 @@ from lora_search.settings.rules import require_choice, require_range
 from lora_search.settings.secrets import redact
 
 ALL_LINEAR = "all-linear"
-WRITE_OUT = "Write the folder out: neither the shell nor a database expands it here"
-TRAIN_MOST = {  # more is a slip of the keyboard, not a plan
+WRITE_OUT = "Write the folder in full: neither the shell nor the database expands ~ here"
+TRAIN_MOST = {  # anything larger is a typing error
     "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
 }  # fmt: skip
 DAY, MAX_HOURS = 86_400, 10_000
-MAX_SEED = 2**32 - 1  # what a trial draws, and PyTorch takes
+MAX_SEED = 2**32 - 1  # trials draw 32 bits, and PyTorch accepts them
 MAX_ALPHA = 1_000_000  # alpha/r above some hundreds diverges at any learning rate
-MAX_NORM = 1_000_000  # a gradient that is longer belongs to a trial that has diverged
-MAX_RANK = 4096  # the width of an 8B model: above a layer's width a rank adds nothing
+MAX_NORM = 1_000_000  # a larger gradient norm means that the trial has diverged
+MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 
 
 @dataclass(kw_only=True)
@@ -33,7 +32,7 @@ class ModelConfig:
     path: str = "smollm2-135m-instruct"  # the packaged default, a local folder, a .gguf file, or a hub id
     revision: str | None = None
     trust_remote_code: bool = False
-    quantization: str | None = None  # or nf4: the base in 4 bits (QLoRA); adapters stay float32
+    quantization: str | None = None  # or nf4: 4-bit base (QLoRA); adapters stay float32
 
     def __post_init__(self) -> None:
         require(
@@ -49,7 +48,7 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class TemplateConfig:
     name: str = "chat"  # the tokenizer's own chat template; or inst: [INST] {prompt} [/INST] {completion}
-    system_prompt: str | None = None  # null leaves the chat template's own default
+    system_prompt: str | None = None  # null: the chat template's own default
 
     def __post_init__(self) -> None:
         require_choice("template.name", self.name, ("chat", "inst"))
@@ -58,15 +57,15 @@ class TemplateConfig:
 @dataclass(kw_only=True)
 class LoraConfig:
     r: int = 16
-    alpha: int | float | str = "2r"  # a number, or tied to the rank: "2r", "0.5r", "r"
+    alpha: int | float | str = "2r"  # a number, or a multiple of the rank: "2r", "0.5r", "r"
     dropout: float = 0.05
     target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # list of names, or all-linear
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        require(1 <= self.r <= MAX_RANK, "lora.r", self.r, f"must lie in [1, {MAX_RANK}]", "Try 8, 16 or 32")
+        require(1 <= self.r <= MAX_RANK, "lora.r", self.r, f"must be in [1, {MAX_RANK}]", "Try 8, 16 or 32")
         self.alpha_for_rank(self.r)
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must lie in [0, 1)", "Try 0.05")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)", "Try 0.05")
         names = self.target_modules
         is_list = isinstance(names, list) and len(names) > 0 and all(isinstance(n, str) and n for n in names)
         require(
@@ -77,7 +76,7 @@ class LoraConfig:
             "Write it as '[q_proj,v_proj]'",
         )
         is_unique = not is_list or len(set(names)) == len(names)
-        require(is_unique, "lora.target_modules", names, "must name each layer once", "Take the repeated out")
+        require(is_unique, "lora.target_modules", names, "must name each layer once", "Remove the repeated")
 
     def alpha_for_rank(self, r: int) -> float:
         """Return alpha as a number: "2r" at rank 8 is 16."""
@@ -105,15 +104,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(
-            0 < self.lr < 1, "optim.lr", self.lr, "must lie between 0 and 1", "LoRA learns well around 2e-4"
+            0 < self.lr < 1, "optim.lr", self.lr, "must be between 0 and 1", "LoRA learns well around 2e-4"
         )
-        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "must lie in [0, 1)")
-        require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must lie in [0, 1)")
-        require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must lie in [0, 1)")
-        require(0 < self.eps < 1, "optim.eps", self.eps, "must lie between 0 and 1")
+        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "must be in [0, 1)")
+        require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must be in [0, 1)")
+        require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must be in [0, 1)")
+        require(0 < self.eps < 1, "optim.eps", self.eps, "must be between 0 and 1")
         require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
-        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must lie in [0, 1]")
-        rule = f"must lie above 0 and be at most {MAX_NORM:,}"
+        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
+        rule = f"must be above 0 and at most {MAX_NORM:,}"
         remedy = f"Try 1.0; {MAX_NORM:,} clips nothing"
         require(0 < self.max_grad_norm <= MAX_NORM, "optim.max_grad_norm", self.max_grad_norm, rule, remedy)
 
@@ -135,10 +134,10 @@ class TrainConfig:
         for key, most in TRAIN_MOST.items():
             require_range(f"train.{key}", getattr(self, key), 1, most)
         examples = self.batch_size * self.gradient_accumulation_steps
-        remedy = "An optimizer step of more examples than the data has trains nothing"
+        remedy = "An optimizer step cannot have more examples than the data"
         require_range("train.batch_size x train.gradient_accumulation_steps", examples, 1, 1_000_000, remedy)
         rungs = self.epochs * self.evals_per_epoch
-        remedy = "Each is an evaluation and a row in the database: take fewer epochs or evaluations"
+        remedy = "Each is an evaluation and a row in the database: use fewer epochs or evaluations"
         require_range("train.epochs x train.evals_per_epoch", rungs, 1, 100_000, remedy)
         patience = self.early_stopping_patience
         if patience is not None:
@@ -148,11 +147,11 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    slots: int | str = 4  # trials that train at once on one base; auto: what memory and a speed probe give
-    tokens_per_pass: int | str = 1024  # most useful tokens in one forward/backward; auto: what memory holds
+    slots: int | str = 4  # trials that train at once on one base; auto: chosen by a probe of memory and speed
+    tokens_per_pass: int | str = 1024  # most tokens in one forward/backward pass; auto: what fits in memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    gradient_checkpointing: bool | str = "auto"  # auto: where a row would not fit without it
-    dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are float32 always
+    gradient_checkpointing: bool | str = "auto"  # auto: only if a row would not fit without it
+    dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are always float32
 
     def __post_init__(self) -> None:
         for key, least, most in (("slots", 1, 1024), ("tokens_per_pass", 8, 16_777_216)):
@@ -160,7 +159,7 @@ class EngineConfig:
             if value != "auto":
                 is_number = isinstance(value, int)
                 require(is_number, f"engine.{key}", value, f"must be at least {least}, or auto")
-                require_range(f"engine.{key}", int(value), least, most, "auto takes what memory holds")
+                require_range(f"engine.{key}", int(value), least, most, "auto chooses what fits in memory")
         recompute = self.gradient_checkpointing
         known_choice = isinstance(recompute, bool) or recompute == "auto"
         require(known_choice, "engine.gradient_checkpointing", recompute, "must be true, false or auto")
@@ -172,7 +171,7 @@ class EngineConfig:
 @dataclass(kw_only=True)
 class SamplerConfig:
     name: str = "tpe"
-    n_startup_trials: int = 5  # random trials before tpe, gp and cmaes start to model
+    n_startup_trials: int = 5  # random trials before tpe, gp and cmaes use their model
 
     def __post_init__(self) -> None:
         require_choice("sampler.name", self.name, ("tpe", "gp", "random", "grid", "qmc", "cmaes"))
@@ -183,20 +182,20 @@ class SamplerConfig:
 class PrunerConfig:
     name: str = "asha"
     first_rung: int = 1  # the first rung at which a trial may be pruned
-    reduction_factor: int = 3  # asha, hyperband: one in so many goes on at each rung
-    percentile: float = 50.0  # percentile: the share of trials that is kept
+    reduction_factor: int = 3  # asha, hyperband: one trial in this many continues at each rung
+    percentile: float = 50.0  # percentile: the share of trials to keep
     patience: int = 2  # patient: rungs without improvement
-    n_startup_trials: int = 4  # median, percentile, wilcoxon: finished trials to compare with first
-    resume_paused: bool = False  # asha: take a stopped trial up again when it comes to belong to the top
+    n_startup_trials: int = 4  # median, percentile, wilcoxon: finished trials needed for a comparison
+    resume_paused: bool = False  # asha: resume a stopped trial once it ranks among the top of its rung
 
     def __post_init__(self) -> None:
         names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         require_choice("pruner.name", self.name, names)
         require_range("pruner.first_rung", self.first_rung, 1, 100_000)
         require_range("pruner.reduction_factor", self.reduction_factor, 2, 1000, "Try 3")
-        require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must lie between 0 and 100")
+        require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must be between 0 and 100")
         require_range("pruner.patience", self.patience, 1, 100_000)
-        rule = "works with the rungs of asha only"
+        rule = "works only with the rungs of asha"
         fits = self.name == "asha" or not self.resume_paused
         require(fits, "pruner.resume_paused", self.resume_paused, rule, "Use pruner=asha")
         require_range("pruner.n_startup_trials", self.n_startup_trials, 0, 100_000)
@@ -205,31 +204,27 @@ class PrunerConfig:
 @dataclass(kw_only=True)
 class StudyConfig:
     name: str = "sweep"
-    n_trials: int | None = (
-        12  # a total over all starts and workers: COMPLETE + PRUNED; null: a budget ends it
-    )
-    max_hours: float | None = (
-        None  # wall time over all starts; the first limit that is reached ends the sweep
-    )
+    n_trials: int | None = 12  # COMPLETE + PRUNED over all starts and workers; null: a budget ends the sweep
+    max_hours: float | None = None  # wall time over all starts; the first limit reached ends the sweep
     max_tokens: int | None = None  # training tokens over all trials
     max_cost: float | None = None  # in the currency of price_per_hour
-    price_per_hour: float | None = None  # of one worker and its device
+    price_per_hour: float | None = None  # of one worker with its device
     storage: str = "sqlite:///runs/lora_search.db"  # any SQLAlchemy URL
     heartbeat_seconds: int = 30
-    patience_seconds: int = 600  # so long training goes on while the database does not answer
+    patience_seconds: int = 600  # how long to train on while the database does not answer
     max_failures_in_a_row: int = 5
-    max_retries: int = 3  # deaths of its workers that a trial survives without a new rung between two
-    first_trial_is_default: bool = True  # start from the settings outside `space`
-    first_trials: bool = True  # then from learning rates around what other models learned best at
-    keep_gib: float = 1.0  # disk space for the checkpoints of paused trials (pruner.resume_paused)
+    max_retries: int = 3  # worker deaths that a trial survives at the same rung
+    first_trial_is_default: bool = True  # the first trial uses the settings outside `space`
+    first_trials: bool = True  # the next ones use learning rates that worked well for other models
+    keep_gib: float = 1.0  # disk space for checkpoints of paused trials (pruner.resume_paused)
 
     def __post_init__(self) -> None:
         known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
         rule = "must be 1 to 100 letters, digits, '.', '_' or '-' and start with a letter or digit"
-        require(bool(known), "study.name", self.name, rule, "It becomes a folder name under runs/.")
+        require(bool(known), "study.name", self.name, rule, "It names a folder under runs/.")
         self._check_limits()
         has_home = self.storage.startswith("sqlite:///~")
-        require(not has_home, "study.storage", self.storage, "must not name a folder by ~", WRITE_OUT)
+        require(not has_home, "study.storage", self.storage, "must not begin with ~", WRITE_OUT)
         require("://" in self.storage, "study.storage", redact(self.storage), "must be a SQL URL",
                 "Try sqlite:///runs/lora_search.db")  # fmt: skip
         for key, least, most in (
@@ -247,22 +242,22 @@ class StudyConfig:
             require(value is None or value <= most, f"study.{key}", value, f"must be at most {most:,}",
                     "null sets no limit")  # fmt: skip
         priced = self.max_cost is None or self.price_per_hour is not None
-        remedy = "Set study.price_per_hour, what one worker and its device cost in an hour"
+        remedy = "Set study.price_per_hour, the hourly price of one worker with its device"
         require(priced, "study.max_cost", self.max_cost, "needs study.price_per_hour", remedy)
         if self.n_trials is not None:
-            remedy = "null where study.max_hours or another budget ends the sweep"
+            remedy = "Use null if study.max_hours or another budget ends the sweep"
             require_range("study.n_trials", self.n_trials, 1, 100_000, remedy)
         has_end = any(
             limit is not None for limit in (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
         )
-        rule = "must be a number where no budget is set"
+        rule = "must be a number if no budget is set"
         require(
             has_end, "study.n_trials", self.n_trials, rule, "Set it, or study.max_hours or study.max_tokens"
         )
 
     @property
     def most_trials(self) -> int:
-        """n_trials, or more than any study has where a budget alone ends it."""
+        """n_trials, or sys.maxsize if only a budget ends the study."""
         return sys.maxsize if self.n_trials is None else self.n_trials
 
 
@@ -282,11 +277,11 @@ class TrackerConfig:
 
 @dataclass(kw_only=True)
 class LauncherConfig:
-    """Who works. Free to differ between two starts of one study."""
+    """Which processes train. May differ between two starts of one study."""
 
     name: str = "inline"  # this process; or local: one worker process per visible GPU
-    workers: int | None = None  # local: so many; null is one per visible GPU, without a GPU one
-    max_restarts: int = 3  # local: how often a worker is started again that a signal killed
+    workers: int | None = None  # local: how many; null: one per visible GPU, one without a GPU
+    max_restarts: int = 3  # local: how often to restart a worker that a signal killed
     worker: int | None = None  # set by local for the processes that it starts
 
     def __post_init__(self) -> None:
@@ -316,7 +311,7 @@ class ArtifactsConfig:
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """The whole of one sweep. `space` mirrors the keys it searches, in Hydra's sweep grammar."""
+    """All settings of one sweep. `space` mirrors the keys that it searches, in Hydra's sweep grammar."""
 
     seed: int = 0
     runs_dir: str = "runs"
@@ -336,7 +331,7 @@ class SweepConfig:
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2**31)")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(bool(self.runs_dir.strip()), "runs_dir", self.runs_dir, "must name a folder", "Try runs")
         require(
             not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "must not begin with ~", WRITE_OUT
@@ -344,7 +339,7 @@ class SweepConfig:
 
 
 def as_dict(config: Any) -> Any:
-    """Return the settings as plain dicts, passwords and keys left out."""
+    """Return the settings as plain dicts, without passwords and keys."""
     if not is_dataclass(config):
         return redact(config) if isinstance(config, str) else config
     return {f.name: as_dict(getattr(config, f.name)) for f in fields(config)}

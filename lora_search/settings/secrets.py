@@ -1,7 +1,7 @@
-"""Passwords and keys: what must never be printed, stored or sent. The one home of that.
+"""Removes passwords and keys from every text that is printed, stored or sent.
 
-`redact` finds them by their place (the password of a URL, `password=`, `?token=`). What `remember` has found
-in a setting it finds anywhere later, in every spelling. Linear in the length of the text.
+`redact` finds them by their place (the password of a URL, `password=`, `?token=`). Secrets that `remember`
+has found in a setting it removes everywhere, in every spelling. Linear in the length of the text.
 """
 
 import html
@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, ur
 HIDDEN = "***"
 Span = tuple[int, int]
 
-ANYWHERE = 8  # a secret of so many characters is taken out of words as well
-SHORTEST = 3  # a shorter one only from its own place: half of all words hold it
+ANYWHERE = 8  # a secret of at least this many characters is also removed from inside words
+SHORTEST = 3  # a shorter one only from its own place: half of all words contain it
 NAMES = (
     r"passw(?:or)?d|passphrase|(?:(?<![a-z])|(?<=%[0-9a-f]{2}))(?:pwd|(?<!per_)pass)|secret|token|credentials?|signature"
     r"|(?:api|access|account|secret|private)[_-]?key|(?<=[?&])(?:key|sig|code|auth)"
@@ -40,12 +40,12 @@ HOST = re.compile(r"[\w.\[\]-]+(?::\d+)?(?:[/?]|$)")
 WORDS = ("postgres", "postgresql", "psycopg", "mysql", "pymysql", "sqlite", "password", "localhost", "study")
 VARIABLES = re.compile(r"(?i)(?:password|passwd|secret|token|api_?key|access_?key)$")  # of the environment
 
-# State of the process, on purpose: a library's message that quotes a password may come from anywhere.
+# Global on purpose: a library's message that quotes a password may come from anywhere.
 _known: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """Return the text without passwords and keys; host, database and the words around stay."""
+    """Return the text without passwords and keys; it keeps host, database and the words around them."""
     spans = sorted(_spans(text))
     parts, end = [], 0
     for start, stop in spans:
@@ -57,7 +57,7 @@ def redact(text: str) -> str:
 
 
 def remember(text: str) -> None:
-    """Keep the secrets in a setting, a URL or an argument in mind: `redact` takes them out of every text."""
+    """Register the secrets in a setting, a URL or an argument: `redact` removes them from every text."""
     readings = dict.fromkeys([text, unquote(text), unquote_plus(text), unquote(unquote(text))])
     found = {reading[start:stop] for reading in readings for start, stop in _spans(reading)}
     for reading in readings:
@@ -68,7 +68,7 @@ def remember(text: str) -> None:
 
 
 def remember_secret(secret: str, public: Iterable[str] = ()) -> None:
-    """Keep one secret in mind, unless hiding it everywhere would hide ordinary words or numbers."""
+    """Register one secret, unless hiding it everywhere would hide ordinary words or numbers."""
     plain = unquote(secret)
     is_number = plain.isdigit() and len(plain) < 6
     is_word = any(plain in word for word in (*WORDS, *public))
@@ -77,11 +77,11 @@ def remember_secret(secret: str, public: Iterable[str] = ()) -> None:
 
 
 def remember_all(arguments: Iterable[str], environment: Mapping[str, str]) -> None:
-    """Keep in mind what a command line holds, and what variables like PGPASSWORD, WANDB_API_KEY, HF_TOKEN."""
+    """Register the secrets of a command line and of variables like PGPASSWORD, WANDB_API_KEY, HF_TOKEN."""
     for argument in arguments:
         key, _, value = argument.partition("=")
         if "${" in value:
-            continue  # composing looks at what it comes to
+            continue  # `compose` registers the resolved value
         remember(value if key.replace(".", "").replace("_", "").lstrip("+~").isalnum() else argument)
     for name, value in environment.items():
         if VARIABLES.search(name) and len(value) >= ANYWHERE:
@@ -89,7 +89,7 @@ def remember_all(arguments: Iterable[str], environment: Mapping[str, str]) -> No
 
 
 def _spans(text: str) -> Iterator[Span]:
-    """Yield where secrets are, by their place alone."""
+    """Yield the spans of secrets, by their place alone."""
     yield from _url_spans(text)
     for match in NAMED.finditer(text):
         before = text[max(0, match.start() - 10) : match.start()]
@@ -114,7 +114,7 @@ def _url_spans(text: str) -> Iterator[Span]:
 
 
 def _of_url(url: str) -> Iterator[str]:
-    """Yield the secrets of a text that is one URL as a whole: its password may hold spaces and quotes."""
+    """Yield the secrets of a text that is one URL; its password may contain spaces and quotes."""
     head, separator, rest = url.strip("'\"").partition("://")
     if not separator:
         return
@@ -127,8 +127,8 @@ def _of_url(url: str) -> Iterator[str]:
 
 
 def _userinfo(run: str, *, is_web: bool) -> Span | None:
-    """Return where the password is in what follows `://`. A user name may hold an @, as SQLAlchemy reads it,
-    and by mistake a /; a password may hold both."""
+    """Return the span of the password in the text after `://`. SQLAlchemy allows an @ in a user name, and a /
+    gets in by mistake; a password may contain both."""
     slash = run.find("/") if "/" in run else len(run)
     colon, first = run.find(":"), run.find("@")
     if run.startswith("/") or first < 0:
@@ -150,7 +150,7 @@ def _userinfo(run: str, *, is_web: bool) -> Span | None:
 
 
 def _public_words(text: str) -> list[str]:
-    """Return what a URL shows openly: a password that is the same is no secret elsewhere."""
+    """Return the public parts of a URL: a password equal to one of them is not hidden elsewhere."""
     try:
         parts = urlsplit(text)
         return [word for word in (parts.scheme, parts.username, parts.hostname, parts.path) if word]
@@ -159,7 +159,7 @@ def _public_words(text: str) -> list[str]:
 
 
 def _spellings(secret: str) -> set[str]:
-    """Return the secret as it is written in URLs, JSON, HTML and Python."""
+    """Return the secret's spellings in URLs, JSON, HTML and Python."""
     plain = unquote(secret)
     percent = {secret, quote(plain, safe=""), quote(plain), quote_plus(plain), quote(plain, safe=" +")}
     percent |= {quote(text, safe="") for text in percent}
@@ -181,7 +181,7 @@ def _pattern(known: frozenset[str]) -> re.Pattern[str]:
 
 
 def _bounded(text: str) -> str:
-    """Return a pattern: a short secret counts as a whole word only, or after a percent escape."""
+    """Return a pattern; it matches a short secret only as a whole word, or after a percent escape."""
     if len(text) >= ANYWHERE:
         return re.escape(text)
     before = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2}))" if text[0].isalnum() else ""

@@ -1,7 +1,7 @@
 """The searched hyperparameters: Hydra's sweep grammar -> Optuna distributions -> one trial's settings.
 
-`space` mirrors the keys it searches; null switches one off. Every choice and every bound is checked by the
-rules of the key itself.
+`space` mirrors the keys that it searches; null disables one. Every choice and every bound must pass the
+rules of its key.
 """
 
 import difflib
@@ -27,32 +27,32 @@ from lora_search.settings.schema import SweepConfig
 from lora_search.trial import TrialSettings
 
 HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
-MAX_POINTS = 10_000  # a space of more points is not enumerated
+MAX_POINTS = 10_000  # larger spaces are not enumerated
 
 
 @dataclass(frozen=True)
 class Space:
-    """Dotted key -> distribution. Lists are choices written as JSON."""
+    """Dotted key -> distribution. A choice that is a list is encoded as JSON."""
 
     distributions: dict[str, BaseDistribution]
     expressions: dict[str, str]
 
     def default_params(self, config: SweepConfig) -> dict[str, object] | None:
-        """Return the settings outside `space` as a point of the space, or None where one lies outside."""
+        """Return the settings outside `space` as a point of the space, or None if one is out of range."""
         return None if self.outside(config) else self.given_params(config)
 
     def given_params(self, config: SweepConfig) -> dict[str, object]:
-        """Return the settings outside `space` that lie in their key's range."""
+        """Return the settings outside `space` that are in the range of their key."""
         outside = self.outside(config)
         return {key: _encode(_get(config, key)) for key in self.distributions if key not in outside}
 
     def outside(self, config: SweepConfig) -> dict[str, object]:
-        """Return the settings outside `space` that are no value of their key's range."""
+        """Return the settings outside `space` that are not in the range of their key."""
         given = {key: _get(config, key) for key in self.distributions}
         return {k: v for k, v in given.items() if not _contains(self.distributions[k], _encode(v))}
 
     def refusal(self, params: Mapping[str, object]) -> str:
-        """Return why these parameters are no part of a point of the space; nothing where they are."""
+        """Return why these parameters are not in the space; "" if they are."""
         for key, value in params.items():
             if key not in self.distributions:
                 return f"{key} is not searched"
@@ -61,7 +61,7 @@ class Space:
         return ""
 
     def num_points(self) -> int | None:
-        """Return how many points the space has; None where there are more than MAX_POINTS."""
+        """Return the number of points; None if there are more than MAX_POINTS."""
         axes = [_axis(distribution) for distribution in self.distributions.values()]
         if any(axis is None for axis in axes):
             return None
@@ -69,7 +69,7 @@ class Space:
         return count if count <= MAX_POINTS else None
 
     def untried(self, tried: Iterable[Mapping[str, object]]) -> list[dict[str, object]] | None:
-        """Return the points that are not among the tried, in order; None where they cannot be counted."""
+        """Return the points not in ``tried``, in order; None if the space cannot be enumerated."""
         if self.num_points() is None:
             return None
         seen = {_identity(params) for params in tried}
@@ -79,7 +79,7 @@ class Space:
 
 
 def parse_space(config: SweepConfig) -> Space:
-    """Return the space of a sweep. Raises ConfigError naming the key under `space`."""
+    """Return the space of a sweep. Raises ConfigError with the key under `space`."""
     expressions = dict(sorted(_flatten(config.space)))
     for key in expressions:
         _require_searchable(key)
@@ -102,7 +102,7 @@ def possible_targets(config: SweepConfig, space: Space) -> list[tuple[str, ...]]
 
 
 def corners(config: SweepConfig, space: Space, keys: Sequence[str]) -> list[TrialSettings]:
-    """Return the settings at every combination of the keys' choices and bounds, the sweep's own included."""
+    """Return the settings at every combination of the keys' choices and bounds, or fixed values."""
     axes = [_ends(config, space, key) for key in keys]
     points = (dict(zip(keys, values, strict=True)) for values in itertools.product(*axes))
     return [trial_settings(config, point) for point in points]
@@ -118,27 +118,13 @@ def _ends(config: SweepConfig, space: Space, key: str) -> list[object]:
 
 
 def largest(config: SweepConfig, space: Space, key: str) -> int:
-    """Return the largest integer that the key may take."""
-    distribution = space.distributions.get(key)
-    if isinstance(distribution, CategoricalDistribution):
-        return max(int(choice) for choice in distribution.choices if isinstance(choice, (int, float)))
-    if isinstance(distribution, IntDistribution):
-        return distribution.high
-    value = _get(config, key)
-    assert isinstance(value, int)
-    return value
+    """Return the largest value of an integer key."""
+    return max(int(end) for end in _ends(config, space, key) if isinstance(end, (int, float)))
 
 
 def smallest(config: SweepConfig, space: Space, key: str) -> int:
-    """Return the smallest integer that the key may take."""
-    distribution = space.distributions.get(key)
-    if isinstance(distribution, CategoricalDistribution):
-        return min(int(choice) for choice in distribution.choices if isinstance(choice, (int, float)))
-    if isinstance(distribution, IntDistribution):
-        return distribution.low
-    value = _get(config, key)
-    assert isinstance(value, int)
-    return value
+    """Return the smallest value of an integer key."""
+    return min(int(end) for end in _ends(config, space, key) if isinstance(end, (int, float)))
 
 
 def _flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
@@ -205,12 +191,12 @@ def _choices(config: SweepConfig, key: str, sweep: ChoiceSweep) -> CategoricalDi
         _check_value(config, key, value)
     encoded = [_encode(value) for value in values]
     if len({_identity({"": value}) for value in encoded}) < len(encoded):
-        raise ConfigError(f"space.{key}", values, "the choices must differ", "Take the repeated one out.")
+        raise ConfigError(f"space.{key}", values, "the choices must differ", "Remove the repeated one.")
     return CategoricalDistribution(encoded)  # type: ignore[arg-type]
 
 
 def _interval(config: SweepConfig, key: str, sweep: IntervalSweep) -> BaseDistribution:
-    """Both ends belong to it. Whole numbers where the key takes no others, or where tagged int."""
+    """Both ends are included. Whole numbers if the key takes no others, or if tagged int."""
     full_key = f"space.{key}"
     unknown = sweep.tags - {"log", "int", "float"}
     if unknown:
@@ -233,14 +219,14 @@ def _interval(config: SweepConfig, key: str, sweep: IntervalSweep) -> BaseDistri
 
 
 def _range(config: SweepConfig, key: str, sweep: RangeSweep) -> BaseDistribution:
-    """The stop does not belong to it, as in Python."""
+    """The stop is not included, as in Python."""
     full_key, start, stop, step = f"space.{key}", sweep.start, sweep.stop, sweep.step
     assert start is not None
     assert stop is not None  # the grammar sees to both
     if sweep.tags:
         raise ConfigError(full_key, sorted(sweep.tags), "tags belong to interval(...) only", HINT)
     if not 0 < step < math.inf:
-        raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) goes upwards.")
+        raise ConfigError(full_key, step, "the step must be > 0", "range(start, stop, step) counts upwards.")
     _require_ordered(full_key, start, stop)
     count = math.ceil((stop - start) / step - 1e-9)
     last = _stepped(start, step, count - 1)
@@ -283,14 +269,14 @@ def _is_whole(key: str) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Return Hydra's parsed element as plain Python."""
+    """Return a parsed element of Hydra's grammar as plain Python."""
     if isinstance(value, QuotedString):
         return value.text
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _identity(params: Mapping[str, object]) -> tuple[str, ...]:
-    """Return what makes two points the same: 8 is 8.0, the last digits of a stepped float do not count."""
+    """Return the same tuple for equal points: 8 is 8.0; the last digits of a stepped float are ignored."""
     ordered = (params[key] for key in sorted(params))
     return tuple(
         f"{v:.10g}" if isinstance(v, float | int) and not isinstance(v, bool) else str(v) for v in ordered
@@ -298,7 +284,7 @@ def _identity(params: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _axis(distribution: BaseDistribution) -> list[object] | None:
-    """Return the values of one key, None where they cannot be counted."""
+    """Return the values of one key, None if they cannot be counted."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
@@ -310,7 +296,7 @@ def _axis(distribution: BaseDistribution) -> list[object] | None:
 
 
 def _stepped(start: float, step: float, count: int) -> float:
-    """Return start + count * step as people write it: 0.15, not 0.15000000000000002."""
+    """Return start + count * step in decimal arithmetic: 0.15, not 0.15000000000000002."""
     if isinstance(start, int) and isinstance(step, int):
         return start + count * step
     return float(Decimal(str(start)) + count * Decimal(str(step)))

@@ -1,5 +1,5 @@
-"""A sweep file of one's own, looked at before Hydra reads it: one message with file and line for whatever it
-cannot be. Reads no more than LARGEST bytes."""
+"""Checks a user's own sweep file before Hydra reads it: one message with file and line for any mistake.
+Reads at most LARGEST bytes."""
 
 import os
 import stat
@@ -11,19 +11,19 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lora_search.errors import InputError
 
-LARGEST = 1_000_000  # bytes; the largest sweep that is shipped has 800
-MOST_NODES = 20_000  # with anchors laid out: ten lines of them can stand for billions
+LARGEST = 1_000_000  # bytes; the largest packaged sweep has 800
+MOST_NODES = 20_000  # with anchors expanded: ten lines of them can expand to billions
 BEGIN = "Begin it with `defaults: [schema, ...]`, as the files in sweeps/ do"
 
 
 def check_sweep_file(path: Path) -> None:
-    """Raise InputError where the file cannot be a sweep."""
+    """Raise InputError if the file cannot be a sweep."""
     text = read_text(path)
     try:
         root = yaml.compose(text, Loader=get_yaml_loader())
         if root is not None:
             _count_nodes(root, {}, ())
-            yaml.load(text, Loader=get_yaml_loader())  # noqa: S506 (a safe loader that minds duplicate keys)
+            yaml.load(text, Loader=get_yaml_loader())  # noqa: S506 (a safe loader that rejects duplicate keys)
     except yaml.YAMLError as error:
         raise InputError(explain_yaml(error, path)) from None
     except RecursionError:
@@ -34,12 +34,12 @@ def check_sweep_file(path: Path) -> None:
         raise InputError(f"{path}: is empty. {BEGIN}.")
     if not isinstance(root, MappingNode):
         kind = "a list" if isinstance(root, SequenceNode) else "a single value"
-        raise InputError(f"{path}, line {root.start_mark.line + 1}: is no sweep but {kind}. {BEGIN}.")
+        raise InputError(f"{path}, line {root.start_mark.line + 1}: is not a sweep but {kind}. {BEGIN}.")
     _check_defaults(root, path)
 
 
 def check_groups(folder: Path, groups: Path) -> None:
-    """Raise InputError for a file among one's own choices of a group that Hydra could not read to its end."""
+    """Raise InputError for a file in the user's own config groups that is too large or unreadable."""
     for group in sorted(path.name for path in groups.iterdir() if (folder / path.name).is_dir()):
         for path in sorted((folder / group).rglob("*.yaml")):
             if not path.is_dir():
@@ -47,7 +47,7 @@ def check_groups(folder: Path, groups: Path) -> None:
 
 
 def line_of(path: Path, key: str) -> int | None:
-    """Return the line of a dotted key in a sweep file, None where the file does not have it."""
+    """Return the line of a dotted key in a sweep file, None if the file lacks it."""
     node, line = yaml.compose(read_text(path), Loader=get_yaml_loader()), None
     for name in key.split("."):
         pairs = node.value if isinstance(node, MappingNode) else []
@@ -59,7 +59,7 @@ def line_of(path: Path, key: str) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file. Raises InputError for what is no readable UTF-8 file of a sensible size."""
+    """Return the text of a file. Raises InputError unless it is a readable UTF-8 file of a sensible size."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -71,23 +71,23 @@ def read_text(path: Path) -> str:
             raise InputError(f"{path}: {rule}. Is it a data file? That is data.path.")
         content = path.read_bytes()
     except OSError as error:
-        hint = f" It leads to {os.readlink(path)}." if path.is_symlink() else ""
+        hint = f" It links to {os.readlink(path)}." if path.is_symlink() else ""
         raise InputError(f"{path}: cannot be read: {error.strerror}.{hint} Check the path.") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         remedy = "Save it as UTF-8"
-        raise InputError(f"{path}, line {line}: is not written in UTF-8. {remedy}.") from None
+        raise InputError(f"{path}, line {line}: is not UTF-8. {remedy}.") from None
 
 
 def explain_yaml(error: yaml.YAMLError, path: Path | str) -> str:
     """Return file, line and what is wrong there."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    remedy = "Indent with spaces" if "\\t" in problem else "Mend that line"
+    remedy = "Indent with spaces" if "\\t" in problem else "Fix that line"
     if "duplicate key" in problem:
-        remedy = "Leave one of the two out"
+        remedy = "Remove one of the two"
     named = getattr(mark, "name", "")
     shown = named if str(named).endswith((".yaml", ".yml")) else path
     where = "" if mark is None else f", line {mark.line + 1}"
@@ -113,9 +113,9 @@ def _check_defaults(root: MappingNode, path: Path) -> None:
 
 
 def _count_nodes(node: Node, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """Return how many nodes there are with each anchor laid out where it is used."""
+    """Return the number of nodes with every anchor expanded."""
     if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="an anchor holds itself", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an anchor contains itself", problem_mark=node.start_mark)
     if id(node) not in known:
         children: list[Node] = []
         if isinstance(node, MappingNode):

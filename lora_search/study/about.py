@@ -1,4 +1,4 @@
-"""What a study knows of how it was run, to repeat it."""
+"""The attributes that record how a study was run, so that it can be repeated."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from lora_search.data.rows import Splits
 from lora_search.settings.schema import SweepConfig, as_dict
 from lora_search.settings.secrets import redact
 from lora_search.study.fingerprint import flat
+from lora_search.trial import StudySummary
 
 LENGTHS = "length_histogram"
 BUCKETS = 24
@@ -29,9 +30,9 @@ def attributes(
     splits: Splits,
     content: Mapping[str, str],
 ) -> dict[str, str]:
-    """Return what the study should remember of how it was run; no secrets. All workers say the same.
+    """Return the attributes that record how the study is run, without secrets, the same in all workers.
 
-    ``content``: the digests of what the settings name.
+    ``content``: the digests of the files that the settings name.
     """
     shared = replace(config, launcher=replace(config.launcher, worker=None))
     return {
@@ -46,7 +47,7 @@ def attributes(
         "git_commit": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         **flat("data", splits.counts),
-        "settings": json.dumps(as_dict(shared)),  # with their types
+        "settings": json.dumps(as_dict(shared)),  # JSON keeps their types
         **{f"setting/{k}": v for k, v in flat("sweep", as_dict(shared)).items()},
         **{f"version/{name}": version(name) for name in LIBRARIES},
     }
@@ -74,10 +75,22 @@ def attributes_of(study: optuna.Study) -> dict[str, str]:
 
 
 def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
-    """Store what is new among the attributes."""
+    """Store the attributes that are new or have changed."""
     if study.metric_names is None:
         study.set_metric_names(["validation perplexity"])
     stored = study.user_attrs
     for key, value in attributes.items():
         if stored.get(key) != value:
             study.set_user_attr(key, value)
+
+
+def standing(summary: StudySummary, is_finished: bool) -> str:
+    """Return the progress of the study in words, with the setting to raise for more."""
+    finished, n_trials = summary.finished, summary.n_trials
+    text = f"{finished} of {n_trials} trials done" if n_trials else f"{finished} trials done"
+    text = "; ".join([text, *(f"{limit.key} {limit} spent" for limit in summary.limits)])
+    if n_trials is not None and finished > n_trials:
+        return f"{text}: study.n_trials is lower than the number of finished trials; all are kept"
+    reached = next((limit.key for limit in summary.limits if limit.is_reached), None)
+    more = "study.n_trials" if is_finished else reached
+    return f"{text}; raise {more} to continue" if more else text

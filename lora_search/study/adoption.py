@@ -1,22 +1,38 @@
-"""Whether a study that is there under study.name is one to go on with. Asked before anything is written."""
+"""Checks before a study is opened or continued. They write nothing."""
+
+import optuna
 
 from lora_search.database.outline import outline_of
+from lora_search.database.storage import quieten_optuna
 from lora_search.errors import ConfigError
-from lora_search.settings.schema import StudyConfig
+from lora_search.search.pruning import make_pruner
+from lora_search.search.sampling import make_sampler
+from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.settings.space import Space, largest
 
-OURS = {"fingerprint", "base_perplexity", "sweep"}  # attributes that a study of any version of ours has
+OURS = {"fingerprint", "base_perplexity", "sweep"}  # attributes in the studies of all our versions
 REMEDY = "Choose another study.name, or another study.storage."
 
 
 def check_adoptable(config: StudyConfig) -> None:
-    """Raise ConfigError where the study is one that another program made for another purpose."""
+    """Raise ConfigError if another program created the study for another purpose."""
     found = outline_of(config)
     if found is None:
         return
     if found.directions != ("MINIMIZE",):
         goals = ", ".join(direction.lower() for direction in found.directions)
-        rule = f"must be a study that minimizes one value, and the one that is there has the goals: {goals}"
+        rule = f"must be a study that minimizes one value, and the existing one has the goals: {goals}"
         raise ConfigError("study.name", config.name, rule, REMEDY)
     if found.has_trials and not found.attributes & OURS:
-        rule = "must be new or a study of lora_search, and the one that is there has another program's trials"
+        rule = "must be new or a study of lora_search, and the existing one has another program's trials"
         raise ConfigError("study.name", config.name, rule, REMEDY)
+
+
+def check_study(
+    config: SweepConfig, space: Space
+) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
+    """Return sampler and pruner. Raises ConfigError if they do not fit this space or these rungs."""
+    quieten_optuna()
+    num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
+    sampler = make_sampler(config.sampler, space.distributions, config.seed)
+    return sampler, make_pruner(config.pruner, num_rungs)

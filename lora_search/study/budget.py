@@ -1,8 +1,8 @@
-"""What a study may spend over all its starts and workers, and which trials still fit into the rest.
+"""The budget of a study over all its starts and workers, and the trials that fit into the rest of it.
 
-Every start of a worker keeps one interval of wall time in the study and renews it as it works. Hours are the
-time that any interval covers, cost adds all of them up, tokens are those that trials had trained at their
-last rungs. A worker that is killed leaves out what it worked since it last renewed its interval.
+Every start of a worker stores one interval of wall time in the study and extends it while it works. Hours
+count time covered by any interval, cost sums all intervals, tokens are those trained up to each trial's last
+rung. The time that a killed worker spent since it last extended its interval is not counted.
 """
 
 import json
@@ -20,16 +20,16 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.ledger import Ledger
 from lora_search.trial import Limit
 
-NOTE_SECONDS = 10.0  # between two renewals of a worker's interval
-ANSWER_SECONDS = 5.0  # kept for leaderboard, best adapter and report
-PRESENT_SECONDS = 60.0  # a worker that has renewed its interval since is taken to be at work
+NOTE_SECONDS = 10.0  # between two extensions of a worker's interval
+ANSWER_SECONDS = 5.0  # reserved for leaderboard, best adapter and report
+PRESENT_SECONDS = 60.0  # a worker that extended its interval within this time counts as running
 WORKED = "worked"  # attribute: spans of epoch seconds, as JSON
-KEY = "budget/"  # system attribute of the study, one for each start of a worker
+KEY = "budget/"  # prefix of the study's system attributes, one per start of a worker
 
 
 @dataclass(frozen=True)
 class Interval:
-    """When one start of a worker worked, in epoch seconds; ``is_open`` while it may still be at it."""
+    """The time from a worker's start to its last sign, in epoch seconds; ``is_open`` until it ends."""
 
     begin: float
     end: float
@@ -38,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Need:
-    """What a running trial still has to train, in tokens."""
+    """The tokens that a running trial still has to train."""
 
     number: int
     to_next_rung: float
@@ -47,7 +47,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a study has spent so far, of all that can be limited. ``worked``: when any worker was at it."""
+    """What a study has spent so far. ``worked``: the spans in which any worker was running."""
 
     hours: float
     worker_hours: float
@@ -59,7 +59,7 @@ class Spent:
 
 
 def covered(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
-    """Return the spans of time that lie in at least one of the intervals, in order."""
+    """Return the spans of time that at least one of the intervals covers, in order."""
     spans: list[tuple[float, float]] = []
     for one in sorted(intervals, key=lambda interval: interval.begin):
         if spans and one.begin <= spans[-1][1]:
@@ -70,19 +70,19 @@ def covered(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
 
 
 def covered_seconds(intervals: Iterable[Interval]) -> float:
-    """Return how much time lies in at least one of the intervals."""
+    """Return how much time at least one of the intervals covers."""
     return sum(end - begin for begin, end in covered(intervals))
 
 
 def spent_of(intervals: Sequence[Interval], tokens: int) -> Spent:
-    """Return what these intervals and tokens come to."""
+    """Return the sums of these intervals, with the tokens."""
     worker_seconds = sum(one.end - one.begin for one in intervals)
     spans = tuple(covered(intervals))
     return Spent(covered_seconds(intervals) / 3600, worker_seconds / 3600, tokens, spans)
 
 
 def limits(config: StudyConfig, spent: Spent) -> list[Limit]:
-    """Return every limit that is set, beside n_trials."""
+    """Return every limit that is set, except n_trials."""
     found = []
     if config.max_hours is not None:
         found.append(Limit("study.max_hours", spent.hours, config.max_hours, " hours"))
@@ -94,7 +94,7 @@ def limits(config: StudyConfig, spent: Spent) -> list[Limit]:
 
 
 def described(config: StudyConfig, spent: Spent) -> dict[str, str]:
-    """Return what is spent, for people."""
+    """Return what is spent, as text."""
     facts = {f"budget {limit.key}": f"{limit} spent" for limit in limits(config, spent)}
     facts["hours over all starts"] = f"{spent.hours:.3g}"
     facts["worker hours"] = f"{spent.worker_hours:.3g}"
@@ -105,10 +105,10 @@ def described(config: StudyConfig, spent: Spent) -> dict[str, str]:
 
 
 def affordable(needs: Sequence[Need], tokens: float) -> tuple[set[int], float]:
-    """Return the trials that reach their next rung within these tokens, and what is left beside them.
+    """Return the trials that reach their next rung within these tokens, and the tokens left over.
 
-    ``needs`` come most promising first. Each is given all that it needs to its end if there is enough, else
-    what leads to its next rung, so that the trials in front finish.
+    ``needs`` is ordered, most promising first. Each trial gets the tokens to its end if they suffice, else
+    those to its next rung, so that the first trials finish.
     """
     fitting: set[int] = set()
     for need in needs:
@@ -126,21 +126,21 @@ def read_intervals(storage: RDBStorage, study_id: int) -> dict[str, Interval]:
 
 
 class Speed:
-    """How fast this worker trains, evaluations and waiting included: from the last rungs of its trials. It is
-    taken to be as fast with fewer of them."""
+    """How fast this worker trains, with evaluations and waiting, from the last rungs of its trials. Assumes
+    the same speed with fewer trials."""
 
     RUNGS = 16
 
     def __init__(self) -> None:
-        self._since: dict[int, float] = {}  # held trial -> when it began its present rung
+        self._since: dict[int, float] = {}  # held trial -> start time of its current rung
         self._rungs: list[tuple[float, float]] = []  # tokens of all trials, and seconds
 
     def begin(self, number: int, now: float) -> None:
-        """Note that a trial takes up its next rung."""
+        """Record that a trial starts its next rung."""
         self._since[number] = now
 
     def reach(self, number: int, tokens: float, num_trials: int, now: float) -> None:
-        """Note that a trial, one of so many, has trained so many tokens since it took up its rung."""
+        """Record the tokens that a trial, one of ``num_trials``, has trained since its last rung."""
         if number in self._since and tokens > 0:
             self._rungs.append((tokens * num_trials, max(1e-6, now - self._since[number])))
             del self._rungs[: -self.RUNGS]
@@ -148,17 +148,17 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return the tokens of all trials in a second; None before the first rung."""
+        """Return the tokens per second of all trials; None before the first rung."""
         seconds = sum(seconds for _, seconds in self._rungs)
         return sum(tokens for tokens, _ in self._rungs) / seconds if seconds else None
 
     def since_rung(self, number: int, num_trials: int, now: float) -> float:
-        """Return the tokens that a trial, one of so many, has probably trained since its last rung."""
+        """Estimate the tokens that a trial, one of ``num_trials``, has trained since its last rung."""
         return (now - self._since.get(number, now)) * (self.tokens_per_second or 0.0) / num_trials
 
 
 class Account:
-    """The time that a study has taken so far. ``began`` is when this worker's process did."""
+    """The time that a study has spent so far. ``began`` is the start of this worker's process."""
 
     def __init__(
         self,
@@ -177,24 +177,24 @@ class Account:
         self._noted = -math.inf
 
     def note(self) -> None:
-        """Renew this worker's interval and read the others', at most every NOTE_SECONDS."""
+        """Extend this worker's interval and read the others', at most every NOTE_SECONDS."""
         if self.clock() - self._noted >= NOTE_SECONDS:
             self._write(is_open=True)
             self._others = read_intervals(self.storage, self.study_id)
             del self._others[self._key]
 
     def close(self) -> None:
-        """Note that this worker leaves."""
+        """Record that this worker ends."""
         self._write(is_open=False)
 
     def spent(self, tokens: int) -> Spent:
-        """Return what is spent by now, where the trials have trained so many tokens."""
+        """Return what is spent by now, with the tokens that all trials have trained."""
         now = self.clock()
         others = [replace(o, end=now) if self._is_at_work(key) else o for key, o in self._others.items()]
         return spent_of([*others, Interval(self._began, now)], tokens)
 
     def seconds_left(self) -> float:
-        """Return how long this worker may still train; infinity where neither time nor cost is limited."""
+        """Return how long this worker may still train; infinity if neither time nor cost is limited."""
         config, spent, seconds = self.config, self.spent(0), math.inf
         if config.max_hours is not None:
             seconds = (config.max_hours - spent.hours) * 3600 - ANSWER_SECONDS
@@ -214,8 +214,8 @@ class Account:
 
 
 class Budget:
-    """Decides which trials the rest of the budget is for. ``epoch_tokens`` are those of the training rows;
-    without them nothing is foreseen, and the budget ends where it is spent."""
+    """Decides which trials get the rest of the budget. ``epoch_tokens`` is the size of the training split;
+    without it there is no forecast, and training ends once the budget is spent."""
 
     def __init__(
         self, config: SweepConfig, account: Account, ledger: Ledger, epoch_tokens: float | None = None
@@ -227,28 +227,28 @@ class Budget:
 
     @property
     def reached(self) -> Limit | None:
-        """The limit that is spent, if there is one."""
+        """A limit that is spent, if there is one."""
         return next((limit for limit in self.limits() if limit.is_reached), None)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be trained, so that there is an answer in time."""
+        """Whether training must end now, so that the results are ready in time."""
         return self.reached is not None or self.account.seconds_left() <= 0
 
     def limits(self) -> list[Limit]:
-        """Return every limit, and what is spent of it."""
+        """Return every limit, with what is spent of it."""
         return limits(self.config, self.account.spent(self.ledger.tokens))
 
     def begin(self, number: int) -> None:
-        """Note that this worker takes a trial up."""
+        """Record that this worker starts a trial."""
         self.speed.begin(number, self.account.clock())
 
     def reach(self, number: int, tokens: int, num_held: int) -> None:
-        """Note that a trial of this worker has trained so many tokens since its last rung."""
+        """Record the tokens that a trial of this worker has trained since its last rung."""
         self.speed.reach(number, tokens, num_held, self.account.clock())
 
     def has_room(self, held: Container[int]) -> bool:
-        """Return whether one more trial of this worker could reach a rung, beside those that run."""
+        """Return whether one more trial of this worker could reach a rung, next to those that run."""
         if not self.is_limited:
             return True
         if self.is_over:
@@ -259,14 +259,15 @@ class Budget:
         return is_in_time and all(left >= least for _, left in self._plans(held))
 
     def beyond(self, held: Container[int], at_rung: Sequence[int]) -> list[int]:
-        """Return the trials, of those that have just reached a rung, that cannot reach their next."""
+        """Return which of the trials that have just reached a rung cannot reach the next one."""
         if not self.is_limited:
             return []
         plans = self._plans(held)
         return [number for number in at_rung if any(number not in fitting for fitting, _ in plans)]
 
     def _plans(self, held: Container[int]) -> list[tuple[set[int], float]]:
-        """Return which trials fit, and what is left: by tokens all that run, by time those of this worker."""
+        """Return the trials that fit and the tokens left over: by tokens for all trials, by time for this
+        worker's."""
         running = sorted((t for t in self.ledger.open if t.state == TrialState.RUNNING), key=_place)
         mine = [t for t in running if t.number in held]
         tokens = math.inf if self.config.max_tokens is None else self.config.max_tokens - self.ledger.tokens
@@ -275,7 +276,7 @@ class Budget:
         return [affordable([self._need(t) for t in running], tokens), (by_time | others, left)]
 
     def _need(self, trial: FrozenTrial, num_mine: int | None = None) -> Need:
-        """Return what a trial needs from its last rung on, or, where it is one of so many, from now on."""
+        """Return what a trial needs from its last rung on, or from now on if ``num_mine`` is given."""
         rung, per_rung = trial.last_step or 0, self.rung_tokens or 0.0
         left = max(0, _num_rungs(trial) - rung)
         trained = 0.0
@@ -284,7 +285,7 @@ class Budget:
         return Need(trial.number, per_rung * min(1, left) - trained, per_rung * left - trained)
 
     def _time_in_tokens(self) -> float:
-        """Return the tokens that this worker can train in the time that is left."""
+        """Return the tokens that this worker can train in the time left."""
         seconds, speed = self.account.seconds_left(), self.speed.tokens_per_second
         if speed is None or math.isinf(seconds):
             return math.inf if seconds > 0 else 0.0

@@ -1,5 +1,5 @@
-"""Which trial is next: one that was interrupted, or a new point of the space; none twice, none beyond the
-total."""
+"""The next trial to train: an interrupted one, or a new point of the space; no point twice, no trial beyond
+the total."""
 
 import time
 from collections.abc import Container, Sequence
@@ -36,7 +36,7 @@ from lora_search.study.ledger import Ledger
 from lora_search.trial import draw_seed
 
 MAX_DUPLICATES_IN_A_ROW = 50
-SIGNING_SECONDS = 0.02  # between two looks at a trial that another worker is drawing
+SIGNING_SECONDS = 0.02  # between two polls of a trial that another worker is drawing
 
 
 class Draws:
@@ -46,10 +46,10 @@ class Draws:
         self, config: SweepConfig, space: Space, study: optuna.Study, table: TrialTable, ledger: Ledger
     ) -> None:
         self.config, self.space, self.study, self.table, self.ledger = config, space, study, table, ledger
-        self.exhausted = False
+        self.exhausted = False  # every point of the space was tried before the total was reached
 
     def draw(self, worker: str) -> int | None:
-        """Return the number of a RUNNING trial, signed by the worker; None when there is none to be had."""
+        """Return the number of a RUNNING trial, signed by the worker; None if there is no trial to claim."""
         duplicates = 0
         while duplicates < MAX_DUPLICATES_IN_A_ROW:
             self.ledger.read(everything=True)
@@ -58,7 +58,7 @@ class Draws:
                 return None
             trial = self._ask()
             if trial is None or not self._sign(trial.number, worker):
-                continue  # this worker was so slow that another took the trial from it
+                continue  # this worker was so slow that another has taken the trial
             refusal = self._refusal(trial)
             if refusal is None:
                 return trial.number
@@ -66,12 +66,12 @@ class Draws:
             if refusal.startswith(SURPLUS):
                 return None
             duplicates += 1
-        self._exhaust(f"{duplicates} draws in a row had been tried before")
+        self._exhaust(f"{duplicates} points drawn in a row had been tried before")
         return None
 
     def _ask(self) -> optuna.Trial | None:
-        """Return the trial that is next, with its parameters; None where another worker has ended it, or it
-        was put in line just now and is no point of the space."""
+        """Return the next trial, with its parameters; None if another worker has ended it, or if another
+        program has just enqueued it outside the space."""
         try:
             with locked_from_the_start():
                 return self.study.ask(self.space.distributions)
@@ -86,7 +86,7 @@ class Draws:
             raise StudyError(text) from None
 
     def _fail_strangers(self) -> bool:
-        """End what other programs have put in line and is no point of the space; return whether there was
+        """Fail the enqueued trials of other programs that are not in the space; return whether there were
         any."""
         new = [t for t in self.ledger.open if "settings" not in t.user_attrs and not text_of(t, "worker")]
         strangers = {t.number: why for t in new if (why := self.space.refusal({**t.params, **params_of(t)}))}
@@ -99,8 +99,8 @@ class Draws:
         return bool(strangers)
 
     def _sign(self, number: int, worker: str) -> bool:
-        """Make the trial this worker's unless another has signed it, and return whether it is. First its
-        heartbeat, so that a signature is never a silent one's."""
+        """Sign the trial unless another worker has; return whether it is this worker's. The heartbeat comes
+        first, so that a signed trial always has one."""
         self.table.beat(number)
         with self.table.locked(number) as trial:
             is_free = trial.seen.state == TrialState.RUNNING and not trial.seen.user_attrs.get("worker")
@@ -109,7 +109,7 @@ class Draws:
         return is_free or is_held_by(trial.seen, worker)
 
     def _has_room(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Return whether one more trial may be drawn; steer the draw to an untried point where needed."""
+        """Return whether one more trial may be drawn; enqueue an untried point if the sampler repeats."""
         if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.most_trials:
             return False
         if self.ledger.count(TrialState.WAITING):
@@ -131,7 +131,7 @@ class Draws:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
         self._wait_for_signatures(before=trial.number)
         if "settings" in self.ledger.find(trial.number).user_attrs:
-            return None  # it began before, and goes on
+            return None  # it is resumed
         same = self.ledger.first_with(trial.params, before=trial.number)
         if same is not None:
             return f"{DUPLICATE} trial {same}"
@@ -140,14 +140,14 @@ class Draws:
         return None
 
     def _refuse(self, number: int, worker: str, why: str) -> None:
-        """End the trial, unless this worker was so slow that another took the trial from it."""
+        """Fail the trial, unless this worker was so slow that another has taken it."""
         with self.table.locked(number) as trial:
             if is_held_by(trial.seen, worker):
                 trial.write({"reason": why}, TrialState.FAIL)
 
     def _wait_for_signatures(self, before: int) -> None:
-        """Read the study once the trials of lower numbers have their parameters: a worker signs a trial when
-        it has drawn them, and may be slower than the one that drew the next."""
+        """Read the study until all trials of lower numbers have their parameters: a worker signs a trial once
+        it has drawn them, and may be slower than the one that drew the next trial."""
         seconds = self.config.study.heartbeat_seconds
         while True:
             self.ledger.read()
@@ -162,19 +162,19 @@ class Draws:
 
 
 def reclaim(config: StudyConfig, study: optuna.Study, table: TrialTable, held: Container[int]) -> int:
-    """Put back the trials of dead workers; return how many. Fails those that were put back too often.
+    """Put the trials of dead workers back; return how many. Fails those that were put back too often.
 
-    ``held`` are the caller's own.
+    ``held``: the caller's own trials.
     """
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    silent = table.silent_ids()  # read last: a trial that was silent before it was claimed anew is not
+    silent = table.silent_ids()  # read last: a trial claimed again in the meantime is not silent
     nobodys = [t for t in running if t.number not in held and not t.user_attrs.get(PAUSED)]
     stale = [t for t in nobodys if _is_abandoned(config, t, table.id_of(t.number) in silent)]
     return sum(_put_back(config, table, trial) for trial in stale)
 
 
 def reclaim_all(config: StudyConfig) -> None:
-    """Put back what dead workers hold, where nobody else is left to do it; without a study, do nothing."""
+    """Put the trials of dead workers back when no worker is left to do so; do nothing without a study."""
     try:
         require_database(config)
     except ConfigError:
@@ -188,8 +188,8 @@ def reclaim_all(config: StudyConfig) -> None:
 
 
 def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> bool:
-    """Let a dead worker's trial be claimed again, or fail it where its workers die at the same place. Return
-    False where another worker was quicker."""
+    """Put a dead worker's trial back, or fail it if its workers keep dying at the same rung. Return False if
+    another worker was faster."""
     with table.locked(stale.number) as trial:
         attributes, worker = trial.seen.user_attrs, stale.user_attrs.get("worker")
         if trial.seen.state != TrialState.RUNNING or attributes.get("worker") != worker:
@@ -199,7 +199,7 @@ def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> boo
         rung = trial.seen.last_step or 0
         retries = count_of(trial.seen, "retries") + 1 if rung == attributes.get("died_at_rung") else 1
         is_last = retries > config.max_retries
-        reason = f"its worker died {retries} times, no rung between" if is_last else "its worker died"
+        reason = f"its worker died {retries} times at the same rung" if is_last else "its worker died"
         news = {"retries": retries, "died_at_rung": rung, "reason": reason, **UNSIGNED}
         trial.write(news, TrialState.FAIL if is_last else TrialState.WAITING)
     return True
@@ -207,6 +207,6 @@ def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> boo
 
 def _is_abandoned(config: StudyConfig, trial: FrozenTrial, is_silent: bool) -> bool:
     worker = text_of(trial, "worker")
-    if not worker:  # a heartbeat, if there is one, is an earlier worker's
+    if not worker:  # its heartbeat, if any, is an earlier worker's
         return has_run_for(trial, config.heartbeat_seconds)
     return is_silent or worker_is_dead(worker)

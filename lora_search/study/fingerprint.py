@@ -1,8 +1,8 @@
-"""What must stay the same under one study name: every setting that changes a trial's numbers, the space, and
-the content of what they name (`content.*` and `data_hash`: weights, tokenizer, template, rows, layers).
+"""What must stay the same within a study: every setting that changes a trial's numbers, the space, and the
+content of the files that settings name (`content.*` and `data_hash`: weights, tokenizer, rows, layers).
 
-A range of numbers may widen, as Optuna allows it; choices may not change. Where rows come from may change as
-long as they are the same rows.
+A range of numbers may widen, as Optuna allows; choices may not change. The source of the rows may change as
+long as the rows are the same.
 """
 
 import hashlib
@@ -23,22 +23,16 @@ from lora_search.errors import FingerprintError
 from lora_search.settings.schema import SweepConfig, as_dict
 
 ATTRIBUTE = "fingerprint"
-FREE_SECTIONS = (
-    "study",
-    "engine",
-    "tracker",
-    "launcher",
-    "artifacts",
-    "runs_dir",
-    "space",
-)  # the space has its own rule
+FREE_SECTIONS = (  # the space has its own rule
+    "study", "engine", "tracker", "launcher", "artifacts", "runs_dir", "space",
+)  # fmt: skip
 SPACE, CONTENT = "space.", "content."
 FREE = (
-    "Free to change: study.* but its name, engine.* but its dtype, tracker, launcher, artifacts, runs_dir, "
-    "and where the rows lie, if they are the same. A range in the space may widen (not narrow); choices may "
-    "not change."
+    "Free to change: study.* except its name, engine.* except its dtype, tracker, launcher, artifacts, "
+    "runs_dir, and the place of the same rows. A range in the space may widen (not narrow); choices may not "
+    "change."
 )
-CAUSES = {  # what people would say has changed
+CAUSES = {
     "data_hash": "the rows of data.path changed",
     "content.weights": "the weights of model.path changed",
     "content.config": "config.json of model.path changed",
@@ -47,17 +41,17 @@ CAUSES = {  # what people would say has changed
     "content.chat_template": "the chat template of model.path changed",
     "content.layers": "the layers of model.path that can carry adapters changed",
 }
-EFFECTS = {  # each has a cause above, or a setting: named only where none of those changed
+EFFECTS = {  # of a cause above or a setting: named only if none of those has changed
     "content.train": "the training rows changed, as the model reads them",
     "content.validation": "the validation rows changed, as the model reads them",
     "content.test": "the test rows changed, as the model reads them",
 }
-DIGESTED = (  # what a checkpoint's and an adapter's origin is made of; never changes, or all would be lost
+DIGESTED = (  # the origin in checkpoints and adapters: a change here would make all existing ones useless
     "content.weights", "content.config", "content.code", "content.tokenizer", "content.train",
     "content.validation", "content.test", "content.layers", "content.float32_matmul", "engine.dtype",
     "model.quantization",
 )  # fmt: skip
-READS_ROWS = (  # where rows lie and how they are read: free as long as they are the same rows
+READS_ROWS = (  # where the rows are and how they are read: free as long as the rows are the same
     "data.path", "data.validation_path", "data.test_path", "data.subset", "data.split", "data.revision",
     "data.format", "data.encoding", "data.on_bad_row", "data.on_control_text", "data.on_leakage",
 )  # fmt: skip
@@ -69,13 +63,13 @@ COLUMNS = "data.columns."
 def settings_part(config: SweepConfig) -> dict[str, str]:
     """Return the settings that change a trial's numbers."""
     sections = {k: value for k, value in as_dict(config).items() if k not in FREE_SECTIONS}
-    told = {key: text for name, value in sections.items() for key, text in flat(name, value).items()}
-    caps = {key: str(config.data.cap(split)) for key, split in CAPS.items()}  # what auto comes to
-    return {key: text for key, text in {**told, **caps}.items() if key not in DEMO_CAPS}
+    texts = {key: text for name, value in sections.items() for key, text in flat(name, value).items()}
+    caps = {key: str(config.data.cap(split)) for key, split in CAPS.items()}  # with auto resolved
+    return {key: text for key, text in {**texts, **caps}.items() if key not in DEMO_CAPS}
 
 
 def space_part(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
-    """Return what is searched, as Optuna writes it."""
+    """Return the space in Optuna's JSON."""
     return {f"{SPACE}{key}": distribution_to_json(d) for key, d in distributions.items()}
 
 
@@ -89,16 +83,16 @@ def flat(prefix: str, value: object) -> dict[str, str]:
 
 
 def digest_of(fingerprint: Mapping[str, str]) -> str:
-    """Return one digest of everything that a trial's numbers depend on, but its own settings and its seed."""
+    """Return one digest of everything that a trial's numbers depend on, except its settings and seed."""
     parts = {key: fingerprint[key] for key in DIGESTED if key in fingerprint}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check_fingerprint(study_name: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Return what may have changed and has, for people: ranges that widened, places of the same rows.
+    """Return the permitted changes as text: ranges that have widened, other places of the same rows.
 
-    Raises FingerprintError where the study was made with other settings or inputs. What the study of an older
-    version does not know is taken as it is today, a setting only at its default.
+    Raises FingerprintError if the study was made with other settings or inputs. Keys that a study of an older
+    version lacks are not compared, except settings, which then count as their defaults.
     """
     known = {**_defaults(stored, wanted), **stored}
     keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
@@ -112,27 +106,27 @@ def check_fingerprint(study_name: str, stored: Mapping[str, str], wanted: Mappin
 
 
 def known_so_far(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of a stored fingerprint that can be compared before the model is loaded."""
+    """Return the part of a stored fingerprint to compare before the model is loaded."""
     return {key: value for key, value in stored.items() if key in wanted or not key.startswith(CONTENT)}
 
 
 def _defaults(stored: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Return the defaults of settings that a version before them did not store."""
+    """Return the defaults of settings that are newer than the study."""
     return {k: v for k, v in settings_part(SweepConfig()).items() if k in wanted and k not in stored}
 
 
 def refuse_changes(study_name: str, changes: list[str]) -> None:
-    """Raise FingerprintError where there are changes."""
+    """Raise FingerprintError if there are changes."""
     if changes:
         listed = "\n  ".join(changes)
         raise FingerprintError(
             f"study.name: {study_name!r} was started with other settings or inputs:\n  {listed}\n"
-            f"Choose a new study.name, or put these back. {FREE}"
+            f"Choose a new study.name, or restore these. {FREE}"
         )
 
 
 def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether the key says where rows come from, and the rows are the same."""
+    """Return whether the key only says where rows come from, and the rows are the same."""
     is_cap = key in CAPS and "content.train" in stored
     if key not in READS_ROWS and not key.startswith(COLUMNS) and not is_cap:
         return False
@@ -141,7 +135,7 @@ def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str
 
 
 def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether the key is a range that still holds every value it held."""
+    """Return whether the key is a range that still contains all its earlier values."""
     if not key.startswith(SPACE) or key not in stored or key not in wanted:
         return False
     old, new = json_to_distribution(stored[key]), json_to_distribution(wanted[key])
@@ -157,7 +151,7 @@ def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> b
 
 
 def _words(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> str:
-    """Return the change as people would say it."""
+    """Return the change in words."""
     if key in CAUSES:
         return CAUSES[key]
     if key in EFFECTS:
@@ -167,7 +161,7 @@ def _words(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> st
 
 
 def _value(key: str, fingerprint: Mapping[str, str]) -> str:
-    """Return the value as people read it."""
+    """Return the value in words."""
     if key not in fingerprint or not key.startswith(SPACE):
         return fingerprint.get(key, "not set")
     distribution = json_to_distribution(fingerprint[key])

@@ -1,4 +1,4 @@
-"""runs/<study>/: where a sweep writes, and the file in it that says whose folder it is."""
+"""runs/<study>/: the folder that a sweep writes to, and the file in it with its owner's id."""
 
 import json
 import os
@@ -13,16 +13,17 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.identity import Identity, find_identity
 
 MARKER = "study.json"  # the id of the study
-RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # what a study leaves in its folder
+RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # that a study leaves in its folder
 WRITTEN = (*RESULTS, MARKER, "best.new", "workers", "wandb", "confirm", "final", "export")
-SIDES = ("", "-wal", "-shm", "-journal")  # what SQLite writes next to a database file, by its ending
+SIDES = ("", "-wal", "-shm", "-journal")  # suffixes of the files that SQLite writes
 
 
 def check_folder(study: StudyConfig, runs_dir: Path) -> None:
-    """Raise ConfigError where the study's folder is no place to write to. Makes nothing.
+    """Raise ConfigError if the sweep must not write to the study's folder. Creates nothing.
 
-    It must be inside runs_dir, be neither the database nor another study's folder on a disk that ignores
-    case, hold no link that leads out of runs_dir, and the database must not be among what is written there.
+    The folder must be inside runs_dir, must not collide with the database or, on a disk that ignores case,
+    with another study's folder, and must contain no link out of runs_dir. The database must not be among the
+    files that the sweep writes.
     """
     folder = runs_dir / study.name
     _check_inside(folder)
@@ -35,12 +36,13 @@ def _check_inside(folder: Path) -> None:
     runs = folder.parent
     rule, real = f"must be a folder inside {runs}", Path(os.path.realpath(folder))
     if str(real.parent) != os.path.realpath(runs) or (os.path.lexists(folder) and not folder.is_dir()):
-        leads = f"{rule}, and {folder} leads to {real}"
-        raise ConfigError("study.name", folder.name, leads, "Choose another study.name.")
+        raise ConfigError(
+            "study.name", folder.name, f"{rule}, and {folder} is {real}", "Choose another study.name."
+        )
 
 
 def _check_database(folder: Path, study: StudyConfig) -> None:
-    """Refuse a database whose place the study's files need."""
+    """Raise ConfigError if the database is in the place of the study's files."""
     file = database_file(study)
     if file is None:
         return
@@ -49,7 +51,7 @@ def _check_database(folder: Path, study: StudyConfig) -> None:
         rule = f"must be another file than the folder {file} of runs_dir"
         raise ConfigError("study.storage", str(file), rule, "Try sqlite:///runs/lora_search.db.")
     if place in [database + side for side in SIDES]:
-        rule = f"must be another name than a file of the database {file}"
+        rule = f"must differ from the files of the database {file}"
         raise ConfigError("study.name", study.name, rule, "Choose another study.name or study.storage.")
     inside = Path(database).relative_to(place).parts if database.startswith(place + os.sep) else ()
     if inside and inside[0] in WRITTEN:
@@ -58,33 +60,33 @@ def _check_database(folder: Path, study: StudyConfig) -> None:
 
 
 def _check_case(folder: Path) -> None:
-    """Refuse a new folder that a disk which ignores case would take for an existing one."""
+    """Raise ConfigError for a new folder whose name differs from an existing one only in case."""
     if os.path.lexists(folder):
         return
     with suppress(OSError):
         for name in os.listdir(folder.parent):
             if name.casefold() == folder.name.casefold():
-                rule = f"must differ from {folder.parent / name} by more than upper and lower case"
+                rule = f"must differ from {folder.parent / name} in more than upper and lower case"
                 raise ConfigError("study.name", folder.name, rule, f"Choose {name} or another study.name.")
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse a link in the folder that leads out of runs_dir: the sweep would write through it.
+    """Raise ConfigError for a link from the folder out of runs_dir: the sweep would write through it.
 
-    wandb/ itself must be no such link; what W&B links inside it, to its own log, is W&B's.
+    wandb/ itself must not be such a link; the links inside it, to its own log, are W&B's.
     """
     runs = os.path.realpath(folder.parent)
     for parent, folders, files in os.walk(folder):
         for path in (os.path.join(parent, name) for name in (*folders, *files)):
             if os.path.islink(path) and not os.path.realpath(path).startswith(runs + os.sep):
-                rule = f"must hold no link that leads out of it, and {path} leads to {os.path.realpath(path)}"
+                rule = f"must contain no link out of it, and {path} links to {os.path.realpath(path)}"
                 raise ConfigError("runs_dir", str(folder.parent), rule, "Remove the link.")
         folders[:] = [name for name in folders if name != "wandb"]
 
 
 def study_folder(config: SweepConfig) -> Path:
-    """Return where the sweep writes, made where it is missing. Raises ConfigError where that is not inside
-    runs_dir."""
+    """Return the folder that the sweep writes to; create it if missing. Raises ConfigError if it is not
+    inside runs_dir."""
     folder = Path(config.runs_dir) / config.study.name
     _check_inside(folder)
     with explained_writing(folder):
@@ -93,36 +95,34 @@ def study_folder(config: SweepConfig) -> Path:
 
 
 def find_owned(config: StudyConfig, folder: Path) -> Identity | None:
-    """Return the identity of the study that the settings name, None where there is none yet.
+    """Return the identity of the study that the settings name, None if it does not exist yet.
 
-    Raises ConfigError where the folder is no place to write to or holds the results of another study. Makes
-    nothing.
+    Raises ConfigError if the sweep must not write to the folder, or if it has the results of another study.
+    Creates nothing.
     """
     check_folder(config, folder.parent)
-    seen = _look(folder)  # first: whoever marks the folder has made its study before
+    seen = _look(folder)  # first: a study exists before its folder is marked
     identity = find_identity(config)
     _judge(folder, seen, identity)
     return identity
 
 
 def check_owner(folder: Path, identity: Identity) -> None:
-    """Raise ConfigError where the folder holds the results of another study."""
+    """Raise ConfigError if the folder has the results of another study."""
     _judge(folder, _look(folder), identity)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a folder shows of its owner."""
+    """What a folder reveals about its owner."""
 
     has_results: bool
     is_marked: bool
-    owner: str | None  # None where the marker is damaged
+    owner: str | None  # None if the marker is damaged
 
 
 def _look(folder: Path) -> Seen:
-    has_results = any(
-        os.path.lexists(folder / name) for name in RESULTS
-    )  # first: the marker comes before them
+    has_results = any(os.path.lexists(folder / name) for name in RESULTS)  # written after the marker
     is_marked = os.path.lexists(folder / MARKER)
     return Seen(has_results, is_marked, _owner(folder / MARKER) if is_marked else None)
 
@@ -130,11 +130,11 @@ def _look(folder: Path) -> Seen:
 def _judge(folder: Path, seen: Seen, identity: Identity | None) -> None:
     """Raise ConfigError unless the folder is the study's, or free.
 
-    One without a marker is an older version's: only a study of such a version goes on in it.
+    Results without a marker are an older version's: only a study of such a version may continue there.
     """
     if not seen.is_marked:
         if seen.has_results and (identity is None or not identity.is_older):
-            raise _not_ours(folder, "holds the results of a study that is not in study.storage", identity)
+            raise _not_ours(folder, "has the results of a study that is not in study.storage", identity)
     elif seen.owner is None:
         raise _not_ours(folder, f"has a damaged {MARKER}", identity)
     elif identity is None:
@@ -145,7 +145,7 @@ def _judge(folder: Path, seen: Seen, identity: Identity | None) -> None:
 
 
 def claim_folder(folder: Path, study_name: str, identity: Identity) -> None:
-    """Mark the folder as the study's. Raises ConfigError where it is another's; the first of two gets it."""
+    """Mark the folder as the study's. Raises ConfigError if it is another's; the first of two wins."""
     check_owner(folder, identity)
     marker = folder / MARKER
     if marker.exists():
@@ -161,7 +161,7 @@ def claim_folder(folder: Path, study_name: str, identity: Identity) -> None:
 
 
 def _owner(marker: Path) -> str | None:
-    """Return the id in the marker; None where it is damaged."""
+    """Return the id in the marker; None if it is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         owner = json.loads(marker.read_text(encoding="utf-8"))["id"]
         return owner if isinstance(owner, str) else None
@@ -169,8 +169,8 @@ def _owner(marker: Path) -> str | None:
 
 
 def _not_ours(folder: Path, why: str, unsure: Identity | None = None) -> ConfigError:
-    """Return the error with its ways out. ``unsure``: the study whose folder it may be after all."""
-    rule = f"must not lead into another study's folder, and {folder} {why}"
+    """Return the error with its remedies. ``unsure``: the study that may own the folder after all."""
+    rule = f"must not name another study's folder, and {folder} {why}"
     remedy = f"Choose another study.name or runs_dir, give that study's study.storage, or delete {folder}."
     if unsure is not None and unsure.id is not None:
         remedy += f' If it is this study\'s, write {{"id": "{unsure.id}"}} to {folder / MARKER}.'

@@ -1,7 +1,7 @@
 """The trials that this worker holds, and every write to one of them.
 
-Each write first checks, in the same transaction, that the trial still belongs to this worker. A trial that
-another worker took over or ended is left as it is.
+Each write first checks, in the same transaction, that the trial still belongs to this worker. It changes no
+trial that another worker has taken over or ended.
 """
 
 import json
@@ -35,8 +35,8 @@ class HeldTrials:
         self.last_rungs: dict[int, int] = {}
 
     def begin(self, number: int) -> tuple[TrialSettings, FrozenTrial] | None:
-        """Begin a trial that was drawn; return its settings and its record. None where another worker took it
-        over in the meantime, or where another program changed its parameters: that trial fails."""
+        """Begin a trial that was drawn; return its settings and its record. None if another worker has taken
+        it over, or if another program has changed its parameters: then the trial fails."""
         with self.table.locked(number) as trial:
             if not self.has(trial.seen):
                 return None
@@ -51,7 +51,7 @@ class HeldTrials:
 
     def report(self, number: int, news: Sequence[Measurement]) -> int | None:
         """Write a trial's measurements, each rung once; return the tokens trained since its last report. None
-        where it is another worker's."""
+        if the trial is another worker's."""
         with self.table.locked(number) as trial:
             if not self.has(trial.seen):
                 return None
@@ -70,9 +70,9 @@ class HeldTrials:
                 trial.write(attributes)
 
     def end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> TrialState:
-        """End a trial and return its state: another one where another worker took it over.
+        """End a trial and return its state, which differs from ``state`` if another worker has taken it over.
 
-        It is held until its end is written: what the database refused may be called again.
+        The trial is held until the write succeeds, so the call may be repeated after a database error.
         """
         with self.table.locked(number) as trial:
             if self.has(trial.seen):
@@ -83,25 +83,25 @@ class HeldTrials:
         return state
 
     def put_back(self, number: int, attributes: Mapping[str, object]) -> None:
-        """Let a trial be claimed again, unless it is paused."""
+        """Return a trial to the queue, unless it is paused."""
         with self.table.locked(number) as trial:
             if self.has(trial.seen) and not trial.seen.user_attrs.get(PAUSED):
                 trial.write({**attributes, **UNSIGNED}, TrialState.WAITING)
 
     def put_back_all(self, reason: str) -> None:
-        """Put every held trial back, for the same command or another worker to continue."""
+        """Return every held trial to the queue, for the same command or another worker to continue."""
         for number in self.last_rungs:
             self.put_back(number, {"reason": reason})
         self.last_rungs.clear()
 
     def put_back_unheld(self) -> None:
-        """Put back what a claim that the database cut short left RUNNING in this worker's name."""
+        """Put back the trials that this worker signed in a claim that a database error interrupted."""
         for left in self._running():
             if left.number not in self.last_rungs and self.has(left):
                 self.put_back(left.number, {})
 
     def drop_lost(self) -> list[int]:
-        """Forget the trials that other workers took over; return their numbers."""
+        """Forget the trials that other workers have taken over; return their numbers."""
         kept = {trial.number for trial in self._running() if self.has(trial)}
         lost = [number for number in self.last_rungs if number not in kept]
         for number in lost:
@@ -122,8 +122,8 @@ class HeldTrials:
 
 
 def was_changed(before: str, now: str) -> bool:
-    """Return whether a trial that began has other settings now; keys that an older version did not have do
-    not count."""
+    """Return whether the settings of a trial differ from those it began with. Keys that an older version did
+    not have are ignored."""
     try:
         old = json.loads(before or "{}")
     except ValueError:

@@ -1,7 +1,7 @@
-"""Which study this is: a unique id, made with the study, and what was true when it was begun.
+"""The identity of a study: a unique id, and the fingerprint and base perplexity from its first start.
 
-A name is not enough: two databases may each hold a study of one name, and a study may be deleted and begun
-anew.
+A name is not enough: two databases may each have a study of that name, and a study may be deleted and started
+again.
 """
 
 import uuid
@@ -23,7 +23,7 @@ ID_DIGITS = 12  # 48 bits
 
 @dataclass(frozen=True)
 class Identity:
-    """What a study says of itself. ``is_older``: a version that gave studies no id began it."""
+    """The recorded identity. ``is_older``: the study was started by a version that gave studies no id."""
 
     id: str | None = None
     is_older: bool = False
@@ -32,12 +32,12 @@ class Identity:
 
     @property
     def commit(self) -> str | None:
-        """The commit that a hub id was resolved to when the study was begun."""
+        """The commit that a hub id was resolved to at the first start."""
         return self.fingerprint.get("content.commit")
 
 
 def read_identity(attributes: Mapping[str, Any]) -> Identity:
-    """Return the identity from a study's attributes. What another program wrote there counts as missing."""
+    """Return the identity from a study's attributes. Values of another form count as missing."""
     has_begun, fingerprint = ATTRIBUTE in attributes, attributes.get(ATTRIBUTE)
     return Identity(
         id=str(attributes[ID]) if ID in attributes else None,
@@ -48,7 +48,7 @@ def read_identity(attributes: Mapping[str, Any]) -> Identity:
 
 
 def number_of(attributes: Mapping[str, Any], key: str) -> float | None:
-    """Return an attribute that is a number, or a text that says one; None where it is missing or neither."""
+    """Return a numeric attribute, stored as number or text; None if it is missing or not a number."""
     try:
         return float(attributes[key])
     except (KeyError, ValueError, TypeError):
@@ -56,7 +56,7 @@ def number_of(attributes: Mapping[str, Any], key: str) -> float | None:
 
 
 def find_identity(config: StudyConfig) -> Identity | None:
-    """Return the identity of the study that the settings name; None where there is none. Makes nothing."""
+    """Return the identity of the study that the settings name; None if it does not exist. Creates nothing."""
     if outline_of(config) is None:
         return None
     storage = open_storage(config)
@@ -66,7 +66,8 @@ def find_identity(config: StudyConfig) -> Identity | None:
 
 
 def give_identity(storage: RDBStorage, study_name: str, fingerprint: Mapping[str, str]) -> Identity:
-    """Give a new study its id and fingerprint, an older one its id; return what it has, whoever gave it."""
+    """Give a new study its id and fingerprint, an older one its id; return what is stored, which another
+    worker may have written."""
     study_id = storage.get_study_id_from_name(study_name)
     before = storage.get_study_user_attrs(study_id)
     mark = {OLDER: True} if read_identity(before).is_older else {}

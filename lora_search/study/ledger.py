@@ -1,5 +1,5 @@
-"""The study as one worker sees it, kept up to date at the price of what is new: finished trials never change,
-so each is looked at once, however many there are. Paused trials count as the pruned ones they will be."""
+"""One worker's view of the study. An update costs only as much as the new trials: finished trials never
+change, so each is read once. Paused trials count as pruned."""
 
 import math
 from bisect import bisect_left, insort
@@ -23,12 +23,12 @@ from lora_search.trial import Limit, StudySummary
 
 
 class Ledger:
-    """Counts, best trial and tried points. ``read`` brings it up to date; until then it is as it was."""
+    """Counts, best trial and tried points, as of the last ``read``."""
 
     def __init__(self, study: Study) -> None:
         self._cursor = Cursor(study)
         self._unfinished: dict[int, FrozenTrial] = {}
-        self.open: list[FrozenTrial] = []  # not finished by number, paused ones as PRUNED
+        self.open: list[FrozenTrial] = []  # unfinished, by number; paused ones as PRUNED
         self.standings = Standings(study.pruner) if isinstance(study.pruner, RungPruner) else None
         self._counts: Counter[TrialState] = Counter()  # of finished trials that began
         self._failed: list[int] = []  # sorted numbers
@@ -37,7 +37,7 @@ class Ledger:
         self._tokens = 0  # trained by finished trials
 
     def read(self, *, everything: bool = False) -> None:
-        """Bring it up to date; see ``Cursor.read`` for ``everything``."""
+        """Update from the database; see ``Cursor.read`` for ``everything``."""
         finished, unfinished = self._cursor.read(everything=everything)
         for trial in finished:
             self._take(trial)
@@ -46,7 +46,7 @@ class Ledger:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials by number, from 0 without gaps, as of the last look at everything."""
+        """All trials by number, from 0 without gaps, as of the last read of everything."""
         return self._cursor.trials
 
     def find(self, number: int) -> FrozenTrial:
@@ -54,16 +54,16 @@ class Ledger:
         return self._unfinished[number] if number in self._unfinished else self.trials[number]
 
     def count(self, *states: TrialState) -> int:
-        """Return how many trials that began are in one of these states."""
+        """Return the number of trials that began and are in one of these states."""
         return sum(self._counts[state] for state in states) + sum(t.state in states for t in self.open)
 
     @property
     def tokens(self) -> int:
-        """What all trials have trained, each up to its last rung."""
+        """The tokens that all trials have trained, each up to its last rung."""
         return self._tokens + sum(int(progress_of(t)["train_tokens"]) for t in self.open)
 
     def summary(self, n_trials: int | None, limits: Sequence[Limit] = ()) -> StudySummary:
-        """Return the counts, the best COMPLETE trial and what is spent of the limits."""
+        """Return the counts, the best COMPLETE trial and the limits."""
         perplexity, number = self._best
         complete, pruned = self.count(TrialState.COMPLETE), self.count(TrialState.PRUNED)
         return StudySummary(
@@ -79,8 +79,8 @@ class Ledger:
         )
 
     def first_with(self, params: Mapping[str, object], before: int) -> int | None:
-        """Return the first trial with these parameters that has not failed and has a lower number, or has
-        begun: one that waited in line may be claimed after a later one."""
+        """Return the first trial with these parameters that has not failed and either has a lower number or
+        has begun: an enqueued trial may be claimed after a later one."""
         identity = point_of(params)
         rivals = [t for t in self.open if t.number < before or "settings" in t.user_attrs]
         same = [t.number for t in rivals if identity_of(t) == identity]
@@ -89,7 +89,7 @@ class Ledger:
         return min((number for number in same if number != before), default=None)
 
     def num_not_failed(self, before: int) -> int:
-        """Return how many trials of lower numbers have not failed."""
+        """Return the number of trials with lower numbers that have not failed."""
         return before - bisect_left(self._failed, before)
 
     def _take(self, trial: FrozenTrial) -> None:
@@ -103,6 +103,6 @@ class Ledger:
             self.standings.add(trial)
         identity = identity_of(trial)
         self._tried[identity] = min(trial.number, self._tried.get(identity, trial.number))
-        was_measured = math.isfinite(best_until(trial, trial.last_step or 0))  # not only told by others
+        was_measured = math.isfinite(best_until(trial, trial.last_step or 0))  # not only a value from outside
         if trial.state == TrialState.COMPLETE and trial.value is not None and was_measured:
             self._best = min(self._best, (trial.value, trial.number))

@@ -1,8 +1,7 @@
-"""Trials that were stopped and may be taken up again, within a budget of disk space for their checkpoints.
+"""Trials that were stopped and may be resumed, within a budget of disk space for their checkpoints.
 
-Optuna never changes a finished trial. A paused one therefore stays RUNNING, marked as paused, counts as
-PRUNED everywhere, and is told PRUNED when it can no longer come back. It needs no worker, so it survives any
-kill.
+Optuna never changes a finished trial. A paused trial therefore stays RUNNING with a mark, counts as PRUNED
+everywhere, and becomes PRUNED once it can no longer resume. It needs no worker, so it survives any kill.
 """
 
 import shutil
@@ -25,8 +24,8 @@ class Pauses:
         self.config, self.table, self.ledger, self.trials_folder = config, table, ledger, trials_folder
 
     def pause(self, number: int, worker: str, reason: str) -> bool:
-        """Stop the worker's trial for now, and return whether it was the worker's. Where the budget is spent,
-        the worst of all paused ones is out for good."""
+        """Pause the worker's trial; return whether it was the worker's. If the disk budget is exceeded, the
+        worst paused trials are pruned for good."""
         with self.table.locked(number) as trial:
             if not is_held_by(trial.seen, worker):
                 return False
@@ -42,8 +41,8 @@ class Pauses:
             self._settle(kept.pop())
 
     def promote(self) -> None:
-        """Put the best paused trial in line that belongs to the top of its rung today, if there is one, the
-        total leaves it room, and its checkpoint lies at hand."""
+        """Enqueue the best paused trial that now ranks among the top of its rung, if the total leaves room
+        and its checkpoint is on this disk."""
         taken = self.ledger.count(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         if taken > self.config.most_trials:
             return
@@ -52,14 +51,14 @@ class Pauses:
             self._move(trial.number, TrialState.WAITING, {PAUSED: False, **UNSIGNED})
 
     def end(self) -> None:
-        """Tell all paused trials PRUNED, unless one still runs or waits: its end may lift another."""
+        """Prune all paused trials, unless one still runs or waits: its end may promote another."""
         is_over = not self.ledger.count(TrialState.RUNNING, TrialState.WAITING)
         for trial in self._paused() if is_over else ():
             self._settle(trial)
 
     @property
     def _standings(self) -> Standings:
-        assert self.ledger.standings is not None, "only the rung rule resumes"
+        assert self.ledger.standings is not None, "only the rung rule resumes trials"
         return self.ledger.standings
 
     def _paused(self) -> list[FrozenTrial]:
@@ -70,7 +69,7 @@ class Pauses:
             drop_checkpoint(self.trials_folder, trial.number)
 
     def _move(self, number: int, state: TrialState, attributes: Mapping[str, object]) -> bool:
-        """Change a paused trial; return False where another worker has promoted or ended it."""
+        """Change the state of a paused trial; return False if another worker has promoted or ended it."""
         with self.table.locked(number) as trial:
             is_paused = trial.seen.state == TrialState.RUNNING and bool(trial.seen.user_attrs.get(PAUSED))
             if is_paused:
@@ -79,11 +78,11 @@ class Pauses:
 
 
 def checkpoint_bytes(trials_folder: Path, number: int) -> int:
-    """Return what the trial's checkpoint takes on this disk, 0 where there is none."""
+    """Return the size of the trial's checkpoint on this disk, 0 if there is none."""
     files = (trials_folder / str(number) / "checkpoint").rglob("*")
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def drop_checkpoint(trials_folder: Path, number: int) -> None:
-    """Delete the checkpoint of a trial that is through; its adapter stays."""
+    """Delete the checkpoint of a finished trial; its adapter stays."""
     shutil.rmtree(trials_folder / str(number) / "checkpoint", ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What was found out about a study after its search, kept with it: test score, confirmation, final adapter.
+"""Results found after the search and stored with the study: test score, confirmation, final adapter.
 
-Each is JSON in one attribute of the study. Knows no torch.
+Each is JSON in one attribute of the study. Imports no torch.
 """
 
 import json

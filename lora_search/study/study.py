@@ -1,7 +1,7 @@
-"""The study in SQL, the only truth about what ran: claim, report, judge, finish, hand back. Knows no torch.
+"""The study in SQL, the only record of what ran: claim, report, judge, finish, hand back. Imports no torch.
 
-A trial that was interrupted stays the same trial: RUNNING goes back to WAITING, keeps number, parameters and
-reports, and whoever claims it next continues from its checkpoint.
+An interrupted trial stays the same trial: it returns from RUNNING to WAITING with its number, parameters and
+reports, and the worker that claims it next resumes from its checkpoint.
 """
 
 import math
@@ -16,12 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.losses import Losses
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
-from lora_search.database.storage import explained_errors, open_storage, quieten_optuna
+from lora_search.database.storage import explained_errors, open_storage
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
 from lora_search.search.priors import first_points
-from lora_search.search.pruning import make_pruner, stopped_by_optuna
-from lora_search.search.sampling import make_sampler
+from lora_search.search.pruning import stopped_by_optuna
 from lora_search.search.trials import (
     FINISHED,
     is_bare,
@@ -30,9 +29,9 @@ from lora_search.search.trials import (
 )
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
-from lora_search.settings.space import Space, largest
-from lora_search.study.about import attributes_of, describe
-from lora_search.study.adoption import check_adoptable
+from lora_search.settings.space import Space
+from lora_search.study.about import attributes_of, describe, standing
+from lora_search.study.adoption import check_adoptable, check_study
 from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
@@ -48,7 +47,7 @@ BASE_WIDTH = "base_width"  # study attribute
 
 
 class SweepStudy:
-    """This worker's hold on the study."""
+    """The study as one worker uses it."""
 
     def __init__(
         self,
@@ -66,12 +65,12 @@ class SweepStudy:
         self.ledger = Ledger(study)
         self.trials_folder = folder.resolve() / "trials"
         self.identity = identity
-        self.changes: list[str] = []  # what may differ from when the study was made, and does
+        self.changes: list[str] = []  # permitted changes since the first start, in words
         self.table = TrialTable(storage, study.study_name)
         self.losses = Losses(self.table)
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
         self.trials = HeldTrials(config, study, self.table, worker_name(os.getpid()))
-        self.held = self.trials.last_rungs  # a trial that has measured its last rung is not judged any more
+        self.held = self.trials.last_rungs  # a trial at its last rung is no longer judged
         study_id = storage.get_study_id_from_name(study.study_name)
         self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
         epoch_tokens = number_of(study.user_attrs, "data.train_tokens")
@@ -81,7 +80,7 @@ class SweepStudy:
         self.pauses = pauses if config.pruner.resume_paused else None
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
         self._last_heartbeat = self._last_reclaim = -math.inf
-        self._last_beat = time.time()  # the wall's clock: a machine that slept was silent too
+        self._last_beat = time.time()  # wall-clock time, which also counts while the machine sleeps
 
     @classmethod
     def open(
@@ -95,9 +94,9 @@ class SweepStudy:
         began: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> "SweepStudy":
-        """Create or continue the study. Raises FingerprintError where it was made with other settings.
+        """Create or continue the study. Raises FingerprintError if it was made with other settings.
 
-        The budget counts this worker's time from ``began``, in the epoch seconds of ``clock``.
+        The budget counts this worker's time from ``began``, in epoch seconds of ``clock``.
         """
         sampler, pruner = check_study(config, space)
         check_adoptable(config.study)
@@ -131,7 +130,8 @@ class SweepStudy:
         return self.trials.worker
 
     def claim(self, max_trials: int) -> list[TrialRun]:
-        """Return up to so many trials to train, never beyond n_trials in all; interrupted ones come first."""
+        """Return up to ``max_trials`` trials to train, interrupted ones first, never more than n_trials in
+        all."""
         self.losses.check_trials(len(self.ledger.trials))
         if time.monotonic() - self._last_reclaim > self.config.study.heartbeat_seconds:
             self.reclaim_stale()
@@ -143,14 +143,15 @@ class SweepStudy:
         return runs
 
     def report(self, measurements: Sequence[Measurement]) -> None:
-        """Write all measurements; none is judged before all are written. A rung is written once."""
+        """Write all measurements, each rung once. Trials are judged only after all are written."""
         for number in dict.fromkeys(m.trial_number for m in measurements):
             trained = self.trials.report(number, [m for m in measurements if m.trial_number == number])
             if trained is not None:
                 self.budget.reach(number, trained, len(self.held))
 
     def judge(self) -> list[Stop]:
-        """Return the held trials to stop and why: the pruner says so, or another worker took them over."""
+        """Return the held trials to stop, with reasons: the pruner stops them, or another worker has taken
+        them over."""
         self.ledger.read()
         held = [self.ledger.find(number) for number in self.held]
         taken = {t.number: "taken over by another worker" for t in held if not self.trials.has(t)}
@@ -159,21 +160,21 @@ class SweepStudy:
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
     def beyond_budget(self, at_rung: Sequence[int]) -> list[Stop]:
-        """Return the held trials, of those that have just reached a rung, whose next one the budget does not
-        reach."""
+        """Return which of the held trials that have just reached a rung cannot reach the next one within the
+        budget."""
         self.ledger.read()
         numbers = [n for n in at_rung if n in self.held]
         key = ", ".join(limit.key for limit in self.budget.limits())
-        why = f"{key}: what is left does not reach its next rung; its checkpoint is kept"
+        why = f"{key}: the rest is not enough for its next rung; its checkpoint is kept"
         return [Stop(trial_number=number, reason=why) for number in self.budget.beyond(self.held, numbers)]
 
     def put_back(self, stop: Stop) -> None:
-        """Put a held trial back, for a later start to continue."""
+        """Return a held trial to the queue, for a later start to continue."""
         self.trials.put_back(stop.trial_number, {"reason": stop.reason})
         self.held.pop(stop.trial_number, None)
 
     def prune(self, stop: Stop) -> str:
-        """End a held trial as PRUNED, or pause it; return its state. One that was taken over is let go."""
+        """End a held trial as PRUNED, or pause it; return its state. A trial taken over is only let go."""
         self._failures.clear()
         number = stop.trial_number
         if self.pauses is None or not self.pauses.pause(number, self.worker, stop.reason):
@@ -184,8 +185,8 @@ class SweepStudy:
     def finish(self, measurement: Measurement) -> str:
         """End a held trial and return its state: COMPLETE with its best perplexity.
 
-        A diverged one is PRUNED: the sampler learns from it, and nothing non-finite becomes COMPLETE. It
-        counts as a failure all the same, so that a sweep in which every trial diverges ends.
+        A diverged trial is PRUNED: the sampler learns from it, and no non-finite value becomes COMPLETE. It
+        also counts as a failure, so that a sweep in which every trial diverges ends.
         """
         number = measurement.trial_number
         if measurement.ended == "diverged" or not math.isfinite(measurement.best_perplexity):
@@ -202,30 +203,26 @@ class SweepStudy:
         return state
 
     def note_recovery(self, measurement: Measurement) -> None:
-        """Store what was wrong with the checkpoint that a held trial went on from."""
+        """Store which problems a held trial's checkpoint had when it was resumed."""
         self.trials.note(measurement.trial_number, {"recovery": measurement.recovery})
 
     @property
     def was_silent(self) -> bool:
-        """Whether this worker's heartbeat stood still for so long that others may have taken its trials."""
+        """Whether this worker sent no heartbeat for so long that others may have taken its trials."""
         silence = time.time() - self._last_beat
         return silence > GRACE_HEARTBEATS * self.config.study.heartbeat_seconds
 
-    def let_go(self) -> list[int]:
-        """Forget the held trials that other workers took over; return their numbers."""
-        return self.trials.drop_lost()
-
     def put_back_unheld(self) -> None:
-        """Put back what a claim that the database cut short left RUNNING in this worker's name."""
+        """Put back the trials that this worker signed in a claim that a database error interrupted."""
         self.trials.put_back_unheld()
 
     def hand_back(self, reason: str) -> None:
-        """Put every held trial back, for the same command or another worker to continue."""
+        """Return every held trial to the queue, for the same command or another worker to continue."""
         self.trials.put_back_all(reason)
         self.account.close()
 
     def heartbeat(self) -> None:
-        """Tell other workers that this one lives, at most once per study.heartbeat_seconds."""
+        """Send a heartbeat to other workers, at most once per study.heartbeat_seconds."""
         self.account.note()
         now = time.monotonic()
         self.losses.check_file()
@@ -236,28 +233,18 @@ class SweepStudy:
         self._last_heartbeat, self._last_beat = now, time.time()
 
     def reclaim_stale(self) -> int:
-        """Put back the trials of dead workers; return how many. Fails those that were put back too often."""
+        """Put the trials of dead workers back; return how many. Fails those that were put back too often."""
         self._last_reclaim = time.monotonic()
         return reclaim(self.config.study, self.study, self.table, self.held)
 
     @property
     def is_finished(self) -> bool:
         """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
-        if self.exhausted:
+        if self.draws.exhausted:
             return True
         self.ledger.read(everything=True)
         is_full = self.ledger.count(*FINISHED) >= self.config.study.most_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every point of the space was tried before the total was reached."""
-        return self.draws.exhausted
-
-    @property
-    def is_out_of_budget(self) -> bool:
-        """Whether hours, tokens or cost are spent, as far as this worker knows."""
-        return self.budget.is_over
 
     def check_failures(self) -> None:
         """Raise StudyError when max_failures_in_a_row trials of this worker failed, none good between."""
@@ -265,11 +252,11 @@ class SweepStudy:
         if len(self._failures) >= limit:
             raise StudyError(
                 f"study.max_failures_in_a_row: {len(self._failures)} trials failed in a row, "
-                f"the last one, {self._failures[-1]}. Mend the cause, then the same command goes on."
+                f"the last one, {self._failures[-1]}. Fix the cause, then run the same command again."
             )
 
     def num_running_elsewhere(self) -> int:
-        """Return how many trials other workers hold or have left while the total is not reached."""
+        """Return how many trials other workers hold or have put back, 0 once the total is reached."""
         self.ledger.read(everything=True)
         if self.ledger.count(*FINISHED) >= self.config.study.most_trials:
             return 0
@@ -280,20 +267,13 @@ class SweepStudy:
 
     @property
     def standing(self) -> str:
-        """How far the study is, and what that means for study.n_trials, in words."""
-        is_finished, n_trials = self.is_finished, self.config.study.n_trials
-        finished = self.ledger.count(*FINISHED)
-        text = f"{finished} of {n_trials} trials done" if n_trials else f"{finished} trials done"
-        text = "; ".join([text, *(f"{limit.key} {limit} spent" for limit in self.budget.limits())])
-        if finished > self.config.study.most_trials:
-            return f"{text}: study.n_trials is lower than what has finished; all stay, none is added"
-        if (limit := self.budget.reached) is not None and not is_finished:
-            return f"{text}; a higher {limit.key} goes on"
-        return f"{text}; a higher study.n_trials goes on" if is_finished else text
+        """The progress of the study in words, with the setting to raise for more."""
+        is_finished = self.is_finished
+        return standing(self.ledger.summary(self.config.study.n_trials, self.budget.limits()), is_finished)
 
     def summary(self) -> StudySummary:
-        """Return where the study stands. What other workers did may be missing for SUMMARY_SECONDS, so that
-        asking at every pass costs nothing."""
+        """Return the progress of the study, at most SUMMARY_SECONDS old for other workers' trials, so that a
+        call at every pass costs nothing."""
         seconds, held = time.monotonic() - self._last_summary[0], tuple(self.held)
         if seconds > SUMMARY_SECONDS or held != self._last_summary[1]:
             self.ledger.read()
@@ -306,12 +286,12 @@ class SweepStudy:
         return trial_rows([settled(t) for t in self.study.get_trials(deepcopy=False)])
 
     def attributes(self) -> dict[str, str]:
-        """Return what the study knows about itself."""
+        """Return the study's attributes and what it has spent."""
         spent = self.account.spent(self.ledger.tokens)
         return attributes_of(self.study) | described(self.config.study, spent)
 
     def remember(self, key: str, measure: Callable[[], str]) -> float:
-        """Return a number that the study keeps, measured now if it is not there yet or cannot be read."""
+        """Return a number stored in the study; measure and store it if it is missing or unreadable."""
         if (known := number_of(self.study.user_attrs, key)) is not None:
             return known
         self.study.set_user_attr(key, measure())
@@ -335,7 +315,7 @@ class SweepStudy:
         return None
 
     def _take(self, number: int) -> TrialRun | None:
-        """Begin a trial that was drawn; None where that cannot be."""
+        """Begin a trial that was drawn; None if that is not possible."""
         if (begun := self.trials.begin(number)) is None:
             return None
         settings, record = begun
@@ -366,13 +346,3 @@ class SweepStudy:
         if ended in FINISHED:
             drop_checkpoint(self.trials_folder, number)
         return ended.name
-
-
-def check_study(
-    config: SweepConfig, space: Space
-) -> tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]:
-    """Return sampler and pruner. Raises ConfigError where they cannot work on this space or these rungs."""
-    quieten_optuna()
-    num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
-    sampler = make_sampler(config.sampler, space.distributions, config.seed)
-    return sampler, make_pruner(config.pruner, num_rungs)

@@ -1,4 +1,4 @@
-"""A study for those who only look: opened once, read again and again, never changed. Knows no torch."""
+"""A read-only view of a study: opened once, read as often as needed. Imports no torch."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
 
 class StudyView:
-    """Raises ConfigError where there is no such study, StudyError where its database cannot be read."""
+    """Raises ConfigError if the study does not exist, StudyError if its database cannot be read."""
 
     def __init__(self, config: StudyConfig) -> None:
         require_database(config)
@@ -40,25 +40,25 @@ class StudyView:
         return trial_rows(self._trials())
 
     def summary(self) -> StudySummary:
-        """Return where the study stands."""
+        """Return the progress of the study."""
         with explained_errors(self.config):
-            self._ledger.read(everything=True)  # what others finish, this process never held
+            self._ledger.read(everything=True)  # this process holds no trial, so it sees none end
             return self._ledger.summary(self.config.n_trials, limits(self.config, self._spent()))
 
     def slots(self) -> list[SlotView]:
-        """Return what all workers train, best first, each trial as it was at its last rung."""
+        """Return the running trials of all workers, best first, each as of its last rung."""
         running = [t for t in self._trials() if t.state == TrialState.RUNNING]
         views = [_slot(t, settings) for t in running if (settings := _settings(t)) is not None]
         return sorted(views, key=lambda slot: (slot.perplexity is None, slot.perplexity, slot.trial_number))
 
     def attributes(self) -> dict[str, str]:
-        """Return what the study knows about itself."""
+        """Return the study's attributes and what it has spent."""
         with explained_errors(self.config):
             self._ledger.read(everything=True)
             return attributes_of(self._study) | described(self.config, self._spent())
 
     def workers(self) -> dict[str, bool]:
-        """Return who holds running trials, and whether it is known to be dead."""
+        """Return the workers that hold running trials, each with whether it is known to be dead."""
         running = [t for t in self._trials() if t.state == TrialState.RUNNING]
         names = [text_of(trial, "worker") for trial in running]
         return {name: worker_is_dead(name) for name in names if name}
@@ -68,7 +68,7 @@ class StudyView:
         return spent_of(list(intervals), self._ledger.tokens)
 
     def settings_of(self, number: int) -> TrialSettings:
-        """Return what one trial trained. Raises ConfigError where there is no such trial."""
+        """Return one trial's settings. Raises ConfigError if the trial does not exist."""
         found = next((t for t in self._trials() if t.number == number), None)
         settings = None if found is None else _settings(found)
         if settings is None:
@@ -82,7 +82,7 @@ class StudyView:
 
 
 def _settings(trial: FrozenTrial) -> TrialSettings | None:
-    """Return what the trial trains with; None before it begins, or where another program wrote there."""
+    """Return the trial's settings; None before it begins, or if another program has overwritten them."""
     try:
         settings = json.loads(text_of(trial, "settings"))
         return TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])})
@@ -98,7 +98,7 @@ def study_names(config: StudyConfig) -> list[str]:
 
 
 def delete_study(config: StudyConfig) -> None:
-    """Delete the study from its storage, for good."""
+    """Delete the study from its storage permanently."""
     with explained_errors(config):
         optuna.delete_study(study_name=config.name, storage=open_storage(config))
 

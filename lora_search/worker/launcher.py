@@ -42,7 +42,7 @@ def visible_gpus() -> int:
 def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
     """Return each worker's environment: its own GPU, or its share of the cores.
 
-    ``num_gpus`` is 0 where engine.device=cpu. Raises ConfigError where there are more workers than GPUs.
+    ``num_gpus`` is 0 where engine.device=cpu. Raises ConfigError if there are more workers than GPUs.
     """
     device, workers = config.engine.device, config.launcher.workers
     require(
@@ -150,7 +150,7 @@ class Team:
     def look(self) -> list[str]:
         """Start again what a signal killed; return what happened since the last look.
 
-        Raises InputError where a worker found wrong input: so would all others.
+        Raises InputError if a worker found wrong input: so would all others.
         """
         news = []
         for number, worker in enumerate(self.workers):
@@ -175,7 +175,7 @@ class Team:
         return len(self._ended) < len(self.workers)
 
     def check_someone_finished(self) -> None:
-        """Raise LoraSearchError where no worker came to the end of the study."""
+        """Raise LoraSearchError if no worker came to the end of the study."""
         codes = [worker.process.returncode for worker in self.workers]
         if all(codes):
             first = f"worker 0 {outcome(codes[0])}: {self.workers[0].message()}"

@@ -32,7 +32,7 @@ def work(
     worker = Worker(study, engine, tracker, progress, check_interrupt)
     engine.after_pass = worker.keep_alive  # called from inside: one `advance` may hold a whole evaluation
     try:
-        while not study.is_out_of_budget and (worker.admit() or worker.others_train()):
+        while not study.budget.is_over and (worker.admit() or worker.others_train()):
             measurements = engine.advance()
             worker.keep_alive()
             worker.settle(measurements)
@@ -96,7 +96,7 @@ class Worker:
         trials: those are let go before anything more is written for them."""
         self.check_interrupt()
         if self.study.was_silent:
-            for number in self.outbox.ask(self.study.let_go) or ():
+            for number in self.outbox.ask(self.study.trials.drop_lost) or ():
                 self._let_go(number, "taken over by another worker while this one was silent")
         self.outbox.ask(partial(_beat, self.study))
 

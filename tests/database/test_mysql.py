@@ -120,9 +120,7 @@ def test_a_name_that_differs_only_in_case_is_refused_and_not_taken_for_the_other
     config = make_config(tmp_path, storage=mysql)
     open_study(config, tmp_path)
 
-    with pytest.raises(
-        ConfigError, match="study.name: must be spelt like the study that is there, 's', got 'S'"
-    ):
+    with pytest.raises(ConfigError, match="study.name: must be spelt like the existing study, 's', got 'S'"):
         open_study(replace(config, study=replace(config.study, name="S")), tmp_path)
 
 

@@ -129,7 +129,7 @@ def test_patience_ends_with_one_message_and_starts_anew_after_each_answer() -> N
     outbox.ask(lambda: database.write(1))
     clock.now += 6
 
-    with pytest.raises(StudyError, match=r"locked. It has been so for 6 s \(study.patience_seconds: 5\)"):
+    with pytest.raises(StudyError, match=r"locked. This has lasted 6 s \(study.patience_seconds: 5\)"):
         outbox.ask(lambda: database.write(1))
 
 

@@ -115,7 +115,10 @@ def test_the_tables_of_another_optuna_are_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("/postgres?", "/nowhere?"), 'must be a URL that its database takes .*database "nowhere" does not'),
+        (
+            ("/postgres?", "/nowhere?"),
+            'must be a URL that the database accepts .*database "nowhere" does not',
+        ),
         (("postgres:hunter2@", "nobody:hunter2@"), 'role "nobody" does not exist'),
         (("?host", "?connect_timeout=soon&host"), "connect_timeout"),
         (("?host", "?nosuch=1&host"), 'invalid connection option "nosuch"'),

@@ -85,10 +85,10 @@ def test_an_empty_file_and_one_of_ours_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("sqlite:///x.db?timeout=soon", "must be a URL that its database takes .could not convert string"),
+        ("sqlite:///x.db?timeout=soon", "must be a URL that the database accepts .could not convert string"),
         ("sqlite:///x.db?nosuch=1", "Query string argument.* 'nosuch' are not accepted"),
         ("sqlite+aiosqlite:///x.db", "needs a database driver"),
-        ("sqlite:///file/below/x.db", "must lie in a folder that can be written to .*file: Not a directory"),
+        ("sqlite:///file/below/x.db", "must be in a writable folder .*file: Not a directory"),
     ],
 )
 def test_a_url_that_sqlite_does_not_take_is_refused_and_makes_nothing(

@@ -91,12 +91,12 @@ BAD = [
     ),
     ("~optim.lr", "~optim.lr: a setting cannot be left out. Give it a value"),
     ("~nothing", "nothing: there is no such setting."),
-    ("space=null", "space=null: names no choice of the group space. Leave the group out with ~space."),
+    ("space=null", "space=null: is not a choice of the group space. Leave the group out with ~space."),
     (
         "space/lora=null",
-        "space/lora=null: names no choice of the group space/lora. Leave the group out with ~",
+        "space/lora=null: is not a choice of the group space/lora. Leave the group out with ~",
     ),
-    ("sampler=3", "sampler=3: names no choice of the group sampler."),
+    ("sampler=3", "sampler=3: is not a choice of the group sampler."),
     ("=3", "=3: has no key. Write key=value."),
     ("train.epochs", "train.epochs: has no value. Write key=value"),
     ("train.epochs=", "train.epochs: Value '' of type 'str' could not be converted to Integer."),
@@ -107,16 +107,16 @@ BAD = [
         "train.early_stopping_patience: must be at least 1, got 0. null trains to the end",
     ),
     ("optim.lr=choice()", "optim.lr=choice(): cannot be read: empty choice is not legal."),
-    ("train.batch_size=choice(null,2)", "null cannot be among the choices of Hydra's grammar. Leave it out."),
+    ("train.batch_size=choice(null,2)", "null cannot be a choice in Hydra's grammar. Leave it out."),
     ("model.path=my model!", """Quote the value for Hydra and for the shell: 'model.path="my model!"'"""),
     ("study.name=é", """'study.name="é"'"""),
     ("lora.r=1e9", "lora.r: Value '1000000000.0' of type 'float' could not be converted to Integer."),
-    ("lora.r=100000000", "lora.r: must lie in [1, 4096], got 100000000. Try 8, 16 or 32"),
+    ("lora.r=100000000", "lora.r: must be in [1, 4096], got 100000000. Try 8, 16 or 32"),
     ("lora.alpha=0r", "lora.alpha: must be a number > 0 or a multiple of r, got '0r'."),
     ("lora.alpha=1e300", "lora.alpha: must be at most 1,000,000, got 1e+300."),
-    ("optim.max_grad_norm=inf", "optim.max_grad_norm: must lie above 0 and be at most 1,000,000, got inf"),
+    ("optim.max_grad_norm=inf", "optim.max_grad_norm: must be above 0 and at most 1,000,000, got inf"),
     ("model.revision=''", "model.revision: must not be empty, got ''. null takes the newest"),
-    ("sampler=[tpe,gp]", "sampler=[tpe,gp]: names 2 choices, and only the last would count. Name one."),
+    ("sampler=[tpe,gp]", "sampler=[tpe,gp]: has 2 choices, and only the last would count. Give one."),
     ("train.epochs=many", "could not be converted to Integer. Its default is 3."),
     ("lora.alpha=inf", "lora.alpha: must be a number > 0 or a multiple of r, got inf."),
     ("lora.target_modules=[]", "lora.target_modules: must be a list of layer names or all-linear, got []"),
@@ -136,13 +136,13 @@ BAD = [
     ),
     ("tracker.entity=''", "tracker.entity: must be 1 to 128 characters"),
     ("runs_dir=''", "runs_dir: must name a folder, got ''"),
-    ("runs_dir='~/runs'", "runs_dir: must not begin with ~, got '~/runs'. Write the folder out"),
+    ("runs_dir='~/runs'", "runs_dir: must not begin with ~, got '~/runs'. Write the folder in full"),
     (
         "study.storage='sqlite:///~/x.db'",
-        "study.storage: must not name a folder by ~, got 'sqlite:///~/x.db'",
+        "study.storage: must not begin with ~, got 'sqlite:///~/x.db'",
     ),
-    ("seed=-1", "seed: must lie in [0, 2**31), got -1"),
-    ("data.columns={instruction: q, response: q}", "data.columns.instruction: must be another column than"),
+    ("seed=-1", "seed: must be in [0, 2**31), got -1"),
+    ("data.columns={instruction: q, response: q}", "data.columns.instruction: must differ from the columns"),
     ("data.columns={messages: m, response: q}", "data.columns.messages: excludes data.columns.instruction"),
     ("data.format=csv", "data.format: must be one of auto, messages, sharegpt"),
     ("data.encoding=utf-9", "data.encoding: must be a text encoding, got 'utf-9'. Try utf-8"),
@@ -152,7 +152,7 @@ BAD = [
     ("data.on_leakage=keep", "data.on_leakage: must be one of refuse, remove"),
     ("data.columns.instruction=''", "data.columns.instruction: must name a column of the file, got ''"),
     ("data.max_length=auto1", "data.max_length: must be a number of tokens >= 8, or auto, got 'auto1'"),
-    ("data.max_length_percentile=0", "data.max_length_percentile: must lie in (0, 100], got 0.0"),
+    ("data.max_length_percentile=0", "data.max_length_percentile: must be in (0, 100], got 0.0"),
     (
         "data.max_length_choices=[512,4]",
         "data.max_length_choices: must be numbers of tokens >= 8, got [512, 4]",
@@ -181,7 +181,7 @@ def test_a_wrong_override_is_one_message(override: str, message: str) -> None:
 
 
 def test_a_missing_folder_of_sweeps_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="-cd .*nothing: no such folder, or it may not be read"):
+    with pytest.raises(InputError, match="-cd .*nothing: no such folder, or no permission to read it"):
         compose("smoke", [], tmp_path / "nothing")
 
 

@@ -39,7 +39,7 @@ OPEN = [
     "postgresql://me@host/db",
     "postgresql://[::1]:5432/d",
     "eos_token='</s>' pad_token=<pad> engine.tokens_per_pass=12 max_tokens=3",
-    "optim.lr: must lie between 0 and 1, got 2.",
+    "optim.lr: must be between 0 and 1, got 2.",
 ]
 
 

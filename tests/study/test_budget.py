@@ -45,7 +45,7 @@ def open_budgeted(config: SweepConfig, tmp_path: Path, clock: Clock | None = Non
 def train(study: SweepStudy, slots: int = 4, tick: Callable[[], None] = lambda: None) -> None:
     """A worker without an engine, driven as `worker.work` does: every tick each held trial moves one rung."""
     running: dict[int, tuple[TrialRun, int]] = {}
-    while not study.is_out_of_budget:
+    while not study.budget.is_over:
         for run in study.claim(slots - len(running)):
             running[run.number] = (run, max(rungs_of(study, run.number), default=0))
         if not running:
@@ -122,7 +122,7 @@ def test_trials_that_the_budget_cuts_short_go_on_where_they_were_once_it_is_rais
     train(study)
     cut_short = {row.number: row.perplexities for row in study.rows() if row.state == "WAITING"}
     assert cut_short
-    assert study.is_out_of_budget or not study.claim(1)
+    assert study.budget.is_over or not study.claim(1)
 
     again = open_budgeted(limited(tmp_path, max_tokens=5000, n_trials=4, prunes=False), tmp_path)
     train(again)
@@ -179,7 +179,7 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
     study.report([measured(run, 1)])
 
     clock.now += 200.0  # 60 of 360 seconds are left, and a rung takes 100
-    assert not study.is_out_of_budget
+    assert not study.budget.is_over
     assert study.claim(1) == []
     study.report([measured(run, 2)])
     assert [stop.trial_number for stop in study.beyond_budget([run.number])] == [run.number]
@@ -194,7 +194,7 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
         ({"max_tokens": -1}, "study.max_tokens: must be > 0, or null, got -1"),
         ({"price_per_hour": float("inf")}, "study.price_per_hour: must be at most 1,000,000, got inf"),
         ({"max_cost": 5.0}, "study.max_cost: needs study.price_per_hour, got 5.0"),
-        ({"n_trials": None}, "study.n_trials: must be a number where no budget is set, got None"),
+        ({"n_trials": None}, "study.n_trials: must be a number if no budget is set, got None"),
         ({"n_trials": 0}, "study.n_trials: must be at least 1"),
     ],
 )

@@ -56,7 +56,7 @@ def test_every_changed_key_is_named_with_the_ways_out(study: Study) -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "study.name: 'faq' was started with other settings or inputs:"
     assert lines[1:3] == ["  seed: 0 -> 1", "  train.epochs: 3 -> 5"]
-    assert lines[3].startswith("Choose a new study.name, or put these back. Free to change: study.*")
+    assert lines[3].startswith("Choose a new study.name, or restore these. Free to change: study.*")
     assert caught.value.exit_code == 2
 
 

@@ -31,7 +31,7 @@ def test_a_link_that_leads_out_of_runs_is_refused(tmp_path: Path, place: str, ta
     before = listing(tmp_path)
 
     with pytest.raises(
-        ConfigError, match=f"runs_dir: .* {link} leads to .*{target}.* Remove the link"
+        ConfigError, match=f"runs_dir: .* {link} links to .*{target}.* Remove the link"
     ) as error:
         find_owned(StudyConfig(name="mine", storage=f"sqlite:///{tmp_path}/x.db"), tmp_path / "runs" / "mine")
 
@@ -43,11 +43,11 @@ def test_a_link_that_leads_out_of_runs_is_refused(tmp_path: Path, place: str, ta
 @pytest.mark.parametrize(
     ("name", "storage", "message"),
     [
-        ("lora_search.db", "runs/lora_search.db", "study.name: must be another name than a file of the database"),
-        ("Lora_Search.DB", "runs/lora_search.db", "study.name: must be another name"),
-        ("a.db-wal", "runs/a.db", "study.name: must be another name"),
-        ("a.db-shm", "runs/a.db", "study.name: must be another name"),
-        ("a.db-journal", "runs/../runs/a.db", "study.name: must be another name"),
+        ("lora_search.db", "runs/lora_search.db", "study.name: must differ from the files of the database"),
+        ("Lora_Search.DB", "runs/lora_search.db", "study.name: must differ from the files"),
+        ("a.db-wal", "runs/a.db", "study.name: must differ from the files"),
+        ("a.db-shm", "runs/a.db", "study.name: must differ from the files"),
+        ("a.db-journal", "runs/../runs/a.db", "study.name: must differ from the files"),
         ("mine", "runs/mine/best/a.db", "study.storage: must not be in .*best, which the sweep writes"),
         ("mine", "runs/mine/best.new/a.db", "study.storage: must not be in .*best.new"),
         ("mine", "runs/mine/trials/0/a.db", "study.storage: must not be in .*trials"),
@@ -55,7 +55,7 @@ def test_a_link_that_leads_out_of_runs_is_refused(tmp_path: Path, place: str, ta
         ("mine", "runs/mine", "study.name: must be another name than a file of the database"),
         ("mine", "runs/mine/study.json", "study.storage: must not be in .*study.json"),
         ("mine", "runs/mine/report.html", "study.storage: must not be in .*report.html"),
-        ("OLD", "runs/a.db", "study.name: must differ from .*old by more than upper and lower case"),
+        ("OLD", "runs/a.db", "study.name: must differ from .*old in more than upper and lower case"),
         ("file", "runs/a.db", "study.name: must be a folder inside"),
         ("loop", "runs/a.db", "study.name: must be a folder inside"),
         ("out", "runs/a.db", "study.name: must be a folder inside"),

@@ -198,15 +198,18 @@ class Attacked(CurveEngine):
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
-        (delete_file, "study.storage: .*study.db was deleted while the sweep ran. What it held is saved in"),
+        (delete_file, "study.storage: .*study.db was deleted while the sweep ran. Its content is saved in"),
         (
             delete_all_files,
-            "study.storage: .*study.db was deleted while the sweep ran. What it held is saved",
+            "study.storage: .*study.db was deleted while the sweep ran. Its content is saved",
         ),
         (replace_file, "study.storage: .*study.db was replaced by another file while the sweep ran."),
-        (delete_trial, "trials were deleted in the database while the sweep ran|trials of it, were deleted"),
+        (
+            delete_trial,
+            "trials were deleted in the database while the sweep ran|some of its trials were deleted",
+        ),
         (delete_finished_trials, "trials were deleted in the database while the sweep ran"),
-        (delete_study, "study.name: 's' is not what it was: it, or trials of it, were deleted"),
+        (delete_study, "study.name: 's' or some of its trials were deleted"),
     ],
 )
 def test_what_is_deleted_under_a_running_sweep_ends_it_with_one_message(

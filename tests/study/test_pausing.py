@@ -171,7 +171,7 @@ def test_without_pausing_the_checkpoint_goes_when_the_trial_ends(tmp_path: Path)
 
 
 def test_only_the_rung_rule_takes_trials_up_again() -> None:
-    with pytest.raises(ConfigError, match=r"pruner.resume_paused: works with the rungs of asha only"):
+    with pytest.raises(ConfigError, match=r"pruner.resume_paused: works only with the rungs of asha"):
         PrunerConfig(name="median", resume_paused=True)
     with pytest.raises(ConfigError, match=r"study.keep_gib: must be at least 0, got -1"):
         StudyConfig(keep_gib=-1)

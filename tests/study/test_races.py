@@ -213,7 +213,7 @@ def race(folder: Path, storage: str, arrange: Any, strike: Any) -> int:
             act()
         begun = count[0]
         assert theirs.items() <= {t.number: t for t in rival.study.get_trials()}.items()
-        study.let_go()
+        study.trials.drop_lost()
         mine = [t.number for t in rival.study.get_trials() if is_held_by(t, study.worker)]
         assert set(study.held) <= set(mine)
         robbed = [number for number, trial in theirs.items() if trial.state == TrialState.RUNNING]

@@ -170,7 +170,7 @@ def test_a_countable_space_is_tried_once_and_then_exhausted(tmp_path: Path, samp
 
     assert len({str(row.params) for row in study.rows()}) == len(study.rows()) == 6
     assert study.is_finished
-    assert study.exhausted
+    assert study.draws.exhausted
     assert study.attributes()["exhausted"] == "all 6 combinations of the space have been tried"
     assert study.summary().failed == 0
 
@@ -252,8 +252,10 @@ def test_a_study_says_what_n_trials_means_for_it(tmp_path: Path) -> None:
         simulate(study)
 
     assert said[0] == "0 of 4 trials done"
-    assert said[1] == "4 of 4 trials done; a higher study.n_trials goes on"
-    assert said[2].startswith("4 of 2 trials done: study.n_trials is lower than what has finished")
+    assert said[1] == "4 of 4 trials done; raise study.n_trials to continue"
+    assert said[2].startswith(
+        "4 of 2 trials done: study.n_trials is lower than the number of finished trials"
+    )
     assert study.is_finished
 
 
@@ -359,7 +361,7 @@ def test_a_trial_whose_worker_dies_again_and_again_fails_with_the_reason(tmp_pat
 
     assert (study.rows()[0].state, study.rows()[0].reason) == (
         "FAIL",
-        "its worker died 4 times, no rung between",
+        "its worker died 4 times at the same rung",
     )
     assert [run.number for run in study.claim(1)] == [1]
 
@@ -489,12 +491,12 @@ def test_rows_and_summary_tell_what_happened(tmp_path: Path) -> None:
         ("nosuchdb://u:hunter2@h/db", "must be a SQL URL of a known kind"),
         ("mysql+nodriver://u:hunter2@h/db", "must be a SQL URL of a known kind"),
         ("oracle://u:hunter2@h/db", "needs a database driver"),
-        ("postgresql+psycopg://u:hun@ter2@h/db", "in percent form"),
+        ("postgresql+psycopg://u:hun@ter2@h/db", "must percent-encode special characters"),
         ("postgresql+psycopg://u:hunter2@127.0.0.1:1/db", "cannot be used: connection failed"),
         ("postgresql+psycopg://127.0.0.1:1/db?user=u&password=hunter2", "cannot be used: connection failed"),
         ("sqlite:///{folder}", "must be a file, got"),
         ("sqlite:///{folder}/text.db", "must be an SQLite database .file is not a database"),
-        ("sqlite:///{folder}/text.db/sub/study.db", "the folder of .* cannot be made"),
+        ("sqlite:///{folder}/text.db/sub/study.db", "the folder of .* cannot be created"),
     ],
 )
 def test_a_wrong_storage_is_one_message_without_the_password(
