@@ -202,19 +202,11 @@ class SweepStudy:
         self._failures.append(f"trial {number}: {reason}")
         return state
 
-    def note_recovery(self, measurement: Measurement) -> None:
-        """Store which problems a held trial's checkpoint had when it was resumed."""
-        self.trials.note(measurement.trial_number, {"recovery": measurement.recovery})
-
     @property
     def was_silent(self) -> bool:
         """Whether this worker sent no heartbeat for so long that others may have taken its trials."""
         silence = time.time() - self._last_beat
         return silence > GRACE_HEARTBEATS * self.config.study.heartbeat_seconds
-
-    def put_back_unheld(self) -> None:
-        """Put back the trials that this worker signed in a claim that a database error interrupted."""
-        self.trials.put_back_unheld()
 
     def hand_back(self, reason: str) -> None:
         """Return every held trial to the queue, for the same command or another worker to continue."""

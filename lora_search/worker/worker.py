@@ -75,7 +75,7 @@ class Worker:
     def _claim(self) -> list[TrialRun]:
         """Claim one trial: several at once would be lost if the database went away in between."""
         if self._claims:
-            self.study.put_back_unheld()
+            self.study.trials.put_back_unheld()
         self._claims = True
         runs = self.study.claim(1)
         self._claims = False
@@ -130,7 +130,7 @@ class Worker:
         if m.trial_number not in self.study.held:
             return
         if m.recovery:
-            self.study.note_recovery(m)
+            self.study.trials.note(m.trial_number, {"recovery": m.recovery})
         state = self._end(m) if m.ended else ""
         if m.ended != "failed":
             self.tracker.log(m)

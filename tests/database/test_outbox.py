@@ -211,7 +211,7 @@ def test_a_postgresql_that_stays_away_ends_the_sweep_with_one_message_and_its_tr
     study.storage.engine.dispose()
     postgres.start()
     again = open_study(config, tmp_path)
-    again.put_back_unheld()  # this process still lives; a new one's name would be another
+    again.trials.put_back_unheld()  # this process still lives; a new one's name would be another
     work(again, CurveEngine(2), RecordingTracker(), progress)
     assert_nothing_is_missing(again, 4)
     again.storage.engine.dispose()

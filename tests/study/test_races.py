@@ -78,7 +78,7 @@ def fail(folder: Path, storage: str) -> Arranged:
 
 def note_recovery(folder: Path, storage: str) -> Arranged:
     rival, study, run = holding(folder, storage)
-    return rival, study, lambda: study.note_recovery(measure(run, 1))
+    return rival, study, lambda: study.trials.note(run.number, {"recovery": "damaged"})
 
 
 def hand_back(folder: Path, storage: str) -> Arranged:
@@ -89,7 +89,7 @@ def hand_back(folder: Path, storage: str) -> Arranged:
 def put_back_unheld(folder: Path, storage: str) -> Arranged:
     rival, study, _ = holding(folder, storage)
     study.held.clear()
-    return rival, study, study.put_back_unheld
+    return rival, study, study.trials.put_back_unheld
 
 
 def reclaim(folder: Path, storage: str) -> Arranged:
