@@ -52,7 +52,7 @@ def test_a_link_that_leads_out_of_runs_is_refused(tmp_path: Path, place: str, ta
         ("mine", "runs/mine/best.new/a.db", "study.storage: must not be in .*best.new"),
         ("mine", "runs/mine/trials/0/a.db", "study.storage: must not be in .*trials"),
         ("mine", "runs", "study.storage: must be another file than the folder .*runs of runs_dir"),
-        ("mine", "runs/mine", "study.name: must be another name than a file of the database"),
+        ("mine", "runs/mine", "study.name: must differ from the files of the database"),
         ("mine", "runs/mine/study.json", "study.storage: must not be in .*study.json"),
         ("mine", "runs/mine/report.html", "study.storage: must not be in .*report.html"),
         ("OLD", "runs/a.db", "study.name: must differ from .*old in more than upper and lower case"),
