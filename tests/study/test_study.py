@@ -496,7 +496,7 @@ def test_rows_and_summary_tell_what_happened(tmp_path: Path) -> None:
         ("postgresql+psycopg://127.0.0.1:1/db?user=u&password=hunter2", "cannot be used: connection failed"),
         ("sqlite:///{folder}", "must be a file, got"),
         ("sqlite:///{folder}/text.db", "must be an SQLite database .file is not a database"),
-        ("sqlite:///{folder}/text.db/sub/study.db", "the folder of .* cannot be created"),
+        ("sqlite:///{folder}/text.db/sub/study.db", "must be in a writable folder .*Not a directory"),
     ],
 )
 def test_a_wrong_storage_is_one_message_without_the_password(
