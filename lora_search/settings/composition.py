@@ -4,6 +4,7 @@ A range on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) sets
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
