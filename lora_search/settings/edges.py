@@ -1,7 +1,7 @@
 """Notes on best values at the end of their range, with the override that extends the range."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -16,7 +16,7 @@ NEAR = 0.1  # share of the range, in its own scale
 def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) -> list[str]:
     """Return one line for each searched number whose best value is at an end of its range.
 
-    The same study may widen a range; new choices need a new study.
+    The same study may widen a range and add choices.
     """
     notes = []
     for key, distribution in space.distributions.items():
@@ -24,7 +24,7 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
         if isinstance(value, bool) or not isinstance(value, int | float) or key == "train.seed":
             continue  # no seed lies beyond another
         if isinstance(distribution, CategoricalDistribution):
-            notes += _choice_note(key, [*distribution.choices], value)
+            notes += _choice_note(config, key, [*distribution.choices], value)
         elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):
             notes += _range_note(config, key, distribution, value)
     return notes
@@ -52,12 +52,29 @@ def _range_note(
     ]
 
 
-def _choice_note(key: str, choices: list[object], value: float) -> list[str]:
+def _choice_note(config: SweepConfig, key: str, choices: list[object], value: float) -> list[str]:
     numbers = sorted(c for c in choices if isinstance(c, int | float) and not isinstance(c, bool))
     if len(numbers) < 2 or len(numbers) < len(choices) or value not in (numbers[0], numbers[-1]):
         return []
     end, word = ("largest", "larger") if value == numbers[-1] else ("smallest", "smaller")
-    return [f"{key}={value} is the {end} choice; a {word} one may be better: try it under a new study.name"]
+    new = _next_choice(numbers if word == "larger" else numbers[::-1])
+    if new in numbers or not _is_allowed(config, key, new):
+        return []  # nothing lies beyond
+    listed = [*numbers, new] if word == "larger" else [new, *numbers]
+    wide = f"choice({','.join(map(str, listed))})"
+    return [
+        f"{key}={value} is the {end} choice: a {word} one may be better. To go on there in the same study: "
+        f"'space.{key}={wide}'"
+    ]
+
+
+def _next_choice(numbers: Sequence[float]) -> float:
+    """Return the number beyond the last, as far from it as the one before; by ratio, or by even steps."""
+    *_, before, last = numbers
+    steps = {round(b - a, 12) for a, b in zip(numbers, numbers[1:], strict=False)}
+    is_even = len(numbers) > 2 and len(steps) == 1
+    new = last + (last - before) if is_even or before == 0 else last * last / before
+    return max(1, round(new)) if isinstance(last, int) else float(f"{new:.6g}")
 
 
 def _place(value: float, low: float, high: float, *, log: bool) -> float:

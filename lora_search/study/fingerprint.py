@@ -1,7 +1,7 @@
 """What must stay the same within a study: every setting that changes a trial's numbers, the space, and the
 content of the files that settings name (`content.*` and `data_hash`: weights, tokenizer, rows, layers).
 
-A range of numbers may widen, as Optuna allows; choices may not change. The source of the rows may change as
+A range of numbers may widen, as Optuna allows, and choices may be added. The source of the rows may change as
 long as the rows are the same.
 """
 
@@ -29,8 +29,8 @@ FREE_SECTIONS = (  # the space has its own rule
 SPACE, CONTENT = "space.", "content."
 FREE = (
     "Free to change: study.* except its name, engine.* except its dtype, tracker, launcher, artifacts, "
-    "runs_dir, and the place of the same rows. A range in the space may widen (not narrow); choices may not "
-    "change."
+    "runs_dir, and the place of the same rows. A range in the space may widen (not narrow), and choices may "
+    "be added (none taken out)."
 )
 CAUSES = {
     "data_hash": "the rows of data.path changed",
@@ -135,10 +135,12 @@ def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str
 
 
 def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether the key is a range that still contains all its earlier values."""
+    """Return whether the key is a range, or choices, that still contains all its earlier values."""
     if not key.startswith(SPACE) or key not in stored or key not in wanted:
         return False
     old, new = json_to_distribution(stored[key]), json_to_distribution(wanted[key])
+    if isinstance(old, CategoricalDistribution) and isinstance(new, CategoricalDistribution):
+        return all(choice in new.choices for choice in old.choices)
     both_float = isinstance(old, FloatDistribution) and isinstance(new, FloatDistribution)
     both_int = isinstance(old, IntDistribution) and isinstance(new, IntDistribution)
     if not (both_float or both_int):
@@ -148,6 +150,15 @@ def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> b
     if (old.log, old.step) != (new.log, new.step) or new.low > old.low or new.high < old.high:
         return False
     return old.step is None or abs(math.remainder(old.low - new.low, old.step)) < 1e-9 * old.step
+
+
+def changed_choices(
+    stored: Mapping[str, str], wanted: Mapping[str, str]
+) -> dict[str, CategoricalDistribution]:
+    """Return the searched keys whose choices are others than they were."""
+    keys = [k for k, text in wanted.items() if k.startswith(SPACE) and stored.get(k, text) != text]
+    found = {key.removeprefix(SPACE): json_to_distribution(wanted[key]) for key in keys}
+    return {key: d for key, d in found.items() if isinstance(d, CategoricalDistribution)}
 
 
 def _words(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> str:

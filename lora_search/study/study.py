@@ -34,12 +34,13 @@ from lora_search.study.about import attributes_of, describe, standing
 from lora_search.study.adoption import check_adoptable, check_study
 from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
-from lora_search.study.fingerprint import ATTRIBUTE, check_fingerprint, space_part
+from lora_search.study.fingerprint import check_fingerprint, space_part
 from lora_search.study.held import HeldTrials
 from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
 from lora_search.study.pausing import Pauses, drop_checkpoint
 from lora_search.study.view import StudyView
+from lora_search.study.widening import take_changes
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
 SUMMARY_SECONDS = 1.0
@@ -113,8 +114,7 @@ class SweepStudy:
             wanted = {**fingerprint, **space_part(space.distributions)}
             identity = give_identity(storage, config.study.name, wanted)
             changes = check_fingerprint(config.study.name, identity.fingerprint, wanted)
-            if identity.fingerprint != wanted:
-                study.set_user_attr(ATTRIBUTE, wanted)
+            take_changes(config.study, study, TrialTable(storage, config.study.name), identity, wanted)
             describe(study, attributes)
             sweep_study = cls(config, space, storage, study, folder, identity, began=began, clock=clock)
             sweep_study.changes = changes

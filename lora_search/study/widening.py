@@ -1,0 +1,41 @@
+"""A study goes on with wider ranges, with more choices, or with its rows elsewhere."""
+
+from collections.abc import Mapping
+
+import optuna
+
+from lora_search.database.choices import write_choices
+from lora_search.database.trial_table import TrialTable
+from lora_search.errors import FingerprintError
+from lora_search.settings.schema import StudyConfig
+from lora_search.study.claims import reclaim
+from lora_search.study.fingerprint import ATTRIBUTE, SPACE, changed_choices
+from lora_search.study.identity import Identity
+
+
+def take_changes(
+    config: StudyConfig,
+    study: optuna.Study,
+    table: TrialTable,
+    identity: Identity,
+    wanted: Mapping[str, str],
+) -> None:
+    """Store the fingerprint where it has changed, and with new choices what the trials drew of the old ones.
+
+    Raises FingerprintError where choices are new and trials run: their workers know the old ones only.
+    """
+    if identity.fingerprint == wanted:
+        return
+    choices = changed_choices(identity.fingerprint, wanted)
+    if not choices:
+        study.set_user_attr(ATTRIBUTE, dict(wanted))
+        return
+    # Another study object than the caller's: what that one reads now it would keep.
+    reclaim(config, optuna.load_study(study_name=config.name, storage=table.storage), table, held=())
+    running = write_choices(table.storage, table.study_id, {ATTRIBUTE: dict(wanted)}, choices)
+    if running:
+        keys = ", ".join(f"{SPACE}{key}" for key in choices)
+        raise FingerprintError(
+            f"{keys}: choices can be added only while no trial runs, and trial {running[0]} does. Stop the "
+            "sweep on all machines (Ctrl-C loses nothing), then give this command again."
+        )
