@@ -98,10 +98,12 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     """Prepare, search, conclude, also where the search ends early. One of many workers leaves the conclusion
     to its launcher."""
     from lora_search.database.outbox import Outbox
+    from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.copies import bring_results
     from lora_search.output.tracking import make_tracker
     from lora_search.prepare import describe_search, prepare_sweep
+    from lora_search.service.samples import keep_samples
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_study
@@ -120,6 +122,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             if not study.is_finished:
                 with progress, interrupts.after_the_pass():
                     work(study, engine, tracker, progress, interrupts.check)
+                study.note_peak(peak_bytes(engine.model.device))
             if study.is_finished:
                 with interrupts.after_the_pass():
                     bring_results(study.rows(), study.folder, engine.keeper.artifacts)
@@ -132,6 +135,10 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             raise
     if is_alone:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
+        pairs = engine.splits.pairs.get("validation", ())
+        del engine  # the base is loaded once more, without packing
+        if study.is_finished:
+            keep_samples(config, study.identity.commit, found[0], pairs, progress)
         conclude(*found, config, progress)
 
 

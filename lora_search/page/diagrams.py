@@ -69,8 +69,11 @@ def parallel(rows: Sequence[TrialRow], best: TrialRow | None, keys: Sequence[str
     y = value_axis([row.perplexity for row in shown if row.perplexity], base, height + 14)
     ticks = [axis[1] for axis in axes] + [[(y.at(v), name) for v, name in y.ticks()]]
     parts: list[str] = []
-    for place, name, marks in zip(places, [*short_names(keys), "perplexity"], ticks, strict=True):
-        parts += [upright(place, 14, height - 30), text_at(place, height - 8, name, kind="name")]
+    names = [*short_names(keys), "perplexity"]
+    is_crowded = sum(map(len, names)) > 100
+    for i, (place, name, marks) in enumerate(zip(places, names, ticks, strict=True)):
+        foot = height - 8 + (15 * (i % 3) if is_crowded else 0)
+        parts += [upright(place, 14, height - 30), text_at(place, foot, name, kind="name")]
         beside = (place + 8, "start") if place == places[-1] else (place - 6, "end")
         parts += [text_at(beside[0], at + 4, text, beside[1]) for at, text in marks]
     worst_first = [*(row for row in shown[::-1] if row is not best), *(row for row in shown if row is best)]
@@ -81,7 +84,7 @@ def parallel(rows: Sequence[TrialRow], best: TrialRow | None, keys: Sequence[str
         title = f"<title>{escape(describe(row, row.perplexity))}</title>"
         parts.append(f'<path class="line {kind_of(row, best)}" d="M{path}">{title}</path>')
     label = f"Settings and perplexity of the {len(shown)} best trials, a line for each"
-    return svg(WIDE, height, label, parts)
+    return svg(WIDE, height + (30 if is_crowded else 0), label, parts)
 
 
 def _setting_axis(

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from lora_search.results.formatting import show_count, show_seconds
 from lora_search.settings.recorded import recorded_values
+from lora_search.study.about import PEAK
 from lora_search.trial import TrialRow
-
-PEAK = "peak_memory_bytes"  # attribute of the study
 
 
 def costs(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lora_search.results.certainty import SURE, Certainty
-from lora_search.results.costs import PEAK
 from lora_search.results.formatting import (
     show_count,
     show_difference,
@@ -14,7 +13,7 @@ from lora_search.results.formatting import (
 )
 from lora_search.results.verdict import line_of_test, tied_line
 from lora_search.settings.recorded import plain, recorded_values
-from lora_search.study.about import LENGTHS
+from lora_search.study.about import LENGTHS, PEAK
 from lora_search.study.budget import WORKED
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow

@@ -122,10 +122,13 @@ class Answerer:
         return self._answer([self._prompt(question)], trial, AnswerStream(self.tokenizer))[0]
 
     def answer_all(self, questions: Sequence[str], trial: int | None, batch_size: int) -> list[str]:
-        """Return the greedy answers in the order of the questions; like lengths go together."""
-        prompts = [self._prompt(question) for question in questions]
+        """Return the greedy answers in the order of the questions."""
+        return self.complete([self._prompt(question) for question in questions], trial, batch_size)
+
+    def complete(self, prompts: Sequence[str], trial: int | None, batch_size: int = 8) -> list[str]:
+        """Return the greedy answers to prompts that are rendered already, in their order."""
         found: dict[int, str] = {}
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths go together
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             found |= dict(zip(batch, self._answer([prompts[i] for i in batch], trial), strict=True))

@@ -216,6 +216,7 @@ class StudyConfig:
     max_retries: int = 3  # worker deaths that a trial survives at the same rung
     first_trial_is_default: bool = True  # the first trial uses the settings outside `space`
     first_trials: bool = True  # the next ones use learning rates that worked well for other models
+    sample_answers: int = 3  # validation questions that base and best answer in the report
     keep_gib: float = 1.0  # disk space for checkpoints of paused trials (pruner.resume_paused)
 
     def __post_init__(self) -> None:
@@ -230,6 +231,7 @@ class StudyConfig:
         for key, least, most in (
             ("heartbeat_seconds", 1, DAY), ("patience_seconds", 0, 365 * DAY), ("max_retries", 0, 1000),
             ("max_failures_in_a_row", 1, 100_000), ("keep_gib", 0, 1_000_000),
+            ("sample_answers", 0, 20),
         ):  # fmt: skip
             require_range(f"study.{key}", getattr(self, key), least, most)
 

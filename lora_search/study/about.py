@@ -18,6 +18,7 @@ from lora_search.study.fingerprint import flat
 from lora_search.trial import StudySummary
 
 LENGTHS = "length_histogram"
+PEAK = "peak_memory_bytes"
 BUCKETS = 24
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 

@@ -30,7 +30,7 @@ from lora_search.search.trials import (
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
-from lora_search.study.about import attributes_of, describe, standing
+from lora_search.study.about import PEAK, attributes_of, describe, standing
 from lora_search.study.adoption import check_adoptable, check_study
 from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
@@ -288,6 +288,11 @@ class SweepStudy:
             return known
         self.study.set_user_attr(key, measure())
         return float(self.study.user_attrs[key])
+
+    def note_peak(self, peak_bytes: int) -> None:
+        """Remember the most memory that any worker took."""
+        if peak_bytes > (number_of(self.study.user_attrs, PEAK) or 0):
+            self.study.set_user_attr(PEAK, str(peak_bytes))
 
     @staticmethod
     def read(config: StudyConfig) -> tuple[list[TrialRow], dict[str, str]]:
