@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.control_tokens import control_tokens_of
 from lora_search.data.order import DataAxis
-from lora_search.data.preparation import pairs_text, prepare, write_pairs
+from lora_search.data.preparation import SPLITS, pairs_text, prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.store import knows_rows
@@ -97,12 +97,16 @@ def describe_search(config: SweepConfig, space: Space) -> list[str]:
 
 
 def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
-    """Return what was read and left out, and how long the rows are: one line each."""
+    """Return what is used, read and left out, and how long the rows are: a few facts in each line."""
     is_length = {key: key.startswith(LENGTH) for key in splits.counts}
-    rows = ", ".join(f"{count} {key}" for key, count in splits.counts.items() if not is_length[key])
+    used = ", ".join(f"{splits.counts[name]} {name}" for name in SPLITS if name in splits.counts)
+    others = [
+        f"{count} {key}" for key, count in splits.counts.items() if not is_length[key] and key not in SPLITS
+    ]
+    further = [f"  {', '.join(others[i : i + 3])}" for i in range(0, len(others), 3)]
     lengths = [f"{key.removeprefix(LENGTH)} {n}" for key, n in splits.counts.items() if is_length[key]]
     chosen = f"rows are cut at {splits.max_length} tokens (data.max_length={config.data.max_length})"
-    return [f"data {config.data.name}: {rows}", f"{chosen}; before that:{','.join(lengths)}"]
+    return [f"data {config.data.name}: {used} rows", *further, f"{chosen}; before that:{','.join(lengths)}"]
 
 
 def measure_base(engine: Engine, folder: Path) -> str:
@@ -200,6 +204,8 @@ def prepare_sweep(
     study = open_study(config, sweep_name, space, inputs, content, progress.began)
     if config.artifacts.uri is not None:
         engine.keep_copies(Artifacts(config.artifacts.uri, place_of(config.study.name, study.identity.id)))
+    if config.launcher.worker is None:  # a launcher's worker has a log of its own
+        progress.log.open(study.folder)
     for change in study.changes:
         progress.event(f"study {config.study.name}: changed {change}")
     generation = base.model.generation_config.to_diff_dict()

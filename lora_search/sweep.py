@@ -113,6 +113,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     space = parse_space(config)
     check_study(config, space)
     is_alone = config.launcher.worker is None
+    progress.searched = list(space.expressions)
     about = {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
     with closing(make_tracker(config, about)) as tracker:
         for line in describe_search(config, space):
@@ -172,6 +173,7 @@ def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> No
     name, folder = _name(arguments), _folder(arguments)
     overrides = given_overrides(arguments.overrides, os.environ)
     config = compose(name, overrides, folder)
+    progress.event(f"sweep {name}: study {config.study.name} in {Path(config.runs_dir) / config.study.name}")
     if config.launcher.name == "local" and config.launcher.worker is None:
         command = Command(sweep=name, config_dir=folder and folder.resolve(), overrides=tuple(overrides))
         run_together(config, command, progress, interrupts)

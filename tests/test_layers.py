@@ -42,7 +42,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "fsspec": {"files.artifacts"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},
-    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview"},
+    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview", "output.slots"},
     "gguf": {"model.checks"},
     "jinja2": {"page.report", "data.templates"},
 }

@@ -243,6 +243,7 @@ def test_people_are_told_how_long_their_rows_are() -> None:
     splits = Splits((), (), (), 64, "hash", counts)
 
     assert describe_rows(config, splits) == [
-        "data construction-faq: 9 rows read, 7 train",
+        "data construction-faq: 7 train rows",
+        "  9 rows read",
         "rows are cut at 64 tokens (data.max_length=128); before that: median 40, longest 90",
     ]

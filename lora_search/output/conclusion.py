@@ -52,10 +52,10 @@ def _conclude(
     if not is_final(rows, attributes):
         progress.event("not all is done: this is the leaderboard so far")
     board = leaderboard(rows, base_perplexity, certainty_of(rows, folder), progress.console.width)
-    progress.console.print(board)
+    progress.show(board)
     test = read_test_score(attributes)
     if test is not None:
-        progress.console.print(line_of_test(test, best_of(rows)), markup=False, soft_wrap=True)
+        progress.show(line_of_test(test, best_of(rows)))
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
         known = dict(attributes)
@@ -68,10 +68,10 @@ def _conclude(
         )
     for note in edges_of_best(rows, config):
         progress.event(note)
-    progress.console.print("Next:")
+    progress.show("Next:")
     found = f"{best}/adapter" if best else "not here: see the warning above" if best_of(rows) else "none yet"
     steps = next_steps(config, folder, found, go_on="the same command" if is_interrupted else None)
-    progress.console.print(steps, markup=False, soft_wrap=True)
+    progress.show(steps)
 
 
 def edges_of_best(rows: Sequence[TrialRow], config: SweepConfig) -> list[str]:

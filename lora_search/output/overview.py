@@ -1,7 +1,7 @@
 """What `status` and `list` show: a line for each study, and one study in full."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_search.output.leaderboard import leaderboard
-from lora_search.output.terminal import slot_table
+from lora_search.output.slots import slot_table
 from lora_search.results.certainty import certainty_of
 from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
-from lora_search.results.formatting import show_change, show_perplexity
-from lora_search.results.ranking import best_of
+from lora_search.results.formatting import show_change, show_perplexity, show_seconds
+from lora_search.results.ranking import best_of, searched_keys
 from lora_search.results.verdict import line_of_test
 from lora_search.settings.recorded import recorded_values
 from lora_search.study.confirmation import Confirmation, read_confirmation
@@ -59,6 +59,22 @@ def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Tab
     return table
 
 
+def seconds_left(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> float | None:
+    """Return the time left at the pace of all time so far, where as many trials are pruned as until now. None
+    before the first trial has ended, or where a budget alone ends the sweep."""
+    settings = recorded_values(attributes)
+    wanted, hours = settings.get("study.n_trials"), float(attributes.get("hours over all starts", 0))
+    ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED")]
+    done = sum(len(row.perplexities) for row in rows)
+    if not isinstance(wanted, int) or not ended or not done or not hours:
+        return None
+    usual = sum(len(row.perplexities) for row in ended) / len(ended)
+    begun = [len(row.perplexities) for row in rows if row.state == "RUNNING"]
+    not_begun = max(0, wanted - len(ended) - len(begun))
+    rungs = usual * not_begun + sum(max(1.0, usual - count) for count in begun)
+    return rungs * hours * 3600 / done
+
+
 def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     """Return one study: its line, who trains what, leaderboard and test score."""
     rows, attributes, slots = view.rows(), view.attributes(), view.slots()
@@ -66,7 +82,10 @@ def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     parts: list[RenderableType] = [studies_table([view]), ""]
     if workers:
         alive = sum(not is_dead for is_dead in workers.values())
-        parts += [f"{alive} of {len(workers)} workers alive, {len(slots)} slots busy", slot_table(slots), ""]
+        left = seconds_left(rows, attributes) if alive else None
+        then = f", about {show_seconds(left)} left" if left is not None else ""
+        parts.append(f"{alive} of {len(workers)} workers alive, {len(slots)} slots busy{then}")
+        parts += [slot_table(slots, searched_keys(rows), width), ""]
     if "base_perplexity" in attributes:
         base = float(attributes["base_perplexity"])
         parts.append(leaderboard(rows, base, certainty_of(rows, folder), width))

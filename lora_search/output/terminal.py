@@ -3,6 +3,7 @@
 The program prints here and nowhere else.
 """
 
+import io
 import logging
 import os
 import shlex
@@ -29,8 +30,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from lora_search.output.log_file import LogFile
+from lora_search.output.slots import rungs_trained, slot_table
 from lora_search.output.streams import clean, shorten
-from lora_search.results.formatting import show_perplexity, show_seconds, show_value
+from lora_search.results.formatting import show_perplexity, show_seconds
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary
@@ -81,6 +84,9 @@ class Progress:
         self._drawn = float("-inf")
         self._time_left = TimeLeft()
         self._live: Live | None = None
+        self.searched: Sequence[str] = ()  # the keys that the live view shows
+        self.log = LogFile()
+        self._logged = float("-inf")
         self._relay = WarningRelay(self)
 
     def __enter__(self) -> "Progress":
@@ -101,13 +107,23 @@ class Progress:
     def event(self, text: str) -> None:
         """Print a line that stays: a step of the set-up, a trial pruned, ended, failed."""
         elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
+        self.log.write(f"{elapsed}{text}")
         self.console.print(
             elapsed + Text(clean(shorten(redact(text)))), soft_wrap=not self.console.is_interactive
         )
 
     def refuse(self, error: Exception) -> None:
         """Print the one message that ends a command."""
+        self.log.write(str(error))
         self.console.print(Text(clean(shorten(redact(str(error)))), style="red"), soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or a text that stays."""
+        self.console.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
+        plain = Console(file=io.StringIO(), width=PLAIN_WIDTH, force_terminal=False, highlight=False)
+        plain.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
+        assert isinstance(plain.file, io.StringIO)
+        self.log.write(plain.file.getvalue())
 
     def wait(self, text: str) -> None:
         """Print why nothing happens here, now and then."""
@@ -122,11 +138,16 @@ class Progress:
             return
         self._drawn = now
         seconds_left = self._time_left.estimate(now, slots, summary)
+        line = status_line(slots, summary, tokens_per_second, seconds_left)
         if self._live is None:
-            self.event(status_line(slots, summary, tokens_per_second, seconds_left))
+            self.event(line)
         else:
+            if now - self._logged >= LINE_SECONDS:
+                self._logged = now
+                self.log.write(f"[{show_seconds(now - self._started):>5}] {line}")
             head = heading(now - self._started, seconds_left, summary, tokens_per_second)
-            self._live.update(Clean(Group(head, slot_table(slots))), refresh=True)
+            table = slot_table(slots, self.searched, self.console.width)
+            self._live.update(Clean(Group(head, table)), refresh=True)
 
 
 class WarningRelay(logging.Handler):
@@ -184,11 +205,6 @@ class TimeLeft:
         return waiting * usual + running
 
 
-def rungs_trained(slot: SlotView) -> float:
-    """Return the rungs measured and the part of the next one."""
-    return slot.examples_seen * (slot.rung + 1) / max(1, slot.next_rung_examples)
-
-
 def heading(
     elapsed: float, seconds_left: float | None, summary: StudySummary, tokens_per_second: float
 ) -> RenderableType:
@@ -228,38 +244,6 @@ def best_line(summary: StudySummary) -> Text:
         return Text("no trial is complete yet", style="dim")
     line = Text(f"best perplexity {show_perplexity(summary.best_perplexity)}", style="bold green")
     return line.append(f" (trial {summary.best_number})", style="not bold")
-
-
-def slot_table(slots: Sequence[SlotView]) -> Table:
-    """Return one row per busy slot."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True)
-    for name in ("trial", "r", "alpha", "lr", "batch"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("targets", no_wrap=True, overflow="ellipsis", max_width=20)
-    for name in ("loss", "perplexity", "rung"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("next rung", ratio=1, min_width=9, no_wrap=True)
-    for slot in slots:
-        table.add_row(*slot_cells(slot))
-    return table
-
-
-def slot_cells(slot: SlotView) -> list[RenderableType]:
-    settings = slot.settings
-    accumulation = settings.gradient_accumulation_steps
-    part = rungs_trained(slot) - slot.rung
-    return [
-        str(slot.trial_number),
-        str(settings.r),
-        show_value(settings.alpha),
-        show_value(settings.lr),
-        f"{settings.batch_size}x{accumulation}" if accumulation > 1 else str(settings.batch_size),
-        show_value(settings.target_modules),
-        "-" if slot.loss is None else f"{slot.loss:.3f}",
-        show_perplexity(slot.perplexity),
-        f"{slot.rung}/{settings.num_rungs}",
-        ProgressBar(total=1.0, completed=min(1.0, max(0.0, part)), complete_style="cyan"),
-    ]
 
 
 def status_line(

@@ -14,7 +14,8 @@ from lora_search.study.identity import Identity, find_identity
 
 MARKER = "study.json"  # the id of the study
 RESULTS = ("trials", "data", "best", "tokenizer", "report.html")  # that a study leaves in its folder
-WRITTEN = (*RESULTS, MARKER, "best.new", "workers", "wandb", "confirm", "final", "export")
+AFTER = ("confirm", "final", "export", "samples.json")  # that later commands leave
+WRITTEN = (*RESULTS, *AFTER, MARKER, "best.new", "workers", "sweep.log", "wandb")
 SIDES = ("", "-wal", "-shm", "-journal")  # suffixes of the files that SQLite writes
 
 

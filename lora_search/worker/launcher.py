@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.output.terminal import Progress
 from lora_search.results.formatting import show_perplexity
 from lora_search.settings.schema import StudyConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
-from lora_search.study.view import StudyView
 from lora_search.worker.command import Command
+
+if TYPE_CHECKING:
+    from lora_search.study.view import StudyView
 
 LOGS = "workers"  # the folder of their logs, in the study's
 LOOK_SECONDS = 1.0  # between two looks at the workers and the study
@@ -185,8 +188,8 @@ class Team:
 class Overview:
     """The study of all workers on one screen, read from the database now and then."""
 
-    def __init__(self, config: StudyConfig, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: StudyConfig, progress: Progress, folder: Path) -> None:
+        self.config, self.progress, self._folder = config, progress, folder
         self._view: StudyView | None = None
         self._states: dict[int, str] = {}
         self._tokens, self._started = 0, 0.0
@@ -205,13 +208,16 @@ class Overview:
             self.progress.wait(str(error))
 
     def _open(self) -> None:
+        from lora_search.study.view import StudyView  # the sweep's first line does not wait for the database
+
         view = StudyView(self.config)
+        self.progress.log.open(self._folder)
         rows = view.rows()
         self._states = {row.number: row.state for row in rows}
         self._tokens, self._started = sum(row.train_tokens for row in rows), time.monotonic()
         self._view = view
 
-    def _show(self, view: StudyView) -> None:
+    def _show(self, view: "StudyView") -> None:
         rows = view.rows()
         for row in rows:
             if row.state in ENDS and self._states.get(row.number) != row.state:
@@ -228,9 +234,10 @@ class Overview:
 def run_workers(config: SweepConfig, command: Command, progress: Progress, check: Callable[[], None]) -> None:
     """Start the workers and look after them until the study is through. Raises what ended them all, and
     what ``check``, called now and then, does."""
+    folder = Path(config.runs_dir) / config.study.name
     num_gpus = 0 if config.engine.device == "cpu" else visible_gpus()
     environments = plan_workers(config, num_gpus, os.environ)
-    team, overview = make_team(config, command, environments), Overview(config.study, progress)
+    team, overview = make_team(config, command, environments), Overview(config.study, progress, folder)
     places = f"{len(environments)} on GPUs of their own" if num_gpus else f"{len(environments)} on the CPU"
     with team, progress:
         progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
