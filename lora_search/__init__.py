@@ -2,6 +2,6 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every import which kernels it lacks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing kernels at every import
 
 __version__ = "0.2.0"

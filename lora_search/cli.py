@@ -1,5 +1,5 @@
-"""`lora-search COMMAND ...`: the same as `python -m lora_search.COMMAND ...`. Imports no command but the one
-it runs, so that --help is there at once."""
+"""`lora-search COMMAND ...` is the same as `python -m lora_search.COMMAND ...`. Imports only the command that
+it runs, so that --help is instant."""
 
 import runpy
 import sys
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from lora_search import __version__
 
-COMMANDS = {  # each is the module lora_search.NAME
+COMMANDS = {  # name of the module in lora_search -> purpose
     "sweep": "search hyperparameters: train, prune, resume, conclude",
-    "plan": "forecast time, tokens, money and memory of a sweep: a probe of seconds, no study",
-    "inspect": "look at rows, lengths and the loss mask, without training",
-    "score": "score winner and base on the test split; a sweep does it once, at its end",
+    "plan": "forecast time, tokens, cost and memory of a sweep, from a probe of seconds, without a study",
+    "inspect": "show rows, lengths and the loss mask, without training",
+    "score": "score winner and base on the test split; a sweep does so once, at its end",
     "confirm": "retrain the best trials with fresh seeds: is the winner luck?",
     "export": "write an adapter, or merged weights, as a folder with a model card",
     "generate": "answer questions with base and trials, one by one or a whole file",
@@ -20,7 +20,7 @@ COMMANDS = {  # each is the module lora_search.NAME
     "delete": "delete a study, its folder and its W&B runs; asks first",
     "report": "write runs/<study>/report.html anew, also while the sweep runs",
 }
-USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows what a command takes)"
+USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows its arguments)"
 
 
 def main() -> int:
@@ -29,10 +29,10 @@ def main() -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command with its arguments; it leaves with its own exit code."""
+    """Run the command with its arguments; it exits with its own code."""
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print(help_page())  # noqa: T201 (no library is imported for this page)
+        print(help_page())  # noqa: T201 (this page imports no library)
         return 0
     if name == "--version":
         print(f"lora-search {__version__}")  # noqa: T201
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def help_page() -> str:
-    """Return the commands, one a line."""
+    """Return the commands, one per line."""
     lines = [f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join([USAGE, "", *lines])
 

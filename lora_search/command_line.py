@@ -1,7 +1,7 @@
-"""What the commands share: how a command line names a study, and how a command ends.
+"""Shared by the commands: the arguments that name a study, and the exit code.
 
-Every command but `sweep` is `run(command, parser)`; a user sees one message and an exit code, no traceback.
-Imports no torch.
+Every command except `sweep` is `run(command, parser)`; a user sees one message and no traceback. Imports no
+torch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lora_search.worker.interrupts import EXIT_CODE
 
 @dataclass(frozen=True)
 class FoundStudy:
-    """Where a study lies: its database and its folder. Neither need exist."""
+    """A study's database and folder. Neither need exist."""
 
     config: StudyConfig
     runs_dir: Path
@@ -36,28 +36,28 @@ class FoundStudy:
 
 
 def study_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for a command that takes a study: study.name=NAME, and study.storage=URL where it is
-    not the default. Options of the command's own may be added."""
+    """Return a parser for a command on a study: study.name=NAME, and study.storage=URL unless it is the
+    default. The command may add its own options."""
     parser = argparse.ArgumentParser(
         prog=f"lora-search {command}", description=description, allow_abbrev=False
     )
     parser.add_argument("-cn", "--config-name", dest="sweep", default=DEFAULT_SWEEP, metavar="SWEEP",
-                        help="the sweep whose study.name and study.storage count where none is given "
+                        help="the sweep whose study.name and study.storage are the defaults "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="a folder of your own sweeps")
-    which = "study.name=NAME; study.storage=URL and runs_dir=FOLDER where they are not the default"
+    which = "study.name=NAME; study.storage=URL and runs_dir=FOLDER unless they are the default"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=which)
     return parser
 
 
 def find_study(arguments: argparse.Namespace) -> FoundStudy:
-    """Return the study that a command line names. Raises InputError for what is wrong with it."""
+    """Return the study that a command line names. Raises InputError."""
     study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
     return FoundStudy(study, Path(runs_dir))
 
 
 def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the command's own keys, given or at their defaults, and leave the others to the sweep's."""
+    """Return the command's own keys, given or at their defaults; remove them from the overrides."""
     typed = [text.partition("=") for text in arguments.overrides]
     given = {key: value for key, equals, value in typed if equals and key in known}
     arguments.overrides = [text for text in arguments.overrides if text.partition("=")[0] not in given]
@@ -65,7 +65,7 @@ def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, s
 
 
 def chosen_trial(key: str, text: str, rows: Sequence[TrialRow]) -> TrialRow:
-    """Return the trial of that number, the best where the text is empty. Raises ConfigError."""
+    """Return the trial with that number, or the best if the text is empty. Raises ConfigError."""
     if not text:
         best = best_of(rows)
         if best is None:
@@ -86,8 +86,7 @@ def whole_number(key: str, text: str) -> int:
 
 
 def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
-    """Return the settings of the study's sweep as it recorded them, with the `engine` keys and runs_dir that
-    the command line gives."""
+    """Return the settings that the study recorded, with the `engine` keys of the command line."""
     config = recorded_config(attributes, found.config)
     typed = [key.partition("=")[0] for key in arguments.overrides]
     sections = {key.partition(".")[0] for key in typed}

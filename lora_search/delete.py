@@ -1,4 +1,4 @@
-"""`python -m lora_search.delete study.name=NAME [--yes]`: the study, its folder and the W&B runs in it.
+"""`python -m lora_search.delete study.name=NAME [--yes]`: delete the study, its folder and its W&B runs.
 
 Asks first. Imports no torch.
 """
@@ -26,7 +26,7 @@ def main() -> int:
 
 
 def delete(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Ask, then delete study and folder: first the study, so that no worker takes another trial."""
+    """Ask, then delete study and folder: the study first, so that no worker takes another trial."""
     if not any(text.startswith("study.name=") for text in arguments.overrides):
         raise InputError("study.name: must be given to delete a study. Add study.name=NAME.")
     found = find_study(arguments)
@@ -34,11 +34,11 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
     find_owned(found.config, found.folder)
     alive = sum(not is_dead for is_dead in view.workers().values())
     if alive:
-        raise StudyError(f"study.name: {found.config.name!r} has {alive} workers at work. Stop them first.")
+        raise StudyError(f"study.name: {found.config.name!r} has {alive} running workers. Stop them first.")
     num_trials = len(view.rows())
     what = f"study {found.config.name!r} with {num_trials} trials and the folder {found.folder}"
     if not arguments.yes and not agrees(found.config.name, what, progress):
-        raise ConfigError("study.name", found.config.name, "was not typed again, so nothing is deleted")
+        raise ConfigError("study.name", found.config.name, "was not confirmed, so nothing is deleted")
     attributes = view.attributes()
     delete_study(found.config)
     delete_copies(recorded_config(attributes, found.config), attributes)
@@ -49,7 +49,7 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
 
 
 def delete_copies(config: SweepConfig, attributes: Mapping[str, str]) -> None:
-    """Delete what the study has at artifacts.uri. Raises ArtifactError where it cannot be reached."""
+    """Delete the study's files at artifacts.uri. Raises ArtifactError if it cannot be reached."""
     if config.artifacts.uri is not None:
         from lora_search.files.artifacts import Artifacts, place_of
 
@@ -57,9 +57,9 @@ def delete_copies(config: SweepConfig, attributes: Mapping[str, str]) -> None:
 
 
 def agrees(name: str, what: str, progress: Progress) -> bool:
-    """Ask for the study's name; no answer is a no."""
-    progress.console.print(f"This deletes {what} for good.", markup=False, soft_wrap=True)
-    progress.console.print("Type the study's name to go on: ", end="", markup=False)
+    """Ask for the study's name; no answer means no."""
+    progress.console.print(f"This deletes {what} permanently.", markup=False, soft_wrap=True)
+    progress.console.print("Type the study's name to confirm: ", end="", markup=False)
     sys.stdout.flush()
     return sys.stdin.readline().strip() == name
 

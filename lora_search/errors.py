@@ -1,15 +1,15 @@
-"""What users may see instead of a traceback: one message that names the key, the value, the rule and the
+"""The errors that users see instead of a traceback: one message with the key, the value, the rule and the
 remedy."""
 
 
 class LoraSearchError(Exception):
-    """The sweep cannot go on; the message says why and what to do. Exit code 1."""
+    """The sweep cannot continue; the message says why and what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class InputError(LoraSearchError):
-    """Something the user gave is wrong: a setting, a path, a row of data. Exit code 2."""
+    """The user's input is wrong: a setting, a path, a row of data. Exit code 2."""
 
     exit_code = 2
 
@@ -24,7 +24,7 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A data file cannot be used as it is."""
+    """A data file cannot be used as is."""
 
 
 class ModelError(InputError):
@@ -32,28 +32,28 @@ class ModelError(InputError):
 
 
 class StudyError(LoraSearchError):
-    """The study refuses: other settings under the same name, or too many failed trials in a row."""
+    """The study cannot be used or continued, e.g. after too many failed trials in a row."""
 
 
 class DatabaseError(StudyError):
-    """The database behind the study does not answer, or answers with an error."""
+    """The study's database does not answer, or answers with an error."""
 
 
 class DoesNotFitError(LoraSearchError):
-    """Memory ran out with the smallest piece of work there is."""
+    """Memory ran out with the smallest possible pass."""
 
 
 class WriteError(LoraSearchError):
-    """The disk takes no more: full, over quota, read-only."""
+    """The disk cannot be written: full, over quota, read-only."""
 
     def __init__(self, path: object, cause: str) -> None:
         super().__init__(
-            f"runs_dir: {path} cannot be written: {cause}. Nothing that was there is lost: make room, "
-            "then the same command goes on."
+            f"runs_dir: {path} cannot be written: {cause}. Existing files are unchanged: make room, then run "
+            "the same command again."
         )
 
 
 class FingerprintError(StudyError):
-    """The same study name was used with other settings; wrong input, hence exit code 2."""
+    """The study was made with other settings. This is wrong input, hence exit code 2."""
 
     exit_code = 2

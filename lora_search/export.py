@@ -1,6 +1,7 @@
 """`python -m lora_search.export study.name=NAME [trial=N] [merge=true] [to=DIR]`: a folder ready to serve.
 
-The adapter with tokenizer and model card, or merged weights, checked after writing. Only merge loads torch.
+The folder has the adapter with tokenizer and model card, or merged weights, which are checked after writing.
+Only merge imports torch.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Write the folder and say where it is."""
+    """Write the folder and report its path."""
     own = take(arguments, OWN)
     if own["merge"] not in ("true", "false"):
         raise ConfigError("merge", own["merge"], "must be true or false")
@@ -44,7 +45,7 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
     name = f"trial-{row.number}-merged" if is_merged else f"trial-{row.number}"
     to = Path(own["to"]) if own["to"] else found.folder / "export" / name
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError("to", str(to), "must be an empty folder or none", "Remove it, or name another.")
+        raise ConfigError("to", str(to), "must be a new or empty folder", "Remove it, or name another.")
     attributes = view.attributes()
     merged = merge_to(arguments, found, attributes, row, to, progress) if is_merged else None
     if merged is None:
@@ -59,12 +60,12 @@ def source_folder(found: FoundStudy, row: TrialRow) -> Path:
     """Return the trial's adapter. Raises StudyError if it was trained on another machine."""
     adapter = found.folder / "trials" / str(row.number) / "adapter"
     if not adapter.is_dir():
-        raise StudyError(f"trial {row.number}: {adapter} is not here. Export it where it was trained.")
+        raise StudyError(f"trial {row.number}: {adapter} does not exist. Export it where it was trained.")
     return adapter
 
 
 def copy_adapter(adapter: Path, tokenizer: Path, to: Path) -> None:
-    """Copy adapter and tokenizer; what an older version did not write is left out."""
+    """Copy adapter and tokenizer, if an older version wrote the latter."""
     with explained_writing(to):
         for folder in (tokenizer, adapter):
             if folder.is_dir():
@@ -85,7 +86,7 @@ def merge_to(
     from lora_search.service.reopen import read_again
 
     if config.model.quantization is not None:
-        progress.event("the base was in 4 bits while it was trained on; it is merged in full precision")
+        progress.event("the adapter was trained on the 4-bit base; it is merged into the unquantized base")
     inputs, identity = read_again(config), find_identity(found.config)
     expected = row.perplexity if row.perplexity is not None else float("nan")
     to.parent.mkdir(parents=True, exist_ok=True)

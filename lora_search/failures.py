@@ -1,4 +1,4 @@
-"""An exception as the study stores it. docs/failures.md has the table of what fails and what happens then."""
+"""An exception as text for the study. docs/failures.md has the table of failures and their consequences."""
 
 import traceback
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from lora_search.settings.secrets import redact
 
 PACKAGE = Path(__file__).parent
-MAX_MESSAGE = 300  # characters of an exception's message that are stored
+MAX_MESSAGE = 300  # characters of an exception's message to store
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return exception type, message and place: the last line of ours that it came through."""
+    """Return exception type, message and place: the last line of our code in the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
     message = " ".join(redact(str(error)).split())[:MAX_MESSAGE]
@@ -20,5 +20,5 @@ def failure_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what the exception says first, or else its type."""
+    """Return the first line of the exception's message, or its type."""
     return redact((str(error).strip().splitlines() or [type(error).__name__])[0])

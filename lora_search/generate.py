@@ -1,4 +1,4 @@
-"""`python -m lora_search.generate study.name=NAME "question" ...`: base and trials answer, side by side.
+"""`python -m lora_search.generate study.name=NAME "question" ...`: answers of base and trials, side by side.
 
 questions=FILE.jsonl answers=FILE.jsonl answers a whole file. The base is loaded once. Imports torch.
 """
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from lora_search.service.plain import Answerer
 
 OWN = {"trials": "", "questions": "", "answers": "", "max_new_tokens": "200", "batch_size": "8"}
-KEYS = ("question", "instruction", "prompt")  # where a line of questions=FILE may keep the question
+KEYS = ("question", "instruction", "prompt")  # that may have the question in a line of questions=FILE
 
 
 def main() -> int:
-    """Answer what the command line asks; return the exit code."""
+    """Answer the questions of the command line; return the exit code."""
     own = (
-        "Questions are what is no key=value. Own keys: trials=3,5 (default: the best), questions=FILE.jsonl, "
-        "answers=FILE.jsonl, max_new_tokens=200, batch_size=8."
+        "All arguments that are not key=value are questions. Own keys: trials=3,5 (default: the best), "
+        "questions=FILE.jsonl, answers=FILE.jsonl, max_new_tokens=200, batch_size=8."
     )
     return run(generate, study_parser("generate", f"Answer questions with base and trials, greedily. {own}"))
 
@@ -65,7 +65,7 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
 
 
 def take_questions(arguments: argparse.Namespace, own: Mapping[str, str]) -> list[str]:
-    """Return the questions of the command line and of the file, and leave the keys. Raises InputError."""
+    """Return the questions of command line and file; leave the keys in the overrides. Raises InputError."""
     is_key = re.compile(r"~?\+{0,2}[A-Za-z_][\w.@/]*=")
     questions = [text for text in arguments.overrides if not is_key.match(text)]
     arguments.overrides = [text for text in arguments.overrides if is_key.match(text)]
@@ -81,7 +81,7 @@ def take_questions(arguments: argparse.Namespace, own: Mapping[str, str]) -> lis
 def answer_here(
     answerer: "Answerer", questions: Sequence[str], trials: Sequence[int], progress: Progress
 ) -> None:
-    """Print each answer as it comes, the base's first."""
+    """Stream the answers to the terminal, the base's first."""
     for question in questions:
         progress.console.print(f"\n{question}", markup=False, style="bold", soft_wrap=True)
         for trial in (None, *trials):
@@ -108,7 +108,7 @@ def answer_file(
 
 
 def name_of(trial: int | None) -> str:
-    """Return base, or trial 5."""
+    """Return "base", or e.g. "trial 5"."""
     return "base" if trial is None else f"trial {trial}"
 
 
@@ -127,7 +127,7 @@ def read_questions(path: Path) -> list[str]:
 
 
 def question_in(line: str) -> str:
-    """Return the question of a line of JSON; nothing if there is none."""
+    """Return the question in a line of JSON; "" if there is none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:

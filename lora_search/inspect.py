@@ -1,6 +1,6 @@
-"""`python -m lora_search.inspect [-cn SWEEP] data.path=...`: rows as a sweep would train on them.
+"""`python -m lora_search.inspect [-cn SWEEP] data.path=...`: show rows as a sweep would train on them.
 
-Reads, splits and tokenizes by the code of a run, which finds the tokens in the store later. Loads no weights.
+Reads, splits and tokenizes with the code of a sweep, which reuses the stored tokens. Loads no weights.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> int:
 
 
 def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Say what was read, how long the rows are, and show the first of them."""
+    """Report the source and lengths of the rows, and show the first ones."""
     config = compose(arguments.sweep, arguments.overrides, arguments.config_dir)
 
     from lora_search.data.store import knows_rows, lengths_before_cuts  # these import torch
@@ -43,7 +43,7 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     for line in [*histogram(lengths), "", *cut_table(lengths)]:
         print_plain(line, markup=False, highlight=False, soft_wrap=True)
     for row in rows:
-        print_plain(f"\n{row.num_tokens} tokens; the model learns to write what is green:", markup=False)
+        print_plain(f"\n{row.num_tokens} tokens; the model learns the green text:", markup=False)
         print_plain(coloured(row), soft_wrap=True)
     if arguments.html is not None:
         _write(arguments.html, page(f"Rows of {config.data.name}", lines, lengths, rows))

@@ -1,5 +1,5 @@
-"""What rows look like before anybody trains on them: lengths, what a maximum length would cut, text with
-the loss in colour; in the terminal, and as one HTML file."""
+"""Rows before training: lengths, what each maximum length would cut, text with the loss mask in colour; for
+the terminal, and as one HTML file."""
 
 import html
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ MARK = "mark{background:#b7f0c0}"
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row: pieces of its text, each with whether the model learns to write it."""
+    """One row: pieces of its text, each with whether the model learns it."""
 
     pieces: tuple[tuple[str, bool], ...]
     num_tokens: int
@@ -30,7 +30,7 @@ def shown_row(prompt: str, completion: str, masked: Sequence[tuple[int, int]], n
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Return the lengths of rows in tokens as bars, one line each."""
+    """Return a histogram of the row lengths in tokens, one line per bar."""
     most = max(lengths)
     step = max(1, -(-most // BARS))
     counts = [0] * (-(-most // step) + 1)
@@ -45,7 +45,7 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def cut_table(lengths: Sequence[int]) -> list[str]:
-    """Return what each maximum length would cut."""
+    """Return how much each maximum length would cut."""
     most, total = max(lengths), sum(lengths)
     limits = [limit for limit in LIMITS if limit < most] + [most]
     return [
@@ -56,7 +56,7 @@ def cut_table(lengths: Sequence[int]) -> list[str]:
 
 
 def coloured(row: ShownRow) -> Text:
-    """Return the row for the terminal; nothing of it can steer the terminal."""
+    """Return the row for the terminal, without control characters."""
     text = Text()
     for piece, is_learnt in row.pieces:
         text.append(_harmless(piece), style=LEARNT if is_learnt else "")
@@ -68,14 +68,14 @@ def _harmless(text: str) -> str:
 
 
 def page(title: str, lines: Sequence[str], lengths: Sequence[int], rows: Sequence[ShownRow]) -> str:
-    """Return all of it as one HTML page."""
+    """Return lengths and rows as one HTML page."""
     shown = "".join(f"<h3>{row.num_tokens} tokens</h3><pre>{_marked(row)}</pre>" for row in rows)
     said = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     tables = html.escape("\n".join([*histogram(lengths), "", *cut_table(lengths)]))
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}{MARK}</style>"
         f"<h1>{html.escape(title)}</h1>{said}<h2>Tokens in a training row</h2><pre>{tables}</pre>"
-        f"<h2>Rows as the model sees them</h2><p>It learns to write <mark>what is marked</mark>.</p>{shown}"
+        f"<h2>Rows as the model sees them</h2><p>It learns <mark>the marked text</mark>.</p>{shown}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m lora_search.list [study.storage=URL]`: a line for each study. Imports no torch."""
+"""`python -m lora_search.list [study.storage=URL]`: one line per study. Imports no torch."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ def main() -> int:
 
 
 def list_studies(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Print a line for each study."""
+    """Print one line per study."""
     show_all(find_study(arguments), progress)
 
 

@@ -1,7 +1,7 @@
-"""`python -m lora_search.plan -cn NAME key=value ...`: what a sweep will take, before it runs.
+"""`python -m lora_search.plan -cn NAME key=value ...`: forecast tokens, time, cost and memory of a sweep.
 
-Loads data and base as the sweep does, trains for some seconds with all slots busy, and throws that away:
-there is no study. The forecast is kept beside the runs, and the sweep's end compares it with what happened.
+Loads data and base as the sweep does, trains for some seconds with all slots busy, and discards the result;
+it creates no study. The forecast is stored next to the runs; at its end the sweep compares it with the facts.
 """
 
 import argparse
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 8.0
 LEAST_PASSES = 3
-BUDGET_TRIALS = 1000  # imagined where only a budget ends the sweep
+BUDGET_TRIALS = 1000  # assumed if only a budget ends the sweep
 
 
 def main() -> int:
     """Print the forecast of the sweep that the command line names; return the exit code."""
-    return run(plan, study_parser("plan", "What a sweep will take: a probe of seconds, no study."))
+    return run(plan, study_parser("plan", "Forecast a sweep from a probe of seconds, without a study."))
 
 
 def plan(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Measure, forecast and print; keep the forecast for the sweep's end."""
+    """Measure, forecast and print; store the forecast for the sweep's end."""
     config = compose(arguments.sweep, arguments.overrides, arguments.config_dir)
     space = parse_space(config)
     _, pruner = check_study(config, space)
@@ -77,7 +77,7 @@ def measure(engine: "Engine", config: SweepConfig, space: Space, setup_seconds: 
             TrialRun(number=i, seed=i, settings=one, folder=str(Path(folder) / str(i)))
             for i, one in enumerate(endless)
         ])  # fmt: skip
-        engine.advance()  # the first pass is slower: memory is taken, kernels are made
+        engine.advance()  # the first pass is slower: it allocates memory and compiles kernels
         speed = _tokens_per_second(engine)
         busy = [index for index, slot in enumerate(engine.slots) if slot is not None]
         began = time.perf_counter()
@@ -93,17 +93,17 @@ def _num_tokens(rows: "Sequence[Example]") -> int:
 
 
 def _tokens_per_second(engine: "Engine") -> float:
-    """Return the training speed by the wall's clock, optimizer steps included."""
+    """Return the training speed in wall time, optimizer steps included."""
     began, before, passes = time.perf_counter(), engine.throughput.total_tokens, 0
     while passes < LEAST_PASSES or time.perf_counter() - began < PROBE_SECONDS:
         passes += 1
         if engine.advance():
-            break  # an epoch is over already
+            break  # the epoch is over
     return (engine.throughput.total_tokens - before) / (time.perf_counter() - began)
 
 
 def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
-    """Return the engine that the sweep would have."""
+    """Return the engine that the sweep would use."""
     from lora_search.engine.build import Room, build_engine
     from lora_search.engine.content import content_of
     from lora_search.model.loading import load_base
@@ -119,12 +119,13 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     base = load_base(inputs.source, inputs.model, config.engine)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, Room.of_space(config, space), base, inputs.splits, content)
-    progress.event(f"engine: {sizes or f'{len(engine.slots)} slots, {engine.tokens_per_pass} tokens a pass'}")
+    size = sizes or f"{len(engine.slots)} slots, {engine.tokens_per_pass} tokens per pass"
+    progress.event(f"engine: {size}")
     return engine
 
 
 def _bytes(engine: "Engine") -> tuple[int, int]:
-    """Return the memory at the probe's peak, and what one trial's adapter takes on disk at most."""
+    """Return the peak memory of the probe, and the largest size of an adapter on disk."""
     from lora_search.ops.device import peak_bytes
 
     return peak_bytes(engine.model.device), engine.bank.theta_SP.shape[1] * 4

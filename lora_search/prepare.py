@@ -1,7 +1,7 @@
-"""From settings to an engine and a study that are ready to search, and what is refused on the way.
+"""From settings to an engine and a study that are ready to search, with all checks on the way.
 
-Folders and the database first, then rows, then what the rows cannot fill; the model last. Imports torch, so
-`sweep` imports it only when it is going to train.
+Folders and database come first, then the rows, then settings that do not fit the rows, the model last.
+Imports torch, so `sweep` imports this module only before training.
 """
 
 import json
@@ -51,18 +51,18 @@ from lora_search.study.identity import Identity
 from lora_search.study.study import BASE_WIDTH, SweepStudy
 from lora_search.worker.command import typed_command
 
-BASE_TOLERANCE = {"float32": 1e-4}  # of a base's perplexity: another device or kernel rounds otherwise
+BASE_TOLERANCE = {"float32": 1e-4}  # of a base's perplexity: devices and kernels differ in rounding
 LOW_PRECISION_TOLERANCE = 5e-3
 
 
 def check_places(config: SweepConfig) -> Identity | None:
-    """Return the identity of the study if there is one. Makes nothing. Raises where the study's folder is
-    another's or cannot be written to, or the database cannot be used or has another program's study of that
-    name, or artifacts.uri takes no files."""
+    """Return the identity of the study, if it exists. Creates nothing. Raises if the folder is not writable
+    or another study's, if the database cannot be used or has another program's study of that name, or if
+    artifacts.uri accepts no files."""
     folder = Path(config.runs_dir) / config.study.name
     refusal = refused_writing(folder)
     if refusal is not None:
-        rule = f"must be a folder that can be written to ({refusal})"
+        rule = f"must be a writable folder ({refusal})"
         raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.")
     check_folder(config.study, folder.parent)
     check_adoptable(config.study)
@@ -73,8 +73,8 @@ def check_places(config: SweepConfig) -> Identity | None:
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
-    """Raise ConfigError if one optimizer step would take more examples than there are: its learning rate
-    would still be warming up when the trial ends."""
+    """Raise ConfigError if one optimizer step takes more examples than there are: the learning rate would
+    still be warming up at the trial's end."""
     batch_size = largest(config, space, "train.batch_size")
     steps = largest(config, space, "train.gradient_accumulation_steps")
     key = "train.batch_size" if steps == 1 else "train.batch_size * train.gradient_accumulation_steps"
@@ -85,19 +85,19 @@ def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
 
 
 def describe_search(config: SweepConfig, space: Space) -> list[str]:
-    """Return what is searched, and where a value given beside it is not tried: one line each."""
+    """Return one line with the searched keys, and one for fixed values that no trial will use."""
     if not space.expressions:
-        return ["searching nothing: one trial with the settings as they are"]
+        return ["searching nothing: one trial with the given settings"]
     lines = [f"searching {', '.join(f'{key} {text}' for key, text in space.expressions.items())}"]
     outside = space.outside(config)
     if outside and config.study.first_trial_is_default:
         given = ", ".join(f"{key}={value}" for key, value in outside.items())
-        lines.append(f"{given} lies outside what is searched: the first trial is drawn like the others")
+        lines.append(f"{given} is outside the searched range: the first trial is drawn like the others")
     return lines
 
 
 def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
-    """Return what is used, read and left out, and how long the rows are: a few facts in each line."""
+    """Return the counts of rows used, read and left out, and their lengths: a few facts in each line."""
     is_length = {key: key.startswith(LENGTH) for key in splits.counts}
     used = ", ".join(f"{splits.counts[name]} {name}" for name in SPLITS if name in splits.counts)
     others = [
@@ -110,7 +110,7 @@ def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
 
 
 def measure_base(engine: Engine, folder: Path) -> str:
-    """Return the bare base's validation perplexity; keep how it predicts each row."""
+    """Return the bare base's validation perplexity; write its scores of the rows to the folder."""
     scores = engine.evaluate_base()
     write_scores(folder, scores, 0, BASE)
     return repr(scores.perplexity)
@@ -118,7 +118,7 @@ def measure_base(engine: Engine, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the settings name, read: all but the weights. ``content``: its digests."""
+    """The files that the settings name, except the weights. ``content``: their digests."""
 
     source: str
     model: ModelConfig  # at the commit that a hub id names
@@ -135,7 +135,7 @@ def read_inputs(
     targets: Sequence[tuple[str, ...]] = (),
 ) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
-    study was begun with. Raises ModelError if the base is not whole or lacks one of the targets."""
+    study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
     num_embeddings, width = check_outline(source, model, targets)
@@ -147,8 +147,8 @@ def read_inputs(
 
 
 def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Identity | None) -> None:
-    """Raise what is wrong with rows and settings, or differs from what the study was begun with, as far as it
-    can be known before the model is loaded."""
+    """Check rows and settings, and compare them with the study's first start, as far as that is possible
+    before the model is loaded. Raises InputError or FingerprintError."""
     check_amount(config, space, len(inputs.splits.train))
     check_rates(config, space, DataAxis(inputs.splits.train, config.seed))
     if identity is not None and identity.fingerprint:
@@ -161,8 +161,8 @@ def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Id
 def check_older(
     config: SweepConfig, identity: Identity | None, engine: Engine, content: Mapping[str, str]
 ) -> None:
-    """Raise FingerprintError if a study of a version that stored no digests would go on with another base,
-    or with rows that this version writes otherwise."""
+    """Raise FingerprintError if a study of a version that stored no digests would continue with another base,
+    or with rows that this version renders differently."""
     if identity is None or not identity.is_older or "content.layers" in identity.fingerprint:
         return
     changed = []
@@ -227,7 +227,7 @@ def open_study(
     content: Mapping[str, str],
     began: float | None = None,
 ) -> SweepStudy:
-    """Return the study, its folder claimed and the rows written there: no other study's lie in it.
+    """Return the study, with its folder claimed and the rows written there.
 
     The budget counts this process's time from ``began``.
     """

@@ -1,4 +1,4 @@
-"""`python -m lora_search.report study.name=NAME`: write the report anew, also during the sweep.
+"""`python -m lora_search.report study.name=NAME`: rewrite the report, also during the sweep.
 
 Imports no torch.
 """
@@ -19,14 +19,14 @@ from lora_search.study.study import SweepStudy
 
 def main() -> int:
     """Write the report of the study that the command line names; return the exit code."""
-    parser = study_parser("report", "Write runs/<study>/report.html anew, also while it runs.")
+    parser = study_parser("report", "Rewrite runs/<study>/report.html, also during the sweep.")
     parser.add_argument("--format", choices=("html", "json", "md"), default="html",
-                        help="json and md say the same as report.html (default: %(default)s)")  # fmt: skip
+                        help="json and md: the content of report.html (default: %(default)s)")  # fmt: skip
     return run(report, parser)
 
 
 def report(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     found = find_study(arguments)
     rows, attributes = SweepStudy.read(found.config)
     find_owned(found.config, found.folder)

@@ -1,6 +1,6 @@
-"""`python -m lora_search.score study.name=NAME [--again]`: winner and base on the test split.
+"""`python -m lora_search.score study.name=NAME [--again]`: score winner and base on the test split.
 
-A sweep does this by itself when it ends. Imports torch once it is going to compute.
+A sweep does this by itself when it ends. Imports torch only to compute.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from lora_search.study.view import StudyView
 def main() -> int:
     """Score the best trial of the study that the command line names; return the exit code."""
     parser = study_parser("score", "Score the best trial and the base on the test split.")
-    parser.add_argument("--again", action="store_true", help="look a second time; the report counts it")
+    parser.add_argument("--again", action="store_true", help="score once more; the report counts it")
     return run(score, parser)
 
 
 def score(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Score and say what came out."""
+    """Score and print the result."""
     found = find_study(arguments)
     view = StudyView(found.config)
     attributes = view.attributes()
@@ -35,7 +35,7 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
             "study.name",
             found.config.name,
             f"was scored on its test split on {before.scored_at} ({line_of_test(before)})",
-            "A second look makes the split a second validation split: add --again to take it; it is counted.",
+            "A second look turns it into a second validation split. Add --again to score anyway, counted.",
         )
     config = recorded(arguments, found, attributes)
 

@@ -16,7 +16,7 @@ def main() -> int:
 
 
 def status(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Print where the study is."""
+    """Print the state of the study."""
     found = find_study(arguments)
     if not any(text.startswith("study.name=") for text in arguments.overrides):
         show_all(found, progress)
@@ -26,7 +26,7 @@ def status(arguments: argparse.Namespace, progress: Progress) -> None:
 
 
 def show_all(found: FoundStudy, progress: Progress) -> None:
-    """Print a line for each study of the storage."""
+    """Print one line per study of the storage."""
     names = study_names(found.config)
     progress.console.print(studies_table([StudyView(replace(found.config, name=name)) for name in names]))
 

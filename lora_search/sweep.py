@@ -1,6 +1,6 @@
 """`python -m lora_search.sweep -cn NAME key=value ...`: one search, from settings to the best adapter.
 
-Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command goes on).
+Exit codes: 0 done, 1 the sweep failed, 2 wrong input, 130 interrupted (the same command resumes).
 """
 
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
 
-if __name__ == "__main__":  # the imports below take half a second, and torch some more
+if __name__ == "__main__":  # the imports below take half a second, torch even longer
     interrupts = Interrupts().listen()
 
 # isort: split
@@ -47,7 +47,7 @@ def main(interrupts: Interrupts | None = None) -> int:
         remember_all(sys.argv[1:], os.environ)
         arguments = _read_arguments()
         code = _answer(arguments, Progress(), interrupts or Interrupts())
-        return exit_code(code, out) if _only_informs(arguments) else code  # a sweep is not what it prints
+        return exit_code(code, out) if _only_informs(arguments) else code  # a sweep's output may be lost
 
 
 def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> int:
@@ -64,13 +64,13 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
         progress.refuse(error)
         return error.exit_code
     except KeyboardInterrupt:
-        progress.event("interrupted: nothing is lost, the same command goes on")
+        progress.event("interrupted: nothing is lost; run the same command to continue")
         return EXIT_CODE
     return 0
 
 
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
-    """Let workers search, and conclude once. Imports no torch."""
+    """Run worker processes, then conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable, check_study
@@ -88,15 +88,15 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
             study_folder(config)
             run_workers(config, command, progress, interrupts.check)
     except KeyboardInterrupt:
-        reclaim_all(config.study)  # what a worker held that was killed before the interrupt
+        reclaim_all(config.study)  # the trials of workers that were killed before the interrupt
         conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
         raise
     conclude(*SweepStudy.read(config.study), config, progress)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
-    """Prepare, search, conclude, also where the search ends early. One of many workers leaves the conclusion
-    to its launcher."""
+    """Prepare, search, conclude, also if the search ends early. A launcher's worker leaves the conclusion to
+    the launcher."""
     from lora_search.database.outbox import Outbox
     from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude, conclude_so_far
@@ -149,16 +149,16 @@ def _refuse_unsupported(arguments: Namespace) -> None:
             "-m: a sweep searches by its `space`, not by multirun. Leave -m out: optim.lr=interval(1e-5,1e-3)"
         )
     if arguments.config_path:
-        raise InputError("-cp: sweeps lie in sweeps/. Add a folder of your own with -cd.")
+        raise InputError("-cp: is not supported; sweeps are in sweeps/. Add your own folder with -cd.")
     for flag, value in (("-cn", arguments.config_name), ("-cd", arguments.config_dir)):
         if value is not None and not value.strip():
             raise InputError(
-                f"{flag}: names nothing, got {value!r}. Leave it out, or check the variable in it."
+                f"{flag}: must not be empty, got {value!r}. Leave it out, or check the variable in it."
             )
     if arguments.experimental_rerun:
         raise InputError("--experimental-rerun: is not for sweeps. The same command continues a study.")
     if arguments.package and not _only_informs(arguments):
-        raise InputError("--package: is for --cfg only. Leave it out.")
+        raise InputError("--package: works only with --cfg. Leave it out.")
 
 
 def _name(arguments: Namespace) -> str:
@@ -187,13 +187,13 @@ def _only_informs(arguments: Namespace) -> bool:
 
 
 def _read_arguments() -> Namespace:
-    """Return what the command line says, with options between the settings too."""
+    """Return the arguments; options may come between the settings."""
     arguments: Namespace = get_args_parser().parse_intermixed_args()
     return arguments
 
 
 def _inform(arguments: Namespace) -> None:
-    """Let Hydra answer --cfg, --info and the like. Raises InputError for settings that cannot be composed."""
+    """Run Hydra's own --cfg, --info and the like. Raises InputError for settings that cannot be composed."""
     check_composes(_name(arguments), arguments.overrides, _folder(arguments), resolve=arguments.resolve)
     options = [text for text in sys.argv[1:] if text not in arguments.overrides]
     sys.argv[1:] = [*map(as_override, arguments.overrides), *options]
@@ -212,7 +212,7 @@ def _inform(arguments: Namespace) -> None:
 
 
 def _ignore(_: object) -> None:
-    """Hydra never gets as far as running a job."""
+    """A job for Hydra, which it never runs."""
 
 
 if __name__ == "__main__":

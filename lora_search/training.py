@@ -1,4 +1,4 @@
-"""The engine without a study: train these N settings on this data, packed, and yield what they measure.
+"""The engine without a study: train N settings packed, on one data set, and yield their measurements.
 
 from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig
 from lora_search.training import train
@@ -13,7 +13,7 @@ settings = [
 ]
 best = {}
 for m in train(config, settings, "runs/by_hand", stop=lambda m: m.rung == 2 and m.perplexity > 40):
-    best[m.trial_number] = m.best_perplexity  # the adapter lies in runs/by_hand/<number>/adapter
+    best[m.trial_number] = m.best_perplexity  # the adapter is in runs/by_hand/<number>/adapter
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +40,11 @@ def train(
     folder: str | Path,
     stop: Callable[[Measurement], bool] = lambda _: False,
 ) -> Iterator[Measurement]:
-    """Yield every measurement of every trial as it comes; trial i has ``settings[i]`` laid over ``config``.
+    """Yield the measurements of all trials; trial i overrides ``config`` with ``settings[i]``.
 
-    A trial ends where ``stop`` says so; one that fails with ``ended="failed"`` and its reason in ``detail``.
-    One that left a checkpoint under ``folder`` yields what that knows and goes on from there.
-    Raises ConfigError, DataError or ModelError before anything is trained.
+    A trial ends early if ``stop`` returns True; a failed one yields ``ended="failed"`` with the reason in
+    ``detail``. A trial with a checkpoint under ``folder`` yields its recorded measurements and resumes.
+    Raises ConfigError, DataError or ModelError before training starts.
     """
     for key in (key for chosen in settings for key in chosen):
         if key not in searchable_keys():

@@ -1,7 +1,6 @@
-"""The frozen records that cross borders: what to train, and what was measured. No library but the standard
-one.
+"""The frozen records that the rooms exchange: what to train, and what was measured.
 
-Words: a *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
+A *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs of examples seen".
 """
 
 import math
@@ -17,7 +16,7 @@ EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:
-    """Everything that decides a trial's curve, apart from the base model, the data and the seed."""
+    """Everything that determines a trial's curve, apart from the base model, the data and the seed."""
 
     r: int
     alpha: float
@@ -50,17 +49,14 @@ class TrialSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRun:
-    """One claimed trial: its number in the study, its own seed, what it was given and where it keeps its
-    files."""
+    """One claimed trial: its number in the study, its seed, its settings and its folder."""
 
     number: int
     seed: int
     settings: TrialSettings
-    folder: str  # absolute; holds adapter/ and checkpoint/
-    study_id: str = ""  # of the study that it belongs to; empty where it belongs to none
-    perplexities: Mapping[int, float] = field(
-        default_factory=dict
-    )  # rung -> what the study has of it already
+    folder: str  # absolute; contains adapter/ and checkpoint/
+    study_id: str = ""  # of its study; empty without a study
+    perplexities: Mapping[int, float] = field(default_factory=dict)  # by rung, already in the study
     order_seed: int | None = None  # of the order of the rows; None: the sweep's, the same for all its trials
     last_rung: int | None = None  # ends there, and keeps the adapter of that rung whatever it measures
 
@@ -83,35 +79,35 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one trial measured at one rung, or where it ended.
+    """The measurement of one trial at one rung, or at its end.
 
     ``validation_loss`` is the mean NLL over all completion tokens of the validation split, ``perplexity``
-    its exp. A diverged trial has no finite value at its last rung: ``validation_loss`` and ``perplexity``
-    are NaN there. A failed one has measured nothing: NaN too, and ``detail`` is its reason.
+    its exp. Both are NaN at the last rung of a diverged trial, and for a failed trial, whose ``detail`` is
+    the reason.
     """
 
     trial_number: int
     rung: int  # 1-based; the report step of the study
     examples_seen: int
-    train_tokens: int  # useful tokens trained on since the trial began
+    train_tokens: int  # tokens trained on since the trial began
     train_seconds: float  # this trial's share of the training time since its last rung
     tokens_per_second: float  # training throughput of the whole worker since this trial's last rung
     validation_loss: float
     perplexity: float
-    best_rung: int  # the rung of the lowest perplexity so far; 0 when there is none
+    best_rung: int  # the rung of the lowest perplexity so far; 0 if there is none
     best_perplexity: float
     steps: tuple[StepRecord, ...]  # the optimizer steps since the last rung
     ended: EndReason | None = None
-    detail: str = ""  # why it ended, for people
-    recovery: str = ""  # what was wrong with the checkpoint that the trial went on from
+    detail: str = ""  # why it ended, in words
+    recovery: str = ""  # which problems its checkpoint had when it was resumed
 
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """How well one adapter, or the bare base, predicts each row of a split, in the split's order."""
+    """One adapter's, or the bare base's, scores of all rows of a split, in the split's order."""
 
     nll_R: np.ndarray  # float64: NLL summed over the row's completion tokens
-    tokens_R: np.ndarray  # int64: how many those are
+    tokens_R: np.ndarray  # int64: number of these tokens
 
     @property
     def mean_nll(self) -> float:
@@ -120,13 +116,13 @@ class RowScores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean NLL; infinity where a float overflows."""
+        """exp of the mean NLL; infinity on overflow."""
         return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """A trial that the pruner stops, and why."""
+    """A trial to stop, with the reason."""
 
     trial_number: int
     reason: str
@@ -134,7 +130,7 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotView:
-    """What a slot is doing right now, for people to watch. None: not measured yet."""
+    """The current state of a slot, for display. None: not measured yet."""
 
     trial_number: int
     settings: TrialSettings
@@ -147,7 +143,7 @@ class SlotView:
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit, and how much of it is spent."""
+    """One limit of the budget, with the amount spent."""
 
     key: str
     spent: float
@@ -167,7 +163,7 @@ class Limit:
 
 
 def _amount(number: float) -> str:
-    """Return a number as people write it: 0.052, 1.75, 120, 2,000,000."""
+    """Return a number for display: 0.052, 1.75, 120, 2,000,000."""
     if number >= 100:
         return f"{number:,.0f}"
     return f"{number:.3g}"
@@ -175,7 +171,7 @@ def _amount(number: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySummary:
-    """Where the study stands. ``finished`` counts COMPLETE and PRUNED trials, over all starts and workers."""
+    """The progress of a study. ``finished`` counts COMPLETE and PRUNED trials over all starts and workers."""
 
     finished: int
     n_trials: int | None  # None: a budget ends the sweep
@@ -190,7 +186,7 @@ class StudySummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRow:
-    """One trial as the study knows it, for reports."""
+    """One trial's record in the study, for reports."""
 
     number: int
     state: str  # COMPLETE, PRUNED, FAIL, RUNNING or WAITING
@@ -198,15 +194,15 @@ class TrialRow:
     best_rung: int | None
     params: dict[str, object]  # searched keys only, e.g. {"lora.r": 16}
     perplexities: dict[int, float]  # rung -> validation perplexity
-    reason: str  # why it was pruned, stopped or failed; empty when it ran to the end
+    reason: str  # why it was pruned, stopped or failed; empty if it ran to the end
     examples_seen: int
     train_tokens: int
     train_seconds: float
-    recovery: str = ""  # what was wrong with the checkpoint that it went on from
+    recovery: str = ""  # which problems its checkpoint had when it was resumed
     began: float | None = None  # epoch seconds; None before it begins
     ended: float | None = None
 
 
 def draw_seed(*parts: int) -> int:
-    """Return a seed made of others, e.g. the sweep's and a trial's number: the same wherever it is asked."""
+    """Return a seed derived from others, e.g. the sweep's and a trial's number; the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

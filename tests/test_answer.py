@@ -167,7 +167,7 @@ def test_merged_weights_give_the_studys_perplexity_without_peft(
     [
         (["trial=99"], "trial: must be a trial that has a perplexity, got '99'. There are: 0, 1, 2, 3."),
         (["merge=yes"], "merge: must be true or false, got 'yes'."),
-        (["to=runs/smoke"], "to: must be an empty folder or none, got 'runs/smoke'."),
+        (["to=runs/smoke"], "to: must be a new or empty folder, got 'runs/smoke'."),
         (["too=x"], "too: there is no such setting."),
     ],
 )

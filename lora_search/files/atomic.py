@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: written beside their place, synced to the disk, then renamed.
+"""Atomic file writes: to a temporary file next to the target, synced to disk, then renamed.
 
-Whatever the disk refuses (full, over quota, read-only) is one message; the older file stays as it was.
+Any error of the disk (full, over quota, read-only) is one message, and leaves the older file unchanged.
 """
 
 import os
@@ -15,14 +15,14 @@ TEMPORARY = ".tmp"  # ends the name of a file that is not finished
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Put the content into the place of an older file, in one go. Raises WriteError."""
+    """Write the content atomically, replacing an older file. Raises WriteError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a place to write to; once that is on the disk it takes the place of an older file, in one go.
+    """Yield a temporary path to write to; at the end it is synced and atomically replaces an older file.
     Raises WriteError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     with explained_writing(path):
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.touch()
             permissions = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(permissions)  # safetensors lets nobody else read what it writes
+            temporary.chmod(permissions)  # safetensors makes its files private to the user
             sync(temporary)
             temporary.replace(path)
         finally:
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power loss."""
+    """Sync a file's content, or a folder's entries, to disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,7 +63,7 @@ def refused_writing(folder: Path) -> str | None:
 
 @contextmanager
 def explained_writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system raises while ``path`` is written into a WriteError."""
+    """Turn an OSError while ``path`` is written into a WriteError."""
     try:
         yield
     except OSError as error:
@@ -72,6 +72,6 @@ def explained_writing(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder."""
+    """Remove the unfinished files of killed processes in a folder."""
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""A trial's state at a rung: adapter, moments, position, curve. One sealed file a rung, the last two kept.
+"""A trial's state at a rung: adapter, moments, position, curve. One sealed file per rung; the last two are
+kept.
 
-A file that is damaged, or is not this trial's, is put aside and named, never used.
+A file that is damaged, or belongs to another trial, is renamed and reported, and never used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,13 @@ import torch
 from lora_search.files.atomic import explained_writing, remove_unfinished
 from lora_search.files.tensors import DamagedFileError, read_sealed, write_sealed
 
-KEPT = 2  # the last one, and the one before it should the last be damaged
+KEPT = 2  # the last one, and one more in case the last is damaged
 PUT_ASIDE = ".damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a trial had come. Best values are over its rungs so far; ``best_rung`` 0 means none yet.
+    """The progress of a trial. Best values are over its rungs so far; ``best_rung`` 0 means none yet.
 
     ``curve[k - 1]`` is (examples seen, validation perplexity) at rung k.
     """
@@ -38,9 +39,9 @@ Checkpoint = tuple[Position, dict[str, torch.Tensor]]
 def save_checkpoint(
     folder: Path, position: Position, state: Mapping[str, torch.Tensor], origin: str = ""
 ) -> None:
-    """Write the state of a rung whole, then drop what is older than the one before. Raises WriteError.
+    """Write the state of a rung atomically, then delete checkpoints beyond the last two. Raises WriteError.
 
-    ``origin`` says whose state it is; only the same origin loads it.
+    ``origin`` identifies the trial; a checkpoint is loaded only with the same origin.
     """
     note = {"origin": origin, "position": asdict(position)}
     write_sealed(folder / f"rung-{position.rung:05d}.safetensors", state, note)
@@ -51,10 +52,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, origins: Sequence[str] = ("",), check: Callable[[Checkpoint], None] = lambda _: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest whole checkpoint of one of the origins, and what was wrong with newer ones.
+    """Return the newest intact checkpoint of one of the origins, and the problems of newer ones.
 
-    ``check`` raises DamagedFileError for one that does not fit. Files that a killed process left
-    half-written are removed.
+    ``check`` raises DamagedFileError for a checkpoint that does not fit. Removes unfinished files of killed
+    processes.
     """
     remove_unfinished(folder)
     troubles: list[str] = []
@@ -80,7 +81,7 @@ def _read(path: Path, origins: Sequence[str]) -> Checkpoint:
         curve = tuple((int(seen), float(perplexity)) for seen, perplexity in fields["curve"])
         return Position(**{**fields, "curve": curve}), state
     except (KeyError, TypeError, ValueError):
-        raise DamagedFileError("holds no position that this version knows") from None
+        raise DamagedFileError("has no position that this version can read") from None
 
 
 def _newest_first(folder: Path) -> list[Path]:

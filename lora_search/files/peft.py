@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: written in one go, sealed, read back."""
+"""Adapters in PEFT's format: written atomically with a checksum, and read back."""
 
 import json
 import math
@@ -23,8 +23,8 @@ PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecord:
-    """What an adapter says of the base it was trained on. ``digest``: of everything that its numbers depend
-    on, but its settings and seed; ``data_hash``: of the rows."""
+    """An adapter's record of its base. ``digest``: of everything that its numbers depend on, except its
+    settings and seed; ``data_hash``: of the rows."""
 
     path: str  # a folder, or a hub id
     revision: str | None = None  # the commit of a hub id
@@ -46,8 +46,8 @@ def export_peft(
     folder: Path,
     note: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a folder that plain ``PeftModel.from_pretrained`` loads; the weights change in one go, sealed
-    with the note. ``targets`` names the layers by PEFT's rules: a list of names, or one expression."""
+    """Write a folder that plain ``PeftModel.from_pretrained`` loads. The weights are replaced atomically and
+    sealed with the note. ``targets``: PEFT's target_modules, a list of names or one regular expression."""
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
@@ -65,20 +65,20 @@ def export_peft(
 
 
 def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return weights and note as `export_peft` was given them. Raises DamagedFileError."""
+    """Return weights and note as `export_peft` wrote them. Raises DamagedFileError."""
     weights, note = read_sealed(folder / WEIGHTS_NAME)
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()}, note
 
 
 def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
-    """Write the base with the adapter added into its weights, in the base's dtype, as safetensors."""
+    """Write the base with the adapter merged into its weights, in the base's dtype, as safetensors."""
     merged = _put_on(base, adapter, "default").merge_and_unload()
     with explained_writing(to):
         merged.save_pretrained(to)
 
 
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
-    """Return the base with all these adapters on it, by name; the base itself where there are none."""
+    """Return the base with all these adapters, by name; the base itself if there are none."""
     model = base
     for name, folder in adapters.items():
         if model is base:
@@ -90,13 +90,13 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
 
 def _put_on(base: Any, adapter: Path, name: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for what peft calls
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's calls
         return PeftModel.from_pretrained(base, str(adapter), adapter_name=name)
 
 
 @contextmanager
 def with_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Let the model that `load_adapters` gave answer under one adapter, or as the bare base (None)."""
+    """Run a model from `load_adapters` with one adapter, or as the bare base (None)."""
     if name is not None:
         model.set_adapter(name)
     bare = model.disable_adapter() if name is None and isinstance(model, PeftModel) else nullcontext()
@@ -105,8 +105,8 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
 
 
 def _write_config(config: PeftLoraConfig, folder: Path) -> None:
-    """Let PEFT write beside the folder, so that a full disk leaves the old file as it was. It lists layers in
-    the order of a set, which changes from one process to the next: here they are sorted."""
+    """Write PEFT's config to a temporary folder first, so that a full disk leaves the old file unchanged.
+    PEFT lists layers in the order of a set, which differs between processes: here they are sorted."""
     fresh = folder.with_name(f"{folder.name}{TEMPORARY}")
     with explained_writing(folder):
         config.save_pretrained(str(fresh))
@@ -115,6 +115,6 @@ def _write_config(config: PeftLoraConfig, folder: Path) -> None:
             if isinstance(values["target_modules"], list):
                 values["target_modules"].sort()
             old, content = folder / path.name, json.dumps(values, indent=2, sort_keys=True).encode()
-            if not old.exists() or old.read_bytes() != content:  # of a trial's rungs only the first differs
+            if not old.exists() or old.read_bytes() != content:  # it differs only at a trial's first rung
                 write_file(old, content)
         shutil.rmtree(fresh)

@@ -1,5 +1,5 @@
-"""Files of tensors that notice damage: safetensors with a note and a SHA-256 over names, shapes, values and
-note. Never a pickle; reading one executes nothing."""
+"""Sealed tensor files: safetensors with a note and a SHA-256 over names, shapes, values and note, so that
+damage is detected. Never a pickle; reading runs no code."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from lora_search.files.atomic import replacing
 
 
 class DamagedFileError(Exception):
-    """The file is not what was written; the message says how that shows."""
+    """The file differs from what was written; the message says how."""
 
 
 def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, object]) -> None:
-    """Write tensors and note, in the place of an older file, in one go. Raises WriteError."""
+    """Write tensors and note atomically, replacing an older file. Raises WriteError."""
     text = json.dumps(note)
     metadata = {"format": "pt", "note": text, "sha256": _digest(tensors, text)}
     with replacing(path) as temporary:
@@ -29,7 +29,7 @@ def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping[
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Let safetensors write, which copies nothing: half the time of making bytes first. Raises OSError."""
+    """Save with safetensors directly, without a copy: half the time of serializing first. Raises OSError."""
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
@@ -40,18 +40,18 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, s
 
 
 def read_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return tensors and note as they were written. Raises DamagedFileError, also where there is no file."""
+    """Return tensors and note as they were written. Raises DamagedFileError, also if the file is missing."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
-        raise DamagedFileError("is not there") from None
+        raise DamagedFileError("does not exist") from None
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"cannot be read ({str(error).strip() or type(error).__name__})") from None
     text = metadata.get("note", "")
     if metadata.get("sha256") != _digest(tensors, text):
-        raise DamagedFileError("is not as it was written (its SHA-256 differs)")
+        raise DamagedFileError("has changed since it was written (its SHA-256 differs)")
     return tensors, json.loads(text)
 
 

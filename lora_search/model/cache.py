@@ -1,4 +1,4 @@
-"""What is worked out once on a machine: models made or converted, and the digests of large files."""
+"""This machine's cache: created and converted models, and the digests of large files."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from pathlib import Path
 from lora_search.errors import WriteError
 from lora_search.files.atomic import write_file
 
-SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of its clock
+SETTLED_SECONDS = 2.0  # a younger file may change again within the resolution of its timestamps
 
 
 def cache_folder() -> Path:
-    """Return where this machine keeps what it worked out: LORA_SEARCH_CACHE, or a folder of the user's."""
+    """Return the cache folder: LORA_SEARCH_CACHE, or ~/.cache/lora_search."""
     return Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser()
 
 
 def cached(name: str, make: Callable[[Path], object]) -> Path:
-    """Return the cache folder of that name, made first where missing; two processes may race, both win."""
+    """Return the cached folder of that name; create it if missing. Two processes may do so at once."""
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -41,14 +41,14 @@ def cached(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def _share(folder: Path) -> None:
-    """Give each file the permissions that the folder got: safetensors lets nobody else read its files."""
+    """Give each file the permissions of the folder: safetensors makes its files private to the user."""
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(folder.stat().st_mode & 0o666)
 
 
 def file_digest(path: Path, settled_seconds: float = SETTLED_SECONDS) -> str:
-    """Return the SHA-256 of a file, read once: until its size or one of its times changes.
+    """Return the SHA-256 of a file. It is read again only if its size or one of its times has changed.
 
     Raises OSError.
     """
@@ -61,7 +61,7 @@ def file_digest(path: Path, settled_seconds: float = SETTLED_SECONDS) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if _state(path) == before and begun - max(before[2:4]) / 1e9 > settled_seconds:
-        with suppress(OSError, WriteError):  # a cache that takes nothing costs time only
+        with suppress(OSError, WriteError):  # without a writable cache it only takes longer
             write_file(
                 note, json.dumps({"file": before, "sha256": digest, "seal": _seal(before, digest)}).encode()
             )
@@ -69,14 +69,14 @@ def file_digest(path: Path, settled_seconds: float = SETTLED_SECONDS) -> str:
 
 
 def _state(path: Path) -> tuple[str, int, int, int, int]:
-    """Return what changes with the content: `cp -p` keeps the first time, nothing sets the second."""
+    """Return what changes with the content: `cp -p` keeps the mtime, but nothing can set the ctime."""
     real = path.resolve()
     status = real.stat()
     return str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _read_note(note: Path, state: tuple[str, int, int, int, int]) -> str | None:
-    """Return the digest noted for a file in this state; None if there is no note, or a damaged one."""
+    """Return the digest cached for this state of the file; None without an intact entry."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(note.read_bytes())
         digest = stored["sha256"]

@@ -1,6 +1,6 @@
-"""What the headers of a base's files say: whether they are whole, all there, and of the kind of their name.
+"""Checks that the files of a base are complete and of the right kind, by their headers.
 
-A ModelError names the file, in milliseconds, and before gigabytes are read or hashed.
+A ModelError names the file, within milliseconds, before gigabytes are read or hashed.
 """
 
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from lora_search.errors import ModelError
 
-DAMAGED = "A file of it is damaged or cut short: fetch it again."
-INDEXES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+DAMAGED = "The file is damaged or truncated: download it again."
+INDEXES = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of search
 LARGEST_JSON = 64 * 2**20
-LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-BEGINNINGS = {  # what a file begins with -> what it is
+LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+BEGINNINGS = {  # first bytes of a file -> kind
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (git lfs pull gets it)",
     b"GGUF": "a GGUF file (name it .gguf, and give the file itself)",
     b"PK\x03\x04": "a zip archive, as PyTorch writes",
@@ -33,7 +33,7 @@ SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8} 
 
 
 def check_regular(path: Path) -> None:
-    """Raise ModelError unless it is a file that ends."""
+    """Raise ModelError unless it is a regular file."""
     mode = path.stat().st_mode
     kind = next((name for is_kind, name in KINDS if is_kind(mode)), None)
     if kind is not None:
@@ -41,14 +41,14 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError if a file of a model folder is missing, is cut short or is no file of its kind."""
+    """Raise ModelError if a file of a model folder is missing, truncated or of the wrong kind."""
     for name in ("config.json", "adapter_config.json", "tokenizer.json"):
         path = folder / name
         if path.exists():
             check_regular(path)
             if path.stat().st_size > LARGEST_JSON:
                 size = path.stat().st_size
-                raise ModelError(f"model.path: {path} has {size:,} bytes: that is no {name}. {DAMAGED}")
+                raise ModelError(f"model.path: {path} has {size:,} bytes, too many for {name}. {DAMAGED}")
     for path in _weight_files(folder):
         check_regular(path)
         if path.suffix == ".safetensors":
@@ -58,7 +58,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers would read; ModelError if an index names one that is missing."""
+    """Return the files that transformers would read; ModelError if one of an index is missing."""
     for name in INDEXES:
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.exists():
@@ -78,7 +78,7 @@ def _shards(index: Path) -> list[Path]:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
             f"model.path: {index.parent} lacks {len(missing)} of the {len(names)} files that "
-            f"{index.name} names: {shown}. Fetch them as well."
+            f"{index.name} names: {shown}. Download them as well."
         )
     return [index.parent / name for name in names]
 
@@ -109,20 +109,20 @@ def _check_pickle(path: Path) -> None:
 def _check_size(path: Path, size: int, expected: int) -> None:
     if size != expected:
         raise ModelError(
-            f"model.path: {path} has {size:,} bytes, and {expected:,} by its own header. {DAMAGED}"
+            f"model.path: {path} has {size:,} bytes, but its header says {expected:,}. {DAMAGED}"
         )
 
 
 def _not(path: Path, start: bytes, what: str) -> ModelError:
-    """Return the error for a file that is not what its name says."""
+    """Return the error for a file whose content does not match its name."""
     kinds = [kind for beginning, kind in BEGINNINGS.items() if start.lstrip().startswith(beginning)]
     if kinds:
-        return ModelError(f"model.path: {path} is {kinds[0]}. Fetch the file that its name promises.")
+        return ModelError(f"model.path: {path} is {kinds[0]}. Download the file itself.")
     return ModelError(f"model.path: {path} is {what if start else 'empty'}. {DAMAGED}")
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ModelError unless it is a whole GGUF file of a whole model."""
+    """Raise ModelError unless it is a complete GGUF file with a complete model."""
     if not path.exists():
         raise ModelError(f"model.path: {path} does not exist. Give a .gguf file, a model folder or a hub id.")
     check_regular(path)
@@ -137,7 +137,7 @@ def check_gguf(path: Path) -> None:
                 raise ModelError(f"model.path: {path} has a header that cannot be read. {DAMAGED}") from None
     kind, parts = facts.get(b"general.type", "model"), facts.get(b"split.count", 1)
     if kind != "model":
-        raise ModelError(f"model.path: {path} holds no model ({kind}). Give the .gguf file of a whole model.")
+        raise ModelError(f"model.path: {path} is not a model ({kind}). Give the .gguf file of a whole model.")
     if parts not in (0, 1):
         remedy = "Join them: llama-gguf-split --merge"
         raise ModelError(f"model.path: {path} is one of {parts} parts of a model. {remedy}.")
@@ -146,7 +146,7 @@ def check_gguf(path: Path) -> None:
 
 
 def _read_gguf(view: mmap.mmap) -> tuple[dict[bytes, str | int], int]:
-    """Return what some of its keys say, and where its last tensor ends."""
+    """Return the values of the relevant keys, and the end of the last tensor."""
     num_tensors, num_keys = struct.unpack_from("<QQ", view, 8)
     place, facts = 24, dict[bytes, str | int]()
     for _ in range(num_keys):
@@ -174,7 +174,7 @@ def _string(view: mmap.mmap, place: int) -> tuple[bytes, int]:
 
 
 def _after(view: mmap.mmap, place: int, kind: int) -> int:
-    """Return where a value of this kind ends."""
+    """Return the end of a value of this kind."""
     if kind == STRING:
         (length,) = struct.unpack_from("<Q", view, place)
         return place + 8 + int(length)
@@ -190,8 +190,8 @@ def _after(view: mmap.mmap, place: int, kind: int) -> int:
 
 
 def _tensor(view: mmap.mmap, place: int) -> tuple[int, int]:
-    """Return where a tensor's data ends, counted from where all data begins, and where its entry ends."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import, and only needed here
+    """Return the end of a tensor's data, relative to the start of all data, and the end of its entry."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import, used only here
 
     _, place = _string(view, place)
     (num_dims,) = struct.unpack_from("<I", view, place)
@@ -201,11 +201,11 @@ def _tensor(view: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def check_unexpected(path: str, unexpected: Iterable[str]) -> None:
-    """Raise ModelError, with names, where a checkpoint holds weights that its model has no place for."""
+    """Raise ModelError, with names, if a checkpoint has weights that are not part of its model."""
     names = sorted(unexpected)
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ModelError(
-            f"model.path: {path} holds {len(names)} weights that its config.json has no place for: {shown}. "
-            "Give weights and configuration of one model."
+            f"model.path: {path} has {len(names)} weights that its config.json does not: {shown}. "
+            "Give weights and configuration of the same model."
         )

@@ -1,6 +1,6 @@
-"""What a base consists of, as digests: weights, configuration, code, tokenizer, layers, and the hub's commit.
+"""Digests of a base: weights, configuration, code, tokenizer, layers, and the hub's commit.
 
-Costs one reading of the weights for each machine, about 1.1 s a GiB on one core (`model.cache` keeps it).
+Reads the weights once per machine, about 1.1 s per GiB on one core (`model.cache` keeps the digest).
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from lora_search.model.sources import folder_of, is_hub_id
 from lora_search.model.targets import target_layers
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of search
 UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # engine.dtype decides
 HASHING_THREADS = 4  # hashing releases the interpreter's lock; a disk rarely feeds more
 
 
 def base_content(source: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return what of a resolved model its numbers depend on; no weights yet where the hub has still to send
-    them. ``config.revision`` is the commit of a hub id."""
+    """Return the digests of a resolved model, without its weights if they are not downloaded yet.
+    ``config.revision`` is the commit of a hub id."""
     content = {"content.tokenizer": _tokenizer(tokenizer)}
     if is_hub_id(source) and config.revision:
         content["content.commit"] = config.revision
@@ -43,7 +43,7 @@ def base_content(source: str, config: ModelConfig, tokenizer: PreTrainedTokenize
 
 
 def layers_content(model: PreTrainedModel) -> dict[str, str]:
-    """Return which layers of the model can carry adapters, and in which arithmetic it multiplies."""
+    """Return a digest of the layers that can carry adapters, and the precision of float32 matmuls."""
     layers = target_layers(model, (ALL_LINEAR,))
     shapes = [f"{name} {layer.out_features} x {layer.in_features}" for name, layer in layers.items()]
     return {
@@ -53,13 +53,13 @@ def layers_content(model: PreTrainedModel) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers takes the weights from: one, or the parts that an index names."""
+    """Return the files from which transformers reads the weights: one, or the parts of an index."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged: loading it says so
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged: loading reports it
                 return [
                     folder / part
                     for part in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -90,8 +90,8 @@ def _configuration(path: Path) -> str:
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of how text becomes tokens: by the loaded tokenizer, as one may be spread over files in
-    many ways. How it pads and cuts is not part of it: both are done elsewhere."""
+    """Return a digest of how text becomes tokens, from the loaded tokenizer, since its files come in many
+    layouts. Padding and truncation are left out: the tokenizer does neither here."""
     special = json.dumps(
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True
     )

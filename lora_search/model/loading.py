@@ -1,7 +1,7 @@
-"""The frozen base and its tokenizer, loaded once per worker, and the layers of it that carry adapters.
+"""Loads the frozen base and its tokenizer, once per worker.
 
-What cannot be loaded whole, is not computed rightly in packed passes, or cannot carry adapters is one
-ModelError that says what is there.
+A base that cannot be loaded completely, that packed passes compute incorrectly, or that cannot carry adapters
+is one ModelError.
 """
 
 import importlib.util
@@ -39,19 +39,19 @@ from lora_search.settings.schema import EngineConfig, ModelConfig
 
 T = TypeVar("T")
 UNREADABLE = (SafetensorError, struct.error, json.JSONDecodeError, pickle.UnpicklingError)
-NO_TOKENIZER = "It holds no tokenizer.json: save the tokenizer beside the model."
+NO_TOKENIZER = "It has no tokenizer.json: save the tokenizer with the model."
 UNTRAINED = 1e-16  # bfloat16 noise of an initialisation is far above
-REMEDIES = {  # what transformers' message contains -> what to do about it
+REMEDIES = {  # part of transformers' message -> remedy
     "trust_remote_code": "If you trust its author, set model.trust_remote_code=true.",
     "backend tokenizer": NO_TOKENIZER,
-    "Unrecognized configuration class": "It is no causal language model: choose a decoder-only one.",
+    "Unrecognized configuration class": "It is not a causal language model: choose a decoder-only one.",
     "does not recognize this architecture": "Choose another base, or update transformers.",
     "not a valid JSON file": DAMAGED,
     "GGUF magic": DAMAGED,
     "cannot reshape array": DAMAGED,
     "cannot mmap an empty file": DAMAGED,
     "out of memory": "Choose a smaller base, another engine.device, or model.quantization=nf4.",
-    "Weights only load failed": "Its weights hold code, which is never executed: use .safetensors files.",
+    "Weights only load failed": "Its weights contain code, which is never executed: use .safetensors files.",
     "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
 }
 
@@ -74,14 +74,14 @@ def resolve_model(config: ModelConfig) -> str:
 
 
 def pin_model(source: str, config: ModelConfig, commit: str | None = None) -> ModelConfig:
-    """Return the settings to load a resolved model by: for a hub id they name its commit.
+    """Return the settings to load a resolved model with: a hub id gets its commit as revision.
 
-    ``commit`` is the one that the study was begun with."""
+    ``commit`` is the one that the study was started with."""
     return _explained(config, lambda: pinned(source, config, commit))
 
 
 def load_tokenizer(source: str, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a resolved model; its length limit is never above what the model can read."""
+    """Return the tokenizer of a resolved model; its length limit is at most the model's."""
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source, config)
     longest = max_positions(_from_pretrained(AutoConfig, source, config))
     if longest is not None:
@@ -90,10 +90,10 @@ def load_tokenizer(source: str, config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the longest row the model can read, if it says so.
+    """Return the longest row the model can read, if its configuration says so.
 
-    Where the rotary frequencies depend on the longest row of a pass (longrope, dynamic), a longer row would
-    change its neighbours: there it is the length up to which they are fixed.
+    If the rotary frequencies depend on the longest row of a pass (longrope, dynamic), a longer row would
+    change its neighbours: then it is the length up to which the frequencies are fixed.
     """
     text = config.get_text_config()
     longest: int | None = getattr(text, "max_position_embeddings", None)
@@ -104,10 +104,10 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
-    """Return the model on the meta device: names and shapes of its layers, and no weights.
+    """Return the model on the meta device: names and shapes of its layers, without weights.
 
-    The weights of a local folder are compared, by their headers, with what its configuration asks for. From
-    the hub, nothing but the configuration is fetched for this.
+    The weights of a local folder are compared with its configuration, by their headers. From the hub, only
+    the configuration is downloaded.
     """
     place = location(source, config)
     written = _from_pretrained(AutoConfig, source, config)
@@ -119,7 +119,7 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
             device_map="meta",
             attn_implementation=ATTENTION,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below, with the names
+            ignore_mismatched_sizes=True,  # reported below, with the names
         )
         _check_whole(config, model, found)
         outline: PreTrainedModel = model
@@ -134,12 +134,12 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
 
 
 def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
-    """Load the model once, frozen, every weight from the checkpoint, and checked in packed passes."""
+    """Load the model, frozen, with every weight from the checkpoint, and check it in packed passes."""
     device = pick_device(engine.device)
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
-        torch.cuda.set_device(device)  # or pinned memory and some kernels go to cuda:0
+        torch.cuda.set_device(device)  # otherwise pinned memory and some kernels use cuda:0
     dtype = pick_dtype(engine.dtype, device)
     model, found = _from_pretrained(
         AutoModelForCausalLM,
@@ -149,7 +149,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
         attn_implementation=ATTENTION,
         device_map={"": device},
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # said below, with the names
+        ignore_mismatched_sizes=True,  # reported below, with the names
         **_quantization(config, dtype),
     )
     _check_whole(config, model, found)
@@ -161,7 +161,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
 
 
 def untrained_ids(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
-    """Return the ids whose embedding, or whose row of the output head, is zero: no training met them."""
+    """Return the ids whose embedding, or whose row of the output head, is zero: they were never trained."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = torch.tensor(list(ids), dtype=torch.long)
     largest = [
@@ -172,15 +172,14 @@ def untrained_ids(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
-    """Return QLoRA's settings (arXiv 2305.14314): NormalFloat in 4 bits, the scales quantized as well."""
+    """Return QLoRA's settings (arXiv 2305.14314): 4-bit NormalFloat with double quantization."""
     if config.quantization is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         rule, remedy = "needs the bitsandbytes package", "Run: pip install 'lora-search[qlora]'"
         raise ConfigError("model.quantization", config.quantization, rule, remedy)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it misses a kernel that only inference would use
+    # It warns that a kernel is missing, which only inference would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -191,10 +190,10 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> dict[str, BitsAndB
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers in a form that gradients pass through.
+    """Keep 4-bit layers in a form that gradients can pass through.
 
-    In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first call without
-    gradients, for good, for a kernel that has no backward. Their training mode changes nothing else.
+    In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 permanently repacks a layer at its first
+    call without gradients, for a kernel that has no backward pass. Training mode has no other effect on them.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
@@ -202,7 +201,7 @@ def _keep_trainable(model: PreTrainedModel) -> None:
 
 
 def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise ModelError if transformers would go on with random weights, or put an adapter on by itself."""
+    """Raise ModelError if transformers has used random weights or added an adapter by itself."""
     if hasattr(model, "peft_config"):
         raise ModelError(
             f"model.path: {config.path} is an adapter, not a base. Give the model it was trained on."
@@ -213,12 +212,12 @@ def _check_whole(config: ModelConfig, model: PreTrainedModel, found: dict[str, A
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ModelError(
             f"model.path: {config.path} does not fit its config.json: {name} is {list(stored)} in the file, "
-            f"{list(expected)} by the configuration. Give weights and configuration of one model."
+            f"{list(expected)} in the configuration. Give weights and configuration of the same model."
         )
 
 
 def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: object) -> Any:
-    """Load by transformers' own rules, its errors as one message."""
+    """Load with transformers; its errors become one message."""
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     place = location(source, config)
     return _explained(config, lambda: loader.from_pretrained(place, **options))  # type: ignore[attr-defined]
@@ -243,6 +242,6 @@ def _remedy(config: ModelConfig, error: Exception) -> str:
         return DAMAGED
     if isinstance(error, ImportError):
         return "Install what it names, or choose another base."
-    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False if it may not look
+    if os.path.exists(Path(config.path).expanduser()):  # unlike Path.exists, False without permission to look
         return "Check the files in it, or give another base."
     return "Check name and network, log in with `hf auth login` for gated models, or give a folder."

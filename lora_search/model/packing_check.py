@@ -1,8 +1,8 @@
-"""Whether packed passes compute a base rightly: compared, once at load, with the model's own attention.
+"""Checks at load that packed passes compute a base correctly, against the model's own attention.
 
-An architecture may keep state between tokens, add a bias of its own to the scores, look ahead, or scale its
-logits in a way that the packed path does not know. Two short rows laid end to end show it, in a few
-milliseconds on a small model and two short passes on a large one; the weights are not copied.
+An architecture may keep state between tokens, add its own bias to the scores, look ahead, or scale its logits
+in a way that packed passes do not support. Two short rows, end to end, reveal that: in a few milliseconds on
+a small model, in two short passes on a large one. The weights are not copied.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from lora_search.errors import ModelError
 from lora_search.ops.attention import NAME as ATTENTION
 
 ROW_TOKENS, NUM_ROWS = 8, 2
-SHORT_WINDOW = 3  # tokens; long windows and chunks are cut to it, so that a short row feels them
+SHORT_WINDOW = 3  # tokens; windows and chunks are shortened to it, so that they affect short rows
 WINDOWS = ("sliding_window", "attention_chunk_size")
-LOOSEST_QUARTER = 0.75  # rounding in bfloat16 may send single tokens to other experts; most must agree
+LOOSEST_QUARTER = 0.75  # rounding in bfloat16 may route single tokens to other experts; most must agree
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, per token
 REMEDY = "Choose a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma or Phi."
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -34,7 +34,7 @@ def output_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def check_packing(model: PreTrainedModel, path: str) -> None:
-    """Raise ModelError unless packed rows give the logits that the model gives for each row alone."""
+    """Raise ModelError unless packed rows give the same logits as each row alone."""
     kind = f"model.path: {path} is a {model.config.model_type} model ({type(model).__name__})"
     try:
         error = _relative_error(model)
@@ -44,12 +44,12 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
     tolerance = TOLERANCE.get(model.dtype, 0.1)
     if not error <= tolerance:  # NaN as well
         found = f"logits are off by {error:.2g} (relative; up to {tolerance:g} is rounding)"
-        raise ModelError(f"{kind}, which packed passes compute wrongly: {found}. {REMEDY}")
+        raise ModelError(f"{kind}, which packed passes compute incorrectly: {found}. {REMEDY}")
 
 
 @torch.no_grad()
 def _relative_error(model: PreTrainedModel) -> float:
-    """Return the error of the worse row, over all but its worst tokens."""
+    """Return the larger error of the two rows, without the worst quarter of each row's tokens."""
     vocabulary = model.config.get_text_config().vocab_size
     start_R1 = torch.arange(NUM_ROWS, device=model.device)[:, None] * 5 + 3
     rows = (start_R1 + 7 * torch.arange(ROW_TOKENS, device=model.device)) % vocabulary
@@ -79,12 +79,12 @@ def _packed_logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _linear_layers_watched(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
-    """Raise ValueError if a linear layer is given some of the tokens only, as an expert would be: which
-    token gets which adapter goes by its place in the pass."""
+    """Raise ValueError if a linear layer gets only some of the tokens, as an expert does: a token's place in
+    the pass determines its adapter."""
 
     def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if inputs and inputs[0].numel() != num_tokens * inputs[0].shape[-1]:
-            raise ValueError(f"its layer {names[layer]} is not given every token of a pass.")
+            raise ValueError(f"its layer {names[layer]} does not get every token of a pass.")
 
     head = model.get_output_embeddings()
     names: dict[nn.Module, str] = {
@@ -111,7 +111,7 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Cut the windows and chunks of configuration and layers to a few tokens."""
+    """Shorten the windows and chunks of configuration and layers to a few tokens."""
     holders = [model.config, model.config.get_text_config(), *model.modules()]
     found = [(holder, name, getattr(holder, name, None)) for holder in holders for name in WINDOWS]
     lengths = [(holder, name, length) for holder, name, length in found if isinstance(length, int)]

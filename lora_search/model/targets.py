@@ -1,4 +1,4 @@
-"""Which layers of a model carry adapters, by PEFT's rule for names."""
+"""The layers of a model that carry adapters, by PEFT's rule for names."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from lora_search.settings.schema import ALL_LINEAR
 
 
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for names as PEFT takes them; the output head carries no
+    """Return full name -> layer, in model order, for target names as in PEFT; the output head carries no
     adapter."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
@@ -30,15 +30,15 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict
 
 
 def matches(name: str, target_modules: Sequence[str]) -> bool:
-    """Return whether a linear layer is meant, by PEFT's rule: the full name or its tail."""
+    """Return whether a linear layer matches by PEFT's rule: its full name or the end of it."""
     if tuple(target_modules) == (ALL_LINEAR,):
         return True
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
 def exact_targets(names: Sequence[str], module_names: Sequence[str]) -> list[str] | str:
-    """Return the shortest form in which PEFT takes just these layers: the last parts of their names, their
-    full names, or an expression that matches nothing else."""
+    """Return the shortest target_modules with which PEFT selects exactly these layers: the last parts of
+    their names, their full names, or a regular expression."""
     wanted = set(names)
     for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
         if {name for name in module_names if matches(name, targets)} == wanted:
@@ -62,7 +62,7 @@ def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, 
 
 
 def _layer_kinds(modules: dict[str, nn.Module]) -> str:
-    """Return the kinds of the layers that multiply by a matrix."""
+    """Return the types of the other layers with a weight matrix."""
     plain = (nn.Embedding, nn.Linear)
     weights = {name: getattr(m, "weight", None) for name, m in modules.items() if not isinstance(m, plain)}
     matrices = [name for name, w in weights.items() if isinstance(w, torch.Tensor) and w.dim() == 2]

@@ -1,5 +1,4 @@
-"""A tiny random chat model, made on the spot in a second: for `sweeps/smoke.yaml` and for tests.
-Deterministic."""
+"""A tiny random chat model, generated in a second, for `sweeps/smoke.yaml` and for tests. Deterministic."""
 
 from pathlib import Path
 
@@ -21,7 +20,7 @@ TEXT = "What is a building permit, and who grants it? The municipality's buildin
 
 
 def make_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """Write model and tokenizer of 2 layers, width 64, into ``folder`` and return it."""
+    """Write a model of 2 layers, width 64, and its tokenizer into ``folder``; return the folder."""
     tokenizer = make_tiny_tokenizer()
     config = AutoConfig.for_model(
         architecture,

@@ -1,7 +1,7 @@
-"""Pruned trials for samplers that learn from COMPLETE ones only: with the loss they would have come to.
+"""Extrapolates pruned trials to the end, for samplers that learn only from COMPLETE trials.
 
-In log perplexity a pruned trial is expected to fall, from its last rung on, as far as the median of the
-COMPLETE trials did from there: its rank among those stopped at the same rung stays.
+From its last rung on, a pruned trial's log perplexity is assumed to fall by the median fall of the COMPLETE
+trials from that rung. So trials stopped at the same rung keep their order.
 """
 
 import copy
@@ -15,7 +15,7 @@ from lora_search.search.trials import best_until
 
 
 def as_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials with log perplexities as values, the pruned ones that measured something COMPLETE."""
+    """Return the trials with log perplexities as values; pruned trials with a measurement become COMPLETE."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE and _is_positive(t.value)]
     shown = []
     for trial in trials:

@@ -1,4 +1,4 @@
-"""What a sweep will train and take, from what a probe has measured. Pure: no torch, no I/O."""
+"""Forecasts the tokens and time of a sweep from the measurements of a probe. Pure: no torch, no I/O."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.search.pruning import RungPruner
 
-DRAWS = 40  # imagined sweeps
+DRAWS = 40  # simulated sweeps
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured in seconds: speeds of a worker with all slots busy."""
+    """The measurements of a short probe: speeds of a worker with all slots busy."""
 
     train_tokens_per_second: float
     eval_seconds: float  # of one trial at one rung, packed with the others
-    setup_seconds: float  # until training begins
+    setup_seconds: float  # until training starts
     final_seconds: float = 0.0  # to score winner and base on the test split
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a sweep asks for."""
+    """The size of a sweep."""
 
     num_trials: int
     num_workers: int
@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A sweep before it runs: least, expected and most, as pruning leaves room for."""
+    """The forecast of a sweep: least, expected and most, depending on how much is pruned."""
 
     trial_tokens: float
     trial_seconds: float  # of a worker with all slots busy
@@ -48,7 +48,7 @@ class Forecast:
 
 
 def forecast(shape: Shape, probe: Probe, shares: tuple[float, float, float]) -> Forecast:
-    """Return tokens and wall time of the sweep, where it trains these shares of all its rungs."""
+    """Return tokens and wall time of the sweep if it trains these shares of all its rungs."""
     training = shape.trial_tokens / probe.train_tokens_per_second
     trial_seconds = training + shape.num_rungs * probe.eval_seconds
     least, expected, most = (share * shape.num_trials for share in shares)
@@ -63,17 +63,17 @@ def forecast(shape: Shape, probe: Probe, shares: tuple[float, float, float]) -> 
 
 
 def trials_within(seconds: float, shape: Shape, probe: Probe, share: float, trial_seconds: float) -> int:
-    """Return how many trials come to their end, or are pruned, in so much wall time."""
+    """Return how many trials finish or are pruned within this wall time."""
     left = max(0.0, seconds - probe.setup_seconds)
     return int(left * shape.num_workers / (share * trial_seconds))
 
 
 def shares_trained(pruner: BasePruner, shape: Shape, seed: int) -> tuple[float, float, float]:
-    """Return which share of all rungs is trained: least, mean and most of many imagined sweeps.
+    """Return the share of all rungs that is trained: least, mean and most over many simulated sweeps.
 
-    In them the trials come in any order and their curves keep their order from the first rung on: how well
-    each trial does is unknown, and the rung rule needs no more than the order. Another rule than that of
-    ``pruner=asha`` may prune nothing, or all that it may judge: the range is from one rung to all of them.
+    They draw the order of the trials at random, and the curves keep their order from the first rung on: the
+    rung rule needs no more. For other rules than that of ``pruner=asha`` the range is from one rung per trial
+    to all rungs.
     """
     if isinstance(pruner, NopPruner):
         return 1.0, 1.0, 1.0
@@ -89,7 +89,7 @@ def shares_trained(pruner: BasePruner, shape: Shape, seed: int) -> tuple[float, 
 
 
 def _share(rule: RungPruner, order: Sequence[int], num_slots: int, num_rungs: int) -> float:
-    """Return the share of the rungs that is trained where trial i is the order[i]-th best."""
+    """Return the share of the rungs that is trained if trial i is the order[i]-th best."""
     trials: list[FrozenTrial] = []
     trained = 0
     while True:

@@ -1,12 +1,13 @@
-"""Who is stopped early. The default rule is our own; the others are Optuna's, in units of our rungs.
+"""Which trials to stop early. The default rule is our own; the others are Optuna's, counted in our rungs.
 
 Asynchronous successive halving (arXiv 1810.05934) on the data axis: rungs at first_rung x reduction_factor^i.
-A trial is judged at the highest it has reached, by its best perplexity so far, against every trial that was
-there, running ones included. It is judged again when others arrive: the first at a rung is not favoured. The
-leader, the best at the farthest rung, is always spared, so a study always has a COMPLETE trial.
+A trial is judged at the highest rung it has reached, by its best perplexity so far, against every trial that
+has reached that rung, running ones included. It is judged again when others arrive, so the first trial at a
+rung has no advantage. The leader, the best at the farthest rung, is never stopped, so a study always has a
+COMPLETE trial.
 
-A rung that a trial reached after nothing but a step with a learning rate of 0, as a warm-up begins with, is
-none to any rule: what it measured there is the bare base.
+All rules ignore a rung that a trial reached with a learning rate of 0 only, as at the start of a warm-up: it
+measures the bare base.
 """
 
 import importlib.util
@@ -23,13 +24,13 @@ from lora_search.search.trials import best_until, progress_of
 from lora_search.settings.schema import PrunerConfig, require
 from lora_search.trial import draw_seed
 
-WILCOXON_P = 0.15  # one-sided: k rungs, all worse, give p = 2^-k, so three rungs can decide
-NOBODY = (1, -math.inf)  # the place behind every other
-WILCOXON_RUNGS = 4  # with fewer it would decide at the end only
+WILCOXON_P = 0.15  # one-sided: k rungs, all worse, give p = 2^-k, so three rungs are enough
+NOBODY = (1, -math.inf)  # ranks behind every trial
+WILCOXON_RUNGS = 4  # with fewer it could only decide at the end
 
 
 class RungPruner(pruners.BasePruner):
-    """Keeps the best ``ceil(n / reduction_factor)`` of n trials at a rung; equal values stand together."""
+    """Keeps the best ``ceil(n / reduction_factor)`` of n trials at a rung, and any that equal the last."""
 
     def __init__(self, first_rung: int, reduction_factor: int) -> None:
         self.first_rung, self.reduction_factor = first_rung, reduction_factor
@@ -38,7 +39,7 @@ class RungPruner(pruners.BasePruner):
         return bool(self.losers(study.get_trials(deepcopy=False), [trial]))
 
     def losers(self, trials: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
-        """Return number -> why it is stopped, of the judged among all trials. Order changes nothing."""
+        """Return number -> reason for the judged trials to stop. The order of the trials does not matter."""
         standings = Standings(self)
         for trial in trials:
             if trial.state.is_finished():
@@ -46,7 +47,7 @@ class RungPruner(pruners.BasePruner):
         return standings.losers([t for t in trials if not t.state.is_finished()], judged)
 
     def rungs(self, trial: FrozenTrial) -> list[int]:
-        """Return the rungs of this rule that the trial has been at, in order, once it was trained at all."""
+        """Return the rungs of this rule that the trial has reached since it was first trained, in order."""
         reached, rung, bare = [], self.first_rung, progress_of(trial)["untrained_rung"]
         while rung <= (trial.last_step or 0):
             reached.append(rung)
@@ -55,7 +56,7 @@ class RungPruner(pruners.BasePruner):
 
 
 class Standings:
-    """What finished trials had at each rung of the rule. Each is added once, so judging stays cheap."""
+    """The values of finished trials at each rung of the rule. Each is added once, so judging stays cheap."""
 
     def __init__(self, rule: RungPruner) -> None:
         self.rule = rule
@@ -63,7 +64,7 @@ class Standings:
         self._lead = NOBODY
 
     def add(self, trial: FrozenTrial) -> None:
-        """Count a finished trial."""
+        """Add a finished trial."""
         if trial.state == TrialState.FAIL:
             return
         for rung in self.rule.rungs(trial):
@@ -72,7 +73,7 @@ class Standings:
             self._lead = min(self._lead, self._place(trial))
 
     def losers(self, unfinished: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
-        """Return number -> why it is stopped, of the judged; they are among the unfinished."""
+        """Return number -> reason for the judged trials to stop; they are among the unfinished."""
         lead = min([self._lead, *(self._place(t) for t in unfinished if t.state != TrialState.PRUNED)])
         reasons, values_at = {}, dict[int, list[float]]()
         for trial in judged:
@@ -83,7 +84,7 @@ class Standings:
                 values_at[rungs[-1]] = self._values_at(rungs[-1], unfinished)
             values = values_at[rungs[-1]]
             if len(values) < self.rule.reduction_factor:
-                continue  # too few to compare with; it is judged again when more have come
+                continue  # too few to compare with; it is judged again when more arrive
             kept = math.ceil(len(values) / self.rule.reduction_factor)
             own, limit = best_until(trial, rungs[-1]), values[kept - 1]
             if own > limit:
@@ -96,7 +97,7 @@ class Standings:
     def promotable(
         self, unfinished: Sequence[FrozenTrial], paused: Sequence[FrozenTrial]
     ) -> list[FrozenTrial]:
-        """Return the paused trials that would not be stopped today, the farthest and best first."""
+        """Return the paused trials that would not be stopped now, the farthest and best first."""
         stay = self.losers(unfinished, paused)
         return self.ranked([t for t in paused if t.number not in stay])
 
@@ -109,26 +110,26 @@ class Standings:
         return sorted([*self._values[rung], *(best_until(t, rung) for t in there)])
 
     def _place(self, trial: FrozenTrial) -> tuple[int, float]:
-        """Return (-rung, perplexity): the farthest, then best trial has the least."""
+        """Return the sort key (-rung, perplexity): the farthest trials first, then the best."""
         rung = max(self.rule.rungs(trial), default=0)
         best = best_until(trial, rung)
         return (-rung, best) if math.isfinite(best) else NOBODY
 
 
 def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
-    """Return the trials that one of Optuna's rules stops, all reports of the tick being written.
+    """Return the trials that one of Optuna's rules stops, once all reports of the pass are written.
 
-    Some of them favour whoever is asked first: a seeded order for each rung makes that anybody.
+    Some rules favour the trial that is judged first, so the order is drawn for each rung from the seed.
     """
     order = sorted(judged, key=lambda t: draw_seed(seed, t.last_step or 0, t.number))
     return [trial for trial in order if study.pruner.prune(study, trial)]
 
 
 def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
-    """Return the pruner for trials of up to ``num_rungs`` rungs; ConfigError if it cannot work.
+    """Return the pruner for trials of up to ``num_rungs`` rungs; ConfigError if it could never prune.
 
-    median, percentile and wilcoxon compare with COMPLETE trials: the first pack trains to its end. wilcoxon
-    pairs a trial's rungs with the best trial's; they are not independent, so its p is a rule of thumb.
+    median, percentile and wilcoxon compare with COMPLETE trials, so the first pack always trains to the end.
+    wilcoxon pairs a trial's rungs with the best trial's; these are not independent, so p is a rule of thumb.
     """
     first, startup = config.first_rung, config.n_startup_trials
     rule = f"must be at most {num_rungs}, the rungs of the longest trial"
@@ -150,7 +151,7 @@ def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
 
 
 def _wilcoxon(first_rung: int, num_rungs: int) -> pruners.BasePruner:
-    rule = f"needs {WILCOXON_RUNGS} rungs to stop anything before its end, and there are {num_rungs}"
+    rule = f"needs {WILCOXON_RUNGS} rungs to stop a trial before its end, and there are {num_rungs}"
     remedy = "Raise train.evals_per_epoch or train.epochs, or use pruner=asha"
     require(num_rungs >= WILCOXON_RUNGS, "pruner.name", "wilcoxon", rule, remedy)
     has_scipy = importlib.util.find_spec("scipy") is not None

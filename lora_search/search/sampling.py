@@ -1,6 +1,7 @@
-"""What to try next: Optuna's samplers, every draw seeded by the sweep's seed and the trial's number.
+"""Optuna's samplers, with every draw seeded by the sweep's seed and the trial's number.
 
-A sweep that was interrupted draws what it would have drawn at that point; workers that share one differ.
+An interrupted sweep draws what it would have drawn without the interruption; workers that share a study draw
+different points.
 """
 
 import importlib.util
@@ -20,17 +21,17 @@ from lora_search.search.trials import Cursor, settled
 from lora_search.settings.schema import SamplerConfig
 from lora_search.trial import draw_seed
 
-# Optional dependencies of Optuna's.
+# Optuna's optional dependencies.
 NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
-NUM_SPREAD = 500  # trials that TPE looks at; its time grows with them, what one more tells it falls
-NUM_BEST = 25  # and the best beside them: TPE never counts more as good
+NUM_SPREAD = 500  # trials that TPE reads: its time grows with their number, the use of one more shrinks
+NUM_BEST = 25  # the best trials, in addition: TPE never counts more as good
 
 
 class PerTrialSampler(samplers.BaseSampler):
-    """Makes a new sampler for each trial. It keeps no state: what was tried before is read from the study.
+    """Makes a new sampler for each trial. It is stateless: earlier trials are read from the study.
 
-    A trial whose worker was killed while it drew has some of its parameters and gets the others that it would
-    have got: all are drawn at once, in the order of the space.
+    If a worker is killed while it draws, the trial later gets the same missing parameters that it would have
+    got: all are drawn at once, in the order of the space.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class PerTrialSampler(samplers.BaseSampler):
 
 
 class Outlook(samplers.BaseSampler):
-    """Lets a sampler see what matters of the study: all trials up to NUM_SPREAD, then the best and an even
-    share of the others, so that a draw costs the same at any size. A paused trial is seen as pruned, and the
-    space is the sweep's own: a range that was widened stays part of it. For one study.
+    """Shows a sampler a limited view of one study: all trials up to NUM_SPREAD, beyond that the best and an
+    even share of the others, so that a draw costs the same at any size. Paused trials appear as pruned, and
+    the space is the sweep's own, so that a widened range stays part of it.
 
-    With ``completes``, for samplers that learn from COMPLETE trials only, pruned ones are shown as such."""
+    With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Outlook(samplers.BaseSampler):
 
 
 class _Shown(InMemoryStorage):
-    """Holds the trials that a sampler is shown."""
+    """The trials that a sampler sees."""
 
     def __init__(self, trials: Sequence[FrozenTrial]) -> None:
         super().__init__()
@@ -129,12 +130,12 @@ class _Shown(InMemoryStorage):
         return [t for t in self._shown if states is None or t.state in states]
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """TPE shares what it drew, for others to avoid; the drawn trial itself tells them a moment later."""
+        """Ignored: TPE stores its draw for other workers, which soon see the drawn trial itself."""
 
 
 class Remembered:
-    """The finished trials that a sampler sees: the best, and every so many-th by number. Which they are
-    depends on what has finished, not on the order in which it did."""
+    """The finished trials that a sampler sees: the best, and every n-th by number. The choice depends on the
+    finished trials, not on their order."""
 
     def __init__(self) -> None:
         self._best: list[tuple[tuple[bool, int, float, int], FrozenTrial]] = []
@@ -153,14 +154,14 @@ class Remembered:
             self._spread = [t for t in self._spread if t.number % self._stride == 0]
 
     def trials(self) -> list[FrozenTrial]:
-        """Return them in no particular order."""
+        """Return the trials in no particular order."""
         best = [trial for _, trial in self._best]
         seen = {trial.number for trial in best}
         return best + [t for t in self._spread if t.number not in seen]
 
 
 def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
-    """Order trials as TPE does: COMPLETE by value, then PRUNED by how far they came and their value there."""
+    """Order trials as TPE does: COMPLETE by value, then PRUNED by last rung and the value there."""
     if trial.state == TrialState.COMPLETE:
         return False, 0, trial.value or 0.0, trial.number
     step = trial.last_step
@@ -173,8 +174,8 @@ def make_sampler(
 ) -> samplers.BaseSampler:
     """Return the sampler of a sweep. Raises ConfigError if it cannot search this space.
 
-    grid is no sampler here: the study itself hands out the untried points of the space, in seeded order.
-    cmaes moves numbers only and draws choices at random.
+    grid needs no sampler here: the study itself hands out the untried points of the space, in seeded order.
+    cmaes optimizes numbers only and draws choices at random.
     """
     missing = [name for name in NEEDS.get(config.name, ()) if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""What the study remembers, read from Optuna's records: rows, counts, attributes."""
+"""Reads Optuna's trial records: rows for reports, progress, attributes."""
 
 import copy
 import json
@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.trial import Measurement, TrialRow
 
-# Reasons of trials that ended before they began; no count and no report shows them.
+# Reasons of trials that ended before they began; counts and reports leave them out.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
-PROGRESS = "progress"  # user attribute: what a trial has trained so far
+PROGRESS = "progress"  # user attribute: how much a trial has trained so far
 NO_PROGRESS = {
     "best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0,
-    "untrained_rung": 0,  # the last one that it reached as the bare base
+    "untrained_rung": 0,  # the last rung at which it measured the bare base
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
 
 
 def trial_row(trial: FrozenTrial) -> TrialRow:
-    """Return one trial as reports know it."""
+    """Return one trial for reports."""
     best = best_until(trial, 2**31)
     progress = progress_of(trial)
     return TrialRow(
@@ -48,7 +48,7 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
 
 
 def progress_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return what the trial has trained so far. What another program wrote there counts as nothing."""
+    """Return how much the trial has trained so far. Other programs' values of another type are ignored."""
     stored, progress = trial.user_attrs.get(PROGRESS), dict(NO_PROGRESS)
     if isinstance(stored, dict):
         progress |= {key: stored[key] for key in progress if isinstance(stored.get(key), int | float)}
@@ -56,19 +56,19 @@ def progress_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def text_of(trial: FrozenTrial, key: str) -> str:
-    """Return a user attribute that is a text; nothing if it is missing or another program's."""
+    """Return a user attribute that is a text; "" if it is missing or of another type."""
     value = trial.user_attrs.get(key)
     return value if isinstance(value, str) else ""
 
 
 def count_of(trial: FrozenTrial, key: str) -> int:
-    """Return a user attribute that is a count; 0 if it is missing or another program's."""
+    """Return a user attribute that is a count; 0 if it is missing or of another type."""
     value = trial.user_attrs.get(key)
     return value if isinstance(value, int) else 0
 
 
 def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Return what the trial has trained once these measurements, its next, are counted."""
+    """Return how much the trial has trained after these measurements, its next ones."""
     last, seconds = measurements[-1], sum(m.train_seconds for m in measurements)
     before = progress_of(trial)["untrained_rung"]
     return {
@@ -97,12 +97,12 @@ def params_of(trial: FrozenTrial) -> Mapping[str, object]:
 
 
 def identity_of(trial: FrozenTrial) -> frozenset[object]:
-    """Return what trials with the same parameters share; 8 is 8.0."""
+    """Return a value that is equal for trials with the same parameters; 8 is 8.0."""
     return point_of(params_of(trial))
 
 
 def point_of(params: Mapping[str, object]) -> frozenset[object]:
-    """Return the parameters as a value that can be compared, whatever another program has put there."""
+    """Return the parameters as a hashable value, also if another program has stored unhashable ones."""
     return frozenset((key, v if isinstance(v, Hashable) else str(v)) for key, v in params.items())
 
 
@@ -111,22 +111,20 @@ def never_began(trial: FrozenTrial) -> bool:
     return text_of(trial, "reason").startswith((DUPLICATE, SURPLUS))
 
 
-PAUSED = (
-    "paused"  # user attribute of a trial that was stopped, is RUNNING to Optuna, and may be taken up again
-)
+PAUSED = "paused"  # user attribute of a stopped trial that is RUNNING in Optuna and may be resumed
 
 
-# A trial that goes back is nobody's: in a dead worker's name, whoever claims it next would look dead as well.
+# A trial that is put back has no worker: with a dead worker's name, its next worker would look dead as well.
 UNSIGNED = {"worker": ""}
 
 
 def is_held_by(trial: FrozenTrial, worker: str) -> bool:
-    """Return whether the trial is RUNNING in this worker's name, or was paused by it."""
+    """Return whether the trial is RUNNING and signed by this worker, or was paused by it."""
     return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
 
 
 def settled(trial: FrozenTrial) -> FrozenTrial:
-    """Return a paused trial as the PRUNED one that it counts as, any other as it is."""
+    """Return a paused trial as PRUNED, which it counts as; any other unchanged."""
     if trial.state != TrialState.RUNNING or not trial.user_attrs.get(PAUSED):
         return trial
     pruned = copy.copy(trial)
@@ -135,12 +133,12 @@ def settled(trial: FrozenTrial) -> FrozenTrial:
 
 
 def is_bare(trial: FrozenTrial) -> bool:
-    """Return whether the trial has measured nothing but the bare base: warm-up begins at a rate of 0."""
+    """Return whether the trial has only measured the bare base: warm-up starts with a learning rate of 0."""
     return bool((trial.last_step or 0) <= progress_of(trial)["untrained_rung"])
 
 
 def best_until(trial: FrozenTrial, rung: int) -> float:
-    """Return the trial's lowest perplexity up to the rung; infinity where it has none that is finite."""
+    """Return the trial's lowest finite perplexity up to the rung; infinity if it has none."""
     values = [v for step, v in trial.intermediate_values.items() if step <= rung and math.isfinite(v)]
     return min(values, default=math.inf)
 
@@ -149,7 +147,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def has_run_for(trial: FrozenTrial, seconds: int) -> bool:
-    """Return whether the trial was drawn longer ago; if nobody has signed it since, its worker has died."""
+    """Return whether the trial was drawn longer ago; if it is still unsigned, its worker has died."""
     age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else math.inf
     return age > seconds
 
@@ -158,17 +156,17 @@ UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
 class Cursor:
-    """Tells what has finished since the last look, and what is open. Most looks read the open trials only."""
+    """Reads the trials that finished since the last read, and the open ones. Most reads query only these."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._num_seen = 0
         self._open: list[int] = []
-        self.trials: list[FrozenTrial] = []  # all by number, as of the last look at all
+        self.trials: list[FrozenTrial] = []  # all by number, as of the last read of everything
 
     def read(self, *, everything: bool) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-        """Return what has finished since the last call, and what is open. Unless it must look at everything,
-        it misses what others have begun and ended between two trials that it knows."""
+        """Return the trials that finished since the last call, and the open ones. Without ``everything`` it
+        may miss trials that other workers began and ended since the last call."""
         if not everything:
             unfinished = self._study.get_trials(deepcopy=False, states=UNFINISHED)
             numbers = [t.number for t in unfinished]

@@ -1,6 +1,6 @@
-"""Adapters in plain transformers and PEFT, as they will serve: answers, merged weights, and their perplexity.
+"""Adapters in plain transformers and PEFT, as users will run them: answers, merged weights, their perplexity.
 
-Nothing of the packed engine takes part, so that what is checked here is what users will run. Imports torch.
+Does not use the packed engine, so it is an independent check. Imports torch.
 """
 
 import shutil
@@ -64,7 +64,7 @@ def plain_perplexity(model: PreTrainedModel, rows: Sequence[Example]) -> float:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model on the disk, and what it scores in plain transformers."""
+    """A merged model on disk, with its perplexity in plain transformers."""
 
     folder: Path
     perplexity: float
@@ -77,8 +77,8 @@ def merge(
 ) -> Merged:  # fmt: skip
     """Write base plus adapter as one model, load it again, and compare its perplexity with the study's.
 
-    Raises StudyError, and leaves nothing, where they differ by more than the rounding of the base's dtype. A
-    base that was in 4 bits is merged unquantized, where they do differ: that is not an error.
+    Raises StudyError, and leaves no files, if they differ by more than the rounding of the base's dtype. An
+    adapter of a 4-bit base is merged into the unquantized base, where a difference is expected.
     """
     fresh = to.with_name(f"{to.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -92,7 +92,7 @@ def merge(
         shutil.rmtree(fresh)
         raise StudyError(
             f"merge: the merged model has validation perplexity {perplexity:.4f}, the study says "
-            f"{expected:.4f}: more than rounding to {model.dtype} explains. Export the adapter without merge."
+            f"{expected:.4f}: too different for rounding to {model.dtype}. Export the adapter without merge."
         )
     shutil.rmtree(to, ignore_errors=True)
     fresh.rename(to)
@@ -100,7 +100,7 @@ def merge(
 
 
 class Answerer:
-    """The base, loaded once, answering as itself (None) or under any of the trials' adapters."""
+    """Answers with the base, loaded once, either bare (None) or with the adapter of a trial."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class Answerer:
         return self.complete([self._prompt(question) for question in questions], trial, batch_size)
 
     def complete(self, prompts: Sequence[str], trial: int | None, batch_size: int = 8) -> list[str]:
-        """Return the greedy answers to prompts that are rendered already, in their order."""
+        """Return the greedy answers to rendered prompts, in the order of the prompts."""
         found: dict[int, str] = {}
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths go together
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of similar length
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             found |= dict(zip(batch, self._answer([prompts[i] for i in batch], trial), strict=True))
@@ -158,7 +158,7 @@ class Answerer:
 def open_answerer(
     config: SweepConfig, commit: str | None, folder: Path, trials: Sequence[int], max_new_tokens: int
 ) -> Answerer:
-    """Return the study's base with the adapters of these trials. Raises StudyError if one is not here."""
+    """Return the study's base with the adapters of these trials. Raises StudyError if one is missing."""
     adapters = {number: adapter_folder(folder, number) for number in trials}
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
@@ -166,7 +166,7 @@ def open_answerer(
 
 
 def adapter_folder(folder: Path, number: int) -> Path:
-    """Return where a trial's adapter is. Raises StudyError if it was trained on another machine."""
+    """Return the folder of a trial's adapter. Raises StudyError if it was trained on another machine."""
     adapter = folder / "trials" / str(number) / "adapter"
     if not adapter.is_dir():
         raise StudyError(
@@ -177,7 +177,7 @@ def adapter_folder(folder: Path, number: int) -> Path:
 
 
 class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers has no types
-    """Prints an answer to standard output word by word, control characters as escapes."""
+    """Prints an answer to standard output word by word, with control characters escaped."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""A study's base, data and adapters again, from what it recorded: for commands that compute after the search.
+"""Reopens a study's base and data from its recorded settings, for commands that compute after the search.
 
-Imports torch. Data or a base that changed since are refused: their numbers would not be the study's.
+Data or a base that have changed since are refused: their numbers would not be the study's. Imports torch.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from lora_search.trial import TrialSettings
 
 @dataclass(frozen=True)
 class Reopened:
-    """What a command needs to compute with a study's adapters."""
+    """The engine and data to compute with a study's adapters."""
 
     config: SweepConfig
     tokenizer: PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
-"""The test split, looked at once: winner and base are scored on it when a sweep has ended.
+"""Scores winner and base on the test split, once, at the end of a sweep.
 
-A second look would make it a second validation split. It is possible, asked for, and counted.
+A second look would turn it into a second validation split: it needs --again and is counted.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from lora_search.trial import TrialRow
 def score_test_once(
     engine: Engine, config: StudyConfig, folder: Path, after_pass: Callable[[], None] = lambda: None
 ) -> TestScore | None:
-    """Score the best trial and the base on the test split, unless that was done before by anybody.
+    """Score the best trial and the base on the test split, unless any worker has done so before.
 
-    None if there is nothing to score: no test rows, no complete trial, its adapter on another machine.
+    Returns None if there is nothing to score: no test rows, no complete trial, its adapter elsewhere.
     """
     view = StudyView(config)
     with one_at_a_time(folder):
@@ -37,9 +37,9 @@ def score_test_once(
 
 
 def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) -> TestScore | None:
-    """Score the trial and the base on the test split, and store that with the study.
+    """Score the trial and the base on the test split, and store the result in the study.
 
-    None if a score is not finite, or of one row only.
+    Returns None if a score is not finite or there is only one row.
     """
     slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
     base, scores = engine.scores([None, slot], engine.splits.test)
@@ -66,5 +66,5 @@ def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) ->
 
 
 def adapter_of(row: TrialRow, folder: Path) -> Path:
-    """Return where a trial's adapter is, if it was trained here."""
+    """Return the folder of a trial's adapter, which exists if it was trained here."""
     return folder / "trials" / str(row.number) / "adapter"

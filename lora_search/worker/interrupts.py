@@ -1,6 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP. While trials train, the pass that runs is finished first; the second signal,
-or one at any other moment, ends the process at once. No library in between sees an exception, so none prints
-one."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP. While trials train, the current pass is finished first; a second
+signal, or one at any other time, ends the process at once. Libraries see no exception, so they print none."""
 
 import os
 import signal
@@ -13,19 +12,19 @@ from lora_search.output.streams import open_missing_streams
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODE = 130
-GOOD_BYE = b"\ninterrupted: nothing is lost, the same command goes on\n"
-PASS_ENDS = b"\ninterrupted: the pass that runs is finished first; once more leaves at once\n"
+GOOD_BYE = b"\ninterrupted: nothing is lost; run the same command to continue\n"
+PASS_ENDS = b"\ninterrupted: finishing the current pass; interrupt again to exit at once\n"
 
 
 class Interrupts:
-    """Answers the signals from `listen` on, also while the interpreter shuts down."""
+    """Handles the signals after `listen`, also while the interpreter shuts down."""
 
     def __init__(self) -> None:
         self.has_come = False
         self._is_patient = False
 
     def listen(self) -> "Interrupts":
-        """Answer the signals from now on, save those that nohup or a shell's & told it to ignore."""
+        """Handle the signals from now on, except those that nohup or a shell's & has set to be ignored."""
         open_missing_streams()
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -47,8 +46,8 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def leave(self, code: int) -> None:
-        """End the process. After an interrupt at once: what was open is closed, and an interpreter that shuts
-        down answers the next signal in its own way."""
+        """End the process. After an interrupt at once: everything is closed by then, and an interpreter that
+        shuts down would handle another signal in its own way."""
         if code == EXIT_CODE:
             with suppress(OSError):
                 sys.stdout.flush()
@@ -66,5 +65,5 @@ class Interrupts:
 
 
 def _say(text: bytes) -> None:
-    with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+    with suppress(OSError):  # the terminal may be gone, as after SIGHUP
         os.write(1, text)

@@ -1,9 +1,9 @@
-"""launcher=local: worker processes that share one study, one per visible GPU, under one parent.
+"""launcher=local: worker processes that share one study, one per visible GPU, with one parent.
 
-A worker is the same command with `launcher.worker=N`; it works as launcher=inline does and writes to
-runs/<study>/workers/N.log. The parent imports no torch and trains nothing: it shows the study, starts again
-what a signal killed, and passes an interrupt on. A worker gets its settings, which may hold passwords, by
-environment: command lines are there for everybody to read.
+A worker is the same command with `launcher.worker=N`; it trains as launcher=inline does and writes to
+runs/<study>/workers/N.log. The parent imports no torch and trains nothing: it shows the study, restarts
+workers that a signal killed, and forwards an interrupt. A worker gets its settings, which may contain
+passwords, in its environment, since all users can read command lines.
 """
 
 import os
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from lora_search.study.view import StudyView
 
 LOGS = "workers"  # the folder of their logs, in the study's
-LOOK_SECONDS = 1.0  # between two looks at the workers and the study
+LOOK_SECONDS = 1.0  # between two polls of the workers and the study
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
 
 
 def visible_gpus() -> int:
-    """Return how many GPUs torch sees; asked in a process of its own, so that this one stays small."""
+    """Return the number of GPUs that torch sees, from a separate process, so that this one stays small."""
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)
@@ -45,15 +45,15 @@ def visible_gpus() -> int:
 def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
     """Return each worker's environment: its own GPU, or its share of the cores.
 
-    ``num_gpus`` is 0 where engine.device=cpu. Raises ConfigError if there are more workers than GPUs.
+    ``num_gpus`` is 0 with engine.device=cpu. Raises ConfigError if there are more workers than GPUs.
     """
     device, workers = config.engine.device, config.launcher.workers
     require(
         device in ("auto", "cpu", "cuda"),
         "engine.device",
         device,
-        "must be auto, cpu or cuda with launcher=local, where each worker has a GPU of its own",
-        "Choose GPUs by CUDA_VISIBLE_DEVICES",
+        "must be auto, cpu or cuda with launcher=local, which gives each worker its own GPU",
+        "Choose GPUs with CUDA_VISIBLE_DEVICES",
     )
     require(
         num_gpus == 0 or workers is None or workers <= num_gpus,
@@ -73,13 +73,13 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
 class Worker:
-    """One worker process, started again as often as it may be."""
+    """One worker process, restarted up to ``restarts_left`` times."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -88,7 +88,7 @@ class Worker:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self, mode: str = "wb") -> None:
-        """Start in a session of its own: a Ctrl-C in the terminal reaches the parent only. Its standard input
+        """Start in a new session, so that Ctrl-C in the terminal reaches only the parent. Its standard input
         stays open as long as the parent lives."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         error_file(self.log).unlink(missing_ok=True)
@@ -117,9 +117,9 @@ class Worker:
         self.process.stdin.close()
 
     def message(self) -> str:
-        """Return what it said at its end, or where to read it."""
-        told = error_file(self.log)
-        return told.read_text(encoding="utf-8") if told.exists() else f"see {self.log}"
+        """Return the error that ended it, or the log to read."""
+        error = error_file(self.log)
+        return error.read_text(encoding="utf-8") if error.exists() else f"see {self.log}"
 
 
 def outcome(code: int) -> str:
@@ -128,7 +128,7 @@ def outcome(code: int) -> str:
 
 
 class Team:
-    """All workers of this host's launcher. As a context it leaves none behind."""
+    """All workers of this host's launcher. On exit from the context all of them have ended."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = workers
@@ -140,20 +140,20 @@ class Team:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ask those that still run to hand back their trials, and wait. A second interrupt ends this process,
-        and with its end of their standard input they leave too."""
+        """Tell running workers to put their trials back, and wait. A second interrupt ends this process and
+        closes their standard input, so they end too."""
         running = [worker for worker in self.workers if worker.is_running]
         for worker in running:
-            worker.process.terminate()  # a SIGINT may be ignored: nohup, a shell's &
+            worker.process.terminate()  # nohup and a shell's & make processes ignore SIGINT
         for worker in running:
             worker.process.wait()
         for worker in self.workers:
             worker.close()
 
     def look(self) -> list[str]:
-        """Start again what a signal killed; return what happened since the last look.
+        """Restart workers that a signal killed; return what happened since the last call.
 
-        Raises InputError if a worker found wrong input: so would all others.
+        Raises InputError if a worker found wrong input, since all others would too.
         """
         news = []
         for number, worker in enumerate(self.workers):
@@ -164,8 +164,8 @@ class Team:
                 raise InputError(worker.message())
             if code < 0 and worker.restarts_left:
                 worker.restart()
-                again = f"is started again ({worker.restarts_left} more times)"
-                news.append(f"worker {number} was {outcome(code)}; it {again}")
+                again = f"restarted ({worker.restarts_left} more times)"
+                news.append(f"worker {number} was {outcome(code)}; {again}")
                 continue
             self._ended.add(number)
             if code != 0:
@@ -174,11 +174,11 @@ class Team:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether some worker runs, or has not been looked at since it ended."""
+        """Whether some worker runs, or has ended since the last `look`."""
         return len(self._ended) < len(self.workers)
 
     def check_someone_finished(self) -> None:
-        """Raise LoraSearchError if no worker came to the end of the study."""
+        """Raise LoraSearchError if no worker reached the end of the study."""
         codes = [worker.process.returncode for worker in self.workers]
         if all(codes):
             first = f"worker 0 {outcome(codes[0])}: {self.workers[0].message()}"
@@ -186,7 +186,7 @@ class Team:
 
 
 class Overview:
-    """The study of all workers on one screen, read from the database now and then."""
+    """The progress of all workers on one screen, read from the database at intervals."""
 
     def __init__(self, config: StudyConfig, progress: Progress, folder: Path) -> None:
         self.config, self.progress, self._folder = config, progress, folder
@@ -195,15 +195,15 @@ class Overview:
         self._tokens, self._started = 0, 0.0
 
     def show(self) -> None:
-        """Show where the study stands and which trials have ended since the last time. A database that does
-        not answer is the workers' to decide on; here it only leaves the screen as it was."""
+        """Show the progress of the study and the trials that ended since the last call. If the database does
+        not answer, the workers decide what to do; here it only delays the display."""
         try:
             if self._view is None:
                 self._open()
             else:
                 self._show(self._view)
         except ConfigError:
-            self.progress.wait("the workers get ready; there is no study yet")
+            self.progress.wait("waiting for the workers to create the study")
         except LoraSearchError as error:
             self.progress.wait(str(error))
 
@@ -232,13 +232,13 @@ class Overview:
 
 
 def run_workers(config: SweepConfig, command: Command, progress: Progress, check: Callable[[], None]) -> None:
-    """Start the workers and look after them until the study is through. Raises what ended them all, and
-    what ``check``, called now and then, does."""
+    """Start the workers and supervise them until the study is finished. Raises the error that ended them all,
+    or the one of ``check``, which is called at intervals."""
     folder = Path(config.runs_dir) / config.study.name
     num_gpus = 0 if config.engine.device == "cpu" else visible_gpus()
     environments = plan_workers(config, num_gpus, os.environ)
     team, overview = make_team(config, command, environments), Overview(config.study, progress, folder)
-    places = f"{len(environments)} on GPUs of their own" if num_gpus else f"{len(environments)} on the CPU"
+    places = f"{len(environments)} on one GPU each" if num_gpus else f"{len(environments)} on the CPU"
     with team, progress:
         progress.event(f"workers: {places}; they write to {team.workers[0].log.parent}")
         while team.is_at_work:
@@ -281,7 +281,7 @@ def leaving_no_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def told_to_launcher(config: SweepConfig) -> Iterator[None]:
-    """In a worker: leave the message that ends it where the parent finds it, and end when the parent does."""
+    """In a worker: write the error that ends it to a file for the parent, and end when the parent ends."""
     number = config.launcher.worker
     if number is None:
         yield
@@ -296,13 +296,13 @@ def told_to_launcher(config: SweepConfig) -> Iterator[None]:
 
 
 def error_file(log: Path) -> Path:
-    """Return where a worker leaves the message that ended it."""
+    """Return the file for the error that ended a worker."""
     return log.with_suffix(".error")
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, which the parent holds open; then interrupt this process: nobody
-    looks after it any more, and the next start of the sweep wants its GPU."""
+    """Wait for the end of standard input, which the parent keeps open; then interrupt this process, since
+    nothing supervises it any more and the next start of the sweep needs its GPU."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,6 @@
-"""One process on one device: claims trials, trains them in its slots, reports. Decides every trial's fate;
-docs/failures.md has the table. While the database is gone it trains on, claims nothing and judges nobody."""
+"""One process on one device: claims trials, trains them in its slots, reports. Decides how every trial ends;
+docs/failures.md has the table. While the database is unreachable, it continues to train but does not claim or
+prune."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,8 @@ from lora_search.output.tracking import Tracker
 from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRun
 
-POLL_SECONDS = 2.0  # between two looks at what other workers do
-NAP_SECONDS = 0.5  # a signal is noticed so soon while the worker waits
+POLL_SECONDS = 2.0  # between two polls of other workers' trials
+NAP_SECONDS = 0.5  # between two checks for signals while the worker waits
 
 
 def work(
@@ -24,13 +25,13 @@ def work(
     progress: Progress,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train until the study is through or a budget is spent. Whatever ends it early, held trials go back to
-    the study first.
+    """Train until the study is finished or a budget is spent. If anything ends it early, held trials are put
+    back first.
 
     ``check_interrupt`` is called after every pass and may raise.
     """
     worker = Worker(study, engine, tracker, progress, check_interrupt)
-    engine.after_pass = worker.keep_alive  # called from inside: one `advance` may hold a whole evaluation
+    engine.after_pass = worker.keep_alive  # one `advance` may include a whole evaluation of many passes
     try:
         while not study.budget.is_over and (worker.admit() or worker.others_train()):
             measurements = engine.advance()
@@ -42,7 +43,7 @@ def work(
 
 
 class Worker:
-    """What one worker knows between two passes."""
+    """The state of one worker between two passes."""
 
     def __init__(
         self,
@@ -69,11 +70,11 @@ class Worker:
                 self.tracker.start(run)
             self.engine.admit(runs)
         if self.study.held and self.engine.free_slots == len(self.engine.slots):
-            self._wait(self.outbox.seconds_to_next_try)  # all trials are through, and cannot be told
+            self._wait(self.outbox.seconds_to_next_try)  # all trials have ended, and reports are pending
         return bool(self.study.held)
 
     def _claim(self) -> list[TrialRun]:
-        """Claim one trial: several at once would be lost if the database went away in between."""
+        """Claim one trial: of several at once, some would be lost in a database error."""
         if self._claims:
             self.study.trials.put_back_unheld()
         self._claims = True
@@ -82,7 +83,7 @@ class Worker:
         return runs
 
     def others_train(self) -> bool:
-        """Wait a while if other workers still train: one that dies leaves its trials to this one."""
+        """Wait a moment if other workers still train: this one takes the trials of a worker that dies."""
         others = self.outbox.ask(self.study.num_running_elsewhere)
         if others is None:
             self._wait(self.outbox.seconds_to_next_try)
@@ -92,8 +93,8 @@ class Worker:
         return others is None or others > 0
 
     def keep_alive(self) -> None:
-        """After every pass: tell other workers that this one lives. After a silence they may have taken its
-        trials: those are let go before anything more is written for them."""
+        """Send a heartbeat, after every pass. After a gap other workers may have taken some trials: those are
+        let go before anything more is written for them."""
         self.check_interrupt()
         if self.study.was_silent:
             for number in self.outbox.ask(self.study.trials.drop_lost) or ():
@@ -101,7 +102,7 @@ class Worker:
         self.outbox.ask(partial(_beat, self.study))
 
     def settle(self, measurements: Sequence[Measurement]) -> None:
-        """Write all reports, end the trials that are through, and only then ask which others to stop."""
+        """Write all reports, end the trials that are finished, and only then ask which others to stop."""
         if measurements:
             self.outbox.put(partial(self._report, [m for m in measurements if m.ended != "failed"]))
         for m in measurements:
@@ -114,19 +115,19 @@ class Worker:
             self._keep_to_budget([m.trial_number for m in measurements if not m.ended])
 
     def _keep_to_budget(self, at_rung: Sequence[int]) -> None:
-        """Put back the trials at a rung whose next one the budget does not reach."""
+        """Put back the trials at a rung that cannot reach the next one within the budget."""
         for stop in self.outbox.ask(partial(self.study.beyond_budget, at_rung)) or ():
             self.engine.release([stop.trial_number])
             self.outbox.put(partial(self.study.put_back, stop))
             self.tracker.finish(stop.trial_number, "INTERRUPTED", stop.reason)
-            self.progress.event(f"trial {stop.trial_number} waits: {stop.reason}")
+            self.progress.event(f"trial {stop.trial_number} put back: {stop.reason}")
         self.outbox.flush()
 
     def _report(self, measurements: Sequence[Measurement]) -> None:
         self.study.report([m for m in measurements if m.trial_number in self.study.held])
 
     def _follow(self, m: Measurement) -> None:
-        """Tell the tracker what the study knows by now, and end the trial if it is through."""
+        """Log what is in the study by now, and end the trial if it is finished."""
         if m.trial_number not in self.study.held:
             return
         if m.recovery:
@@ -159,19 +160,19 @@ class Worker:
         self.progress.event(f"trial {number} let go: {reason}")
 
     def show(self) -> None:
-        """Show where the study stands, or stood when the database last answered."""
+        """Show the progress of the study, as of the database's last answer."""
         self.summary = self.outbox.ask(self.study.summary) or self.summary
         if self.summary is not None:
             self.progress.update(self.engine.views(), self.summary, self.engine.tokens_per_second)
 
     def leave(self) -> None:
-        """Hand the held trials back and close the tracker, also while the database is gone."""
+        """Put the held trials back and close the tracker, also if the database is unreachable."""
         try:
             if self.outbox.ask(self._hand_back) is None and self.study.held:
                 held = ", ".join(str(number) for number in sorted(self.study.held))
-                self.progress.event(f"trials {held} are found by the next start: the database is gone")
+                self.progress.event(f"the database is unreachable; the next start resumes trials {held}")
         except StudyError:
-            self.progress.event("held trials are found by the next start: the database is gone")
+            self.progress.event("the database is unreachable; the next start resumes the held trials")
         finally:
             self.tracker.close()
 

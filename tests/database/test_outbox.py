@@ -207,7 +207,7 @@ def test_a_postgresql_that_stays_away_ends_the_sweep_with_one_message_and_its_tr
 
     assert told.value.exit_code == 1
     assert "hunter2" not in str(told.value)
-    assert "found by the next start" in lines.getvalue()
+    assert "the next start resumes" in lines.getvalue()
     study.storage.engine.dispose()
     postgres.start()
     again = open_study(config, tmp_path)

@@ -134,7 +134,7 @@ def test_a_file_that_was_never_sealed_is_damaged(tmp_path: Path) -> None:
 
     with pytest.raises(DamagedFileError, match="SHA-256 differs"):
         read_sealed(tmp_path / "plain.safetensors")
-    with pytest.raises(DamagedFileError, match="is not there"):
+    with pytest.raises(DamagedFileError, match="does not exist"):
         read_sealed(tmp_path / "nothing.safetensors")
 
 

@@ -100,10 +100,7 @@ def test_fewer_layers_than_there_are_weights_are_refused_with_names(folder: Path
 
     message = refusal(lambda: outline_of(folder))
 
-    assert (
-        "holds 9 weights that its config.json has no place for: model.layers.1.input_layernorm.weight"
-        in message
-    )
+    assert "has 9 weights that its config.json does not: model.layers.1.input_layernorm.weight" in message
 
 
 def test_more_layers_than_there_are_weights_are_refused_with_names(folder: Path) -> None:
@@ -118,14 +115,14 @@ def test_weights_of_another_family_are_refused(folder: Path) -> None:
     bias = {f"model.layers.{i}.self_attn.q_proj.bias": torch.zeros(64) for i in (0, 1)}
     edit_weights(folder, lambda state: state | bias)
 
-    assert "holds 2 weights that its config.json has no place for" in refusal(lambda: outline_of(folder))
+    assert "has 2 weights that its config.json does not" in refusal(lambda: outline_of(folder))
 
 
 def test_another_width_is_refused(folder: Path) -> None:
     edit_config(folder, intermediate_size=96)
 
-    assert "[128, 64] in the file, [96, 64] by the config" in refusal(lambda: outline_of(folder)) or (
-        "[64, 128] in the file, [64, 96] by the config" in refusal(lambda: outline_of(folder))
+    assert "[128, 64] in the file, [96, 64] in the config" in refusal(lambda: outline_of(folder)) or (
+        "[64, 128] in the file, [64, 96] in the config" in refusal(lambda: outline_of(folder))
     )
 
 
@@ -151,7 +148,7 @@ def test_a_shard_that_is_cut_short_is_named_with_both_sizes(folder: Path) -> Non
 
     message = refusal(lambda: outline_of(folder))
 
-    assert f"{path} has {size - 1:,} bytes, and {size:,} by its own header" in message
+    assert f"{path} has {size - 1:,} bytes, but its header says {size:,}" in message
 
 
 @pytest.mark.wrong_input
@@ -264,8 +261,8 @@ def test_a_whole_gguf_file_passes(tmp_path: Path) -> None:
         (GOOD[:30], "has a header that cannot be read"),
         (GOOD[:150], "has a header that cannot be read"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 40, "has a header that cannot be read"),
-        (gguf(kind="adapter"), "holds no model (adapter)"),
-        (gguf(kind="mmproj"), "holds no model (mmproj)"),
+        (gguf(kind="adapter"), "is not a model (adapter)"),
+        (gguf(kind="mmproj"), "is not a model (mmproj)"),
         (gguf(parts=3), "is one of 3 parts of a model. Join them"),
     ],
 )

@@ -90,7 +90,7 @@ def test_logits_scaled_in_a_way_that_is_not_known_are_refused(tmp_path: Path, ke
     folder = make_tiny_model(tmp_path, "granite" if key == "logits_scaling" else "cohere")
     edit_config(folder, **{key: 3.0})
 
-    assert "packed passes compute wrongly: logits are off by" in refusal(lambda: load(folder))
+    assert "packed passes compute incorrectly: logits are off by" in refusal(lambda: load(folder))
 
 
 def test_a_window_that_the_attention_never_hears_of_is_noticed(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_linear_layers_that_see_some_of_the_tokens_are_refused(tmp_path: Path) -
 
     message = refusal(lambda: check_packing(model, "llama"))
 
-    assert "its layer model.layers.1.mlp.expert is not given every token of a pass" in message
+    assert "its layer model.layers.1.mlp.expert does not get every token of a pass" in message
 
 
 def test_the_check_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
 
     message = refusal(lambda: load(folder))
 
-    assert "model.norm.weight is [32] in the file, [64] by the configuration" in message
+    assert "model.norm.weight is [32] in the file, [64] in the configuration" in message
 
 
 @pytest.mark.wrong_input
@@ -168,7 +168,7 @@ def test_damaged_weights_are_refused(folder: Path, content: bytes | None) -> Non
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000] if content is None else content)
 
-    assert "damaged or cut short: fetch it again" in refusal(lambda: load(folder))
+    assert "damaged or truncated: download it again" in refusal(lambda: load(folder))
 
 
 @pytest.mark.wrong_input
@@ -180,7 +180,7 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, content: bytes, monkeypatch: 
     message = refusal(lambda: load(tmp_path / "base.gguf"))
 
     assert message.startswith(f"model.path: {tmp_path}/base.gguf ")
-    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
+    assert message.endswith("The file is damaged or truncated: download it again.")
     assert not (tmp_path / "cache").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_folder_without_weights_or_configuration_is_refused(folder: Path) -> N
     assert "Error no file named model.safetensors" in refusal(lambda: load(folder))
 
     (folder / "config.json").unlink()
-    assert "holds no config.json" in refusal(lambda: load(folder))
+    assert "has no config.json" in refusal(lambda: load(folder))
 
 
 def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
 
     message = refusal(lambda: load_tokenizer(resolve_model(config), config))
 
-    assert "It holds no tokenizer.json: save the tokenizer beside the model." in message
+    assert "It has no tokenizer.json: save the tokenizer with the model." in message
 
 
 @pytest.mark.wrong_input
@@ -210,7 +210,7 @@ def test_json_that_cannot_be_read_is_refused(folder: Path, name: str) -> None:
 
     message = refusal(lambda: load_tokenizer(resolve_model(config), config))
 
-    assert message.endswith("A file of it is damaged or cut short: fetch it again.")
+    assert message.endswith("The file is damaged or truncated: download it again.")
 
 
 def test_an_adapter_is_no_base(folder: Path) -> None:
@@ -223,7 +223,7 @@ def test_an_adapter_is_no_base(folder: Path) -> None:
 def test_a_model_that_generates_no_text_is_refused(folder: Path) -> None:
     edit_config(folder, model_type="t5")
 
-    assert "It is no causal language model" in refusal(lambda: load(folder))
+    assert "It is not a causal language model" in refusal(lambda: load(folder))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
@@ -406,5 +406,5 @@ def test_a_model_that_the_hub_does_not_know_keeps_the_hubs_own_message() -> None
 
 
 def test_what_is_no_hub_id_is_refused(unreachable: str) -> None:
-    assert "no hub id" in refusal(lambda: load("no such: model"))
+    assert "nor a hub id" in refusal(lambda: load("no such: model"))
     assert unreachable

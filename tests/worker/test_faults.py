@@ -136,7 +136,7 @@ def test_a_sweep_whose_disk_is_full_ends_with_one_message_and_the_same_command_f
     again_out, _ = again.communicate(timeout=300)
 
     assert full.returncode == 1, out + err
-    assert "cannot be written: File too large. Nothing that was there is lost: make room" in " ".join(
+    assert "cannot be written: File too large. Existing files are unchanged: make room" in " ".join(
         out.split()
     )
     assert "Traceback" not in out + err

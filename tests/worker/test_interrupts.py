@@ -46,7 +46,7 @@ def test_sigterm_finishes_the_pass_hands_back_and_a_second_signal_leaves_while_w
     process = start(tmp_path, "tracker=wandb_offline", "train.epochs=20")
     read_until(process.stdout, "tokens/s")
     process.send_signal(signal.SIGTERM)
-    read_until(process.stdout, "the pass that runs is finished first")
+    read_until(process.stdout, "finishing the current pass")
     study = StudyConfig(name="smoke", storage=f"sqlite:///{tmp_path}/runs/lora_search.db")
     until = time.monotonic() + 60
     while any(row.state == "RUNNING" for row in SweepStudy.read(study)[0]) and time.monotonic() < until:

@@ -114,9 +114,9 @@ def test_a_worker_that_a_signal_killed_is_started_again_a_bounded_number_of_time
 
     assert sorted(news) == [
         f"worker 0 killed by SIGKILL: see {tmp_path}/0.log",
-        "worker 0 was killed by SIGKILL; it is started again (0 more times)",
+        "worker 0 was killed by SIGKILL; restarted (0 more times)",
         "worker 0 was killed by SIGKILL; it is started again (1 more times)",
-        "worker 1 was killed by SIGSEGV; it is started again (0 more times)",
+        "worker 1 was killed by SIGSEGV; restarted (0 more times)",
     ]
     assert (tmp_path / "0.log").read_text() == "start 1\nstart 2\nstart 3\n"
     team.check_someone_finished()

@@ -95,7 +95,7 @@ def test_a_postgresql_that_stays_silent_ends_the_sweep_with_one_message_and_its_
     finally:
         wake()
 
-    assert "found by the next start" in lines.getvalue()
+    assert "the next start resumes" in lines.getvalue()
     again = open_study(config, tmp_path)
     again.trials.put_back_unheld()  # this process still lives; a new one's name would be another
     work(again, CurveEngine(2), RecordingTracker(), progress)
