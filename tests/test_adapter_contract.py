@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora_search.model.targets import exact_targets
 from lora_search.model.tiny import make_tiny_model
-from tests.test_sweep import run_sweep
+from tests.commands import run_sweep
 
 COMMIT = "c" * 40
 LEARNT = "Yes."  # every row's answer
@@ -47,15 +47,22 @@ def hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> Path:
     settings = [
         "-cn", "smoke", "study.name=s", "study.n_trials=1", "engine.device=cpu", "tracker=none", "data=jsonl",
-        f"data.path={folder}/rows.jsonl", "data.max_train_examples=32", "optim.lr=0.02", "train.epochs=4",
+        f"data.path={folder}/rows.jsonl", "data.max_train_examples=32", "optim.lr=0.02", "train.epochs=1",
         "lora.target_modules=all-linear", "lora.dropout=0", "~space/lora", "~space/optim", "~space/batch",
     ]  # fmt: skip
     assert run_sweep(monkeypatch, folder, *settings, *arguments) == 0
     return folder / "runs/s"
 
 
-@pytest.mark.parametrize("template", ["chat", "inst"])
-@pytest.mark.parametrize("system", ["null", "Be brief."])
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        ("chat", "null"),
+        ("inst", "Be brief."),
+        pytest.param("chat", "Be brief.", marks=pytest.mark.slow),
+        pytest.param("inst", "null", marks=pytest.mark.slow),
+    ],
+)
 def test_best_alone_asks_as_trained_and_ends_its_answers(
     template: str,
     system: str,
@@ -71,6 +78,7 @@ def test_best_alone_asks_as_trained_and_ends_its_answers(
         f"template={template}",
         f"template.system_prompt={system}",
         "train.epochs=12",
+        "train.evals_per_epoch=1",
     )
     adapter = folder / "best/adapter"
     pairs = [json.loads(line) for line in (folder / "data/validation.jsonl").read_text().splitlines()]

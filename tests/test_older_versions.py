@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lora_search.report import main as report_main
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.study import SweepStudy
-from tests.test_sweep import run_sweep
+from tests.commands import run_sweep
 
 KEPT = Path(__file__).parent / "data_before_rooms" / "runs.tar.gz"
 ITS_COMMAND = [

@@ -9,7 +9,7 @@ import pytest
 
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.study import SweepStudy
-from tests.test_sweep import TINY, run_sweep
+from tests.commands import TINY, run_sweep
 
 
 def curves(folder: Path, study: str) -> dict[int, dict[int, float]]:

@@ -19,20 +19,10 @@ from lora_search.report import main as report_main
 from lora_search.settings.schema import ModelConfig, StudyConfig
 from lora_search.study.study import SweepStudy
 from lora_search.worker.interrupts import Interrupts
+from tests.commands import TINY, run_sweep
 from tests.engine.test_engine import plain_perplexity
 
 ROOT = Path(__file__).parents[1]
-TINY = ["-cn", "smoke", "engine.device=cpu"]
-
-
-def run_sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return sweep.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

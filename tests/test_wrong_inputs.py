@@ -59,7 +59,7 @@ def refusal(error: LoraSearchError, key: str) -> str:
     return text
 
 
-@settings(max_examples=30, **BOUNDED)  # type: ignore[arg-type]
+@settings(max_examples=15, **BOUNDED)  # type: ignore[arg-type]
 @given(st.sampled_from(KEYS), TEXT)
 def test_whatever_is_given_as_a_value_is_a_setting_or_one_message(key: str, value: str) -> None:
     try:
@@ -76,7 +76,7 @@ LINES = st.sampled_from([*SMOKE.splitlines(), "study: {", "  - schema", "\ta: 1"
                          "    r: choice(1", "<<: 3", "hydra:", "  run:", "defaults: []", "x: ${study}"])  # fmt: skip
 
 
-@settings(max_examples=60, **BOUNDED)  # type: ignore[arg-type]
+@settings(max_examples=40, **BOUNDED)  # type: ignore[arg-type]
 @given(st.lists(st.one_of(LINES, TEXT), max_size=12), st.booleans())
 def test_whatever_a_sweep_file_says_is_a_sweep_or_one_message(lines: list[str], begins_well: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:

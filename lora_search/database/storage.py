@@ -31,7 +31,7 @@ from sqlalchemy.exc import (
 from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.sqlite_file import check_sqlite_file
-from lora_search.database.tables import check_tables
+from lora_search.database.tables import check_tables, create_tables
 from lora_search.errors import ConfigError, DatabaseError, StudyError
 from lora_search.files.atomic import refused_writing
 from lora_search.settings.schema import StudyConfig
@@ -68,8 +68,8 @@ def open_storage(config: StudyConfig) -> RDBStorage:
         _make_folder(url)
     with explained_errors(config):
         if url.get_backend_name() == "sqlite":
-            _make_file(config, url)
-        storage = _create_tables(config, url)
+            _make_file(url)
+        storage = _open(config, url)
         if url.get_backend_name() == "sqlite":
             _share_sqlite(storage)
         _check_spelling(config, storage)
@@ -203,7 +203,7 @@ def _make_folder(url: URL) -> None:
         raise StudyError(f"{KEY}: the folder of {url.database} cannot be created: {error.strerror}") from None
 
 
-def _make_file(config: StudyConfig, url: URL) -> None:
+def _make_file(url: URL) -> None:
     """Create a new SQLite file with all its tables in one step.
 
     SQLite commits each CREATE by itself. After a kill between a table and its unique index, every start would
@@ -213,18 +213,21 @@ def _make_file(config: StudyConfig, url: URL) -> None:
     if url.database in (None, "", ":memory:") or "uri" in url.query or path.exists():
         return
     fresh = path.with_name(f"{path.name}.{worker_name(os.getpid()).replace('/', '-')}.new")
-    _create_tables(config, url.set(database=str(fresh))).engine.dispose()
+    engine = create_engine(url.set(database=str(fresh)))
+    create_tables(engine)
+    engine.dispose()
     with suppress(FileExistsError):  # another worker was first, with a complete file
         os.link(fresh, path)
     fresh.unlink()
 
 
-def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
+def _open(config: StudyConfig, url: URL) -> RDBStorage:
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             storage = RDBStorage(
                 url.render_as_string(hide_password=False),
                 engine_kwargs=engine_options(url),
+                skip_compatibility_check=True,  # `check_tables` has done it
                 heartbeat_interval=config.heartbeat_seconds,
                 grace_period=GRACE_HEARTBEATS * config.heartbeat_seconds,
             )
@@ -237,8 +240,7 @@ def _create_tables(config: StudyConfig, url: URL) -> RDBStorage:
             time.sleep(0.1 * attempt)
         except ImportError as error:
             raise ConfigError(KEY, redact(config.storage), "needs a database driver", DRIVERS) from error
-        except RuntimeError as error:  # another version of Optuna created the tables
-            raise StudyError(f"{KEY}: {redact(config.storage)}: {str(error).splitlines()[0]}") from None
+
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -50,5 +50,5 @@ def test_queries_are_the_last_tokens_of_a_row_with_more_keys(num_heads: int, num
 def test_its_gradient_is_the_numerical_one(key_lengths: tuple[int, ...]) -> None:
     assert gradcheck(
         lambda q, k, v: RowAttention.apply(q, k, v, LENGTHS, key_lengths, 0.4),
-        (heads(4), heads(2, key_lengths), heads(2, key_lengths)),
+        (heads(2), heads(1, key_lengths), heads(1, key_lengths)),
     )

@@ -13,8 +13,8 @@ from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig
 from lora_search.study.study import SweepStudy
 from lora_search.trial import EndReason, Measurement, Stop, TrialRun
+from tests.commands import run_sweep
 from tests.study.test_study import RUNGS, SPAWN, make_config, measure, open_study, simulate, states
-from tests.test_sweep import run_sweep
 
 GIB = 2**30
 PRUNERS = ("asha_resume", "none")
