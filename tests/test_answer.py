@@ -114,7 +114,7 @@ def test_a_second_look_is_refused_unless_it_is_asked_for_and_then_counted(
 
     second = read_test_score(study_now()[1])
     assert second is not None
-    assert "add --again" in refused
+    assert "Add --again" in refused
     assert first.scored_at in refused
     assert second.looks == first.looks + 1
     assert second.earlier[-1] == (first.trial, first.perplexity, first.scored_at)
@@ -157,9 +157,10 @@ def test_merged_weights_give_the_studys_perplexity_without_peft(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     found = plain_perplexity(model, examples_of("validation"))
     assert found == pytest.approx(rows[1].perplexity, rel=1e-5)
-    assert f"{found:.4f}" in (tmp_path / "merged/README.md").read_text()
+    (shown,) = re.findall(r"validation perplexity (\d+\.\d{4})", capsys.readouterr().out)
+    assert float(shown) == pytest.approx(found, rel=1e-5)
+    assert shown in (tmp_path / "merged/README.md").read_text()
     assert not (tmp_path / "merged/adapter_config.json").exists()
-    assert f"validation perplexity {found:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """A database that goes away for a while, or for good: a real SQLite file locked by another process, a real
-PostgreSQL stopped and started. Training goes on; every rung arrives, in order."""
+PostgreSQL stopped and started. Training continues; every rung arrives, in order."""
 
 import sqlite3
 import subprocess
@@ -159,7 +159,7 @@ def test_training_goes_on_while_another_process_locks_sqlite_and_nothing_is_miss
         work(study, engine, RecordingTracker(), progress)
 
     assert engine.ticks_while_away >= 3
-    assert "database is locked. Training goes on" in caplog.text
+    assert "database is locked. Training continues" in caplog.text
     assert "study.storage answers again" in caplog.text
     assert_nothing_is_missing(study, 4)
 
@@ -186,7 +186,7 @@ def test_training_goes_on_while_postgresql_is_down_and_nothing_is_missing(
     work(study, engine, RecordingTracker(), progress)
 
     assert engine.ticks_while_away >= 3
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     assert "study.storage answers again" in caplog.text
     assert "hunter2" not in caplog.text
     assert_nothing_is_missing(study, 4)

@@ -97,7 +97,7 @@ def test_a_window_that_the_attention_never_hears_of_is_noticed(tmp_path: Path) -
     model = load(make_tiny_model(tmp_path, "gemma2")).model
     model.model.layers[0].self_attn.sliding_window = None  # its configuration still says 4096
 
-    assert "compute wrongly" in refusal(lambda: check_packing(model, "gemma2"))
+    assert "compute incorrectly" in refusal(lambda: check_packing(model, "gemma2"))
 
 
 class HalfOfTheTokens(torch.nn.Module):
@@ -367,7 +367,7 @@ def test_an_unreachable_hub_is_said_at_once(unreachable: str) -> None:
     message = refusal(lambda: load("org/nothing-of-that-name"))
 
     assert time.perf_counter() - start < 5
-    assert f"not in the hub's cache, and {unreachable} cannot be reached" in message
+    assert f"nor in the hub's cache, and {unreachable} cannot be reached" in message
     assert message.endswith("Check the name and the network, or give a model folder.")
 
 

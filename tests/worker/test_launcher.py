@@ -115,7 +115,7 @@ def test_a_worker_that_a_signal_killed_is_started_again_a_bounded_number_of_time
     assert sorted(news) == [
         f"worker 0 killed by SIGKILL: see {tmp_path}/0.log",
         "worker 0 was killed by SIGKILL; restarted (0 more times)",
-        "worker 0 was killed by SIGKILL; it is started again (1 more times)",
+        "worker 0 was killed by SIGKILL; restarted (1 more times)",
         "worker 1 was killed by SIGSEGV; restarted (0 more times)",
     ]
     assert (tmp_path / "0.log").read_text() == "start 1\nstart 2\nstart 3\n"
@@ -242,7 +242,7 @@ def test_a_killed_worker_is_replaced_and_an_interrupt_reaches_all(tmp_path: Path
         victim, survivor = sorted(children_of(process.pid))
         os.kill(victim, signal.SIGKILL)
         assert process.stdout is not None
-        next(line for line in process.stdout if "was killed by SIGKILL; it is started again" in line)
+        next(line for line in process.stdout if "was killed by SIGKILL; restarted" in line)
         replaced = children_of(process.pid)
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()

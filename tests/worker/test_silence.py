@@ -59,7 +59,7 @@ def test_training_goes_on_while_postgresql_is_silent_and_nothing_is_missing(
     work(study, engine, RecordingTracker(), progress)
 
     assert engine.ticks_while_away >= 3
-    assert "timeout expired. Training goes on" in caplog.text
+    assert "timeout expired. Training continues" in caplog.text
     assert "study.storage answers again" in caplog.text
     assert_nothing_is_missing(study, 4)
     study.storage.engine.dispose()
