@@ -257,7 +257,7 @@ def test_a_whole_gguf_file_passes(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"PK\x03\x04", "is a zip archive"),
         (b"\0" * 100, "is no GGUF file"),
-        (GOOD[:-1], f"has {len(GOOD) - 1} bytes, and {len(GOOD)} by its own header"),
+        (GOOD[:-1], f"has {len(GOOD) - 1} bytes, but its header says {len(GOOD)}"),
         (GOOD[:30], "has a header that cannot be read"),
         (GOOD[:150], "has a header that cannot be read"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 40, "has a header that cannot be read"),
