@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_search.service.samples import MAX_NEW_TOKENS, without_frame
-from tests.test_sweep import run_sweep
+from tests.commands import run_sweep
 
 FRAME = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 
