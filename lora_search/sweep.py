@@ -72,6 +72,7 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Run worker processes, then conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude, conclude_so_far
+    from lora_search.output.tracking_study import track_study
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable, check_study
     from lora_search.study.claims import reclaim_all
@@ -91,7 +92,9 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
         reclaim_all(config.study)  # the trials of workers that were killed before the interrupt
         conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
         raise
-    conclude(*SweepStudy.read(config.study), config, progress)
+    found = SweepStudy.read(config.study)
+    conclude(*found, config, progress)
+    track_study(config, *found, Path(config.runs_dir) / config.study.name)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
@@ -102,7 +105,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.copies import bring_results
     from lora_search.output.tracking import make_tracker
+    from lora_search.output.tracking_study import track_study, tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
+    from lora_search.results.ranking import base_of
     from lora_search.service.samples import keep_samples
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
@@ -119,6 +124,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
         for line in describe_search(config, space):
             progress.event(line)
         engine, study = prepare_sweep(config, sweep_name, space, progress)
+        known = study.attributes()
+        tracker.begin(base_of(known), tracked_facts(known))
         try:
             if not study.is_finished:
                 with progress, interrupts.after_the_pass():
@@ -141,6 +148,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
         if study.is_finished:
             keep_samples(config, study.identity.commit, found[0], pairs, progress)
         conclude(*found, config, progress)
+        track_study(config, *found, study.folder)
 
 
 def _refuse_unsupported(arguments: Namespace) -> None:

@@ -26,7 +26,7 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
 ]
 LARGEST_ROOM, MOST_LINES = 15, 350
 HOMES = {  # library -> the rooms or modules that may import it
-    "wandb": {"output.tracking"},
+    "wandb": {"output.tracking", "output.tracking_study"},
     "optuna_dashboard": {"output.dashboard_note"},
     "optuna": {"settings.space", "settings.edges", "search", "study", "database", "output.dashboard_note"},
     "sqlalchemy": {"database"},

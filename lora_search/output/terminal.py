@@ -274,12 +274,13 @@ def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None =
     ``go_on`` is how a sweep that has not come to its end goes on; None where only higher limits let it.
     """
     own = "data=jsonl data.path=my.jsonl study.name=mine"
+    runs = shlex.quote(str(folder))
     by_make = "MAKELEVEL" in os.environ  # make sets it for what it starts
     steps = {
         "report": f"{folder}/report.html",
         "best adapter": best,
         "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
-        "W&B": f"{program('wandb')} sync {shlex.quote(str(folder))}/trials/*/wandb/offline-run-*",
+        "W&B": f"{program('wandb')} sync {runs}/wandb/offline-run-* {runs}/trials/*/wandb/offline-run-*",
         "more trials": go_on or f"the same command with {' '.join(higher_limits(config.study))}",
         "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",
     }

@@ -7,6 +7,7 @@ opening a run takes a third of a second, in a thread of its own while its trial 
 """
 
 import logging
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_search.errors import ConfigError
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.trial import Measurement, TrialRun
 
@@ -26,12 +28,16 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES, HEADER_BYTES = 32768, 7  # of W&B's offline files
 STEP_METRIC = "examples_seen"
+LOSS, PERPLEXITY = "validation/loss", "validation/perplexity"
 FINISH_TIMEOUT_SECONDS = 30.0  # online: a dead network holds up the other trials no longer than this
 OPENING_TIMEOUT_SECONDS = 30.0  # nor than this: a worker that is silent for longer loses its trials
 
 
 class Tracker(Protocol):
     """Who hears about every trial. `log` and `finish` never raise on account of the tracking service."""
+
+    def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None:
+        """Hear where every trial starts, and what is said in all of their runs."""
 
     def start(self, run: TrialRun) -> None:
         """Open the trial's curves, or go on with them if the trial was resumed."""
@@ -48,6 +54,8 @@ class Tracker(Protocol):
 
 class NoTracker:
     """tracker=none."""
+
+    def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None: ...
 
     def start(self, run: TrialRun) -> None: ...
 
@@ -72,6 +80,8 @@ class WandbTracker:
         self._config = config.tracker
         self._study_name = config.study.name
         self._extra = dict(extra)
+        self._default = trial_settings(config, {})
+        self._base: float | None = None
         self._runs: dict[int, Future[Run]] = {}
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="wandb-open")
         self._best: dict[int, Measurement] = {}  # the last measurement knows the best so far
@@ -83,6 +93,11 @@ class WandbTracker:
         self._errors = wandb_errors()
         # wandb keeps logs beside its runs: on a full disk each of their lines would be a traceback.
         logging.raiseExceptions = False
+
+    def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None:
+        """Hear where every trial starts, and what is said in all of their runs."""
+        self._base = base_perplexity
+        self._extra |= facts
 
     def start(self, run: TrialRun) -> None:
         """Open the trial's run. A failure of the first one is wrong input; a later one is only counted."""
@@ -122,6 +137,7 @@ class WandbTracker:
             name=name,
             group=self._study_name,
             job_type="trial",
+            tags=["default"] if run.settings == self._default else [],
             config={
                 **asdict(run.settings),
                 **self._extra,
@@ -137,6 +153,11 @@ class WandbTracker:
             self._files.append(Path(live.settings.sync_file))
         live.define_metric(STEP_METRIC)
         live.define_metric("*", step_metric=STEP_METRIC)
+        for metric in (LOSS, PERPLEXITY):
+            live.define_metric(metric, step_metric=STEP_METRIC, summary="min")
+        if self._base is not None and not run.perplexities and live.starting_step == 0:
+            start = {STEP_METRIC: 0, LOSS: math.log(self._base), PERPLEXITY: self._base}
+            live.log(start, step=0)  # an untrained adapter changes nothing
         return live
 
     def log(self, measurement: Measurement) -> None:
@@ -158,7 +179,9 @@ class WandbTracker:
         if live is None:
             return
         with self._survive(f"closing the run of trial {trial_number}"):
-            live.summary.update({"state": state, "reason": reason, **best_so_far(last)})
+            live.summary.update({"state": state, "reason": reason, **best_so_far(last, self._base)})
+            if state == "PRUNED":
+                live.tags = (*(live.tags or ()), "pruned")
             live.finish(exit_code=0 if state in ("COMPLETE", "PRUNED") else 1)
 
     def close(self) -> None:
@@ -280,15 +303,17 @@ def history_rows(measurement: Measurement) -> Iterator[tuple[int, dict[str, floa
     yield (
         measurement.examples_seen,
         {
-            "validation/loss": measurement.validation_loss,
-            "validation/perplexity": measurement.perplexity,
+            LOSS: measurement.validation_loss,
+            PERPLEXITY: measurement.perplexity,
+            "train_tokens": measurement.train_tokens,
             "tokens_per_second": measurement.tokens_per_second,
         },
     )
 
 
-def best_so_far(last: Measurement | None) -> dict[str, Any]:
-    """Return the summary's best perplexity and rung, or nothing before the first finite rung."""
+def best_so_far(last: Measurement | None, base: float | None = None) -> dict[str, Any]:
+    """Return the summary's best perplexity, its rung and change, or nothing before the first finite rung."""
     if last is None or last.best_rung == 0:
         return {}
-    return {"best_perplexity": last.best_perplexity, "best_rung": last.best_rung}
+    change = {} if base is None else {"change_percent": 100 * (last.best_perplexity / base - 1)}
+    return {"best_perplexity": last.best_perplexity, "best_rung": last.best_rung, **change}

@@ -268,6 +268,7 @@ class TrackerConfig:
     name: str = "wandb_offline"  # or wandb (online), or none
     project: str = "lora_search"
     entity: str | None = None
+    log_adapter: bool = False  # the best adapter as an artifact of the study's run
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ("wandb_offline", "wandb", "none"))

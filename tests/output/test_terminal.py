@@ -205,7 +205,7 @@ def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPat
     assert steps[0] == "  report         runs/faq/report.html"
     assert steps[2].endswith("/optuna-dashboard 'postgresql://u:***@db/my faq'")
     assert Path(steps[2].split()[1]).resolve() == bin_folder.resolve() / "optuna-dashboard"
-    assert steps[3].endswith("/wandb sync runs/faq/trials/*/wandb/offline-run-*")
+    assert steps[3].endswith("/wandb sync runs/faq/wandb/offline-run-* runs/faq/trials/*/wandb/offline-run-*")
     assert steps[4].endswith("the same command with study.n_trials=10")
     assert "python -m lora_search.sweep data=jsonl" in steps[5]
 

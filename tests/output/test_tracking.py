@@ -102,6 +102,7 @@ def rows_of(m: Measurement) -> list[dict[str, float]]:
     rung = {
         "validation/loss": m.validation_loss,
         "validation/perplexity": m.perplexity,
+        "train_tokens": m.train_tokens,
         "tokens_per_second": m.tokens_per_second,
     }
     return [first, second | rung]
@@ -143,7 +144,10 @@ def test_curves_are_drawn_against_examples_seen(tmp_path: Path, tracker: Tracker
     assert [(m.name, m.glob_name, m.step_metric) for m in metrics] == [
         ("examples_seen", "", ""),
         ("", "*", "examples_seen"),
+        ("validation/loss", "", "examples_seen"),
+        ("validation/perplexity", "", "examples_seen"),
     ]
+    assert [m.summary.min for m in metrics] == [False, False, True, True]
 
 
 def test_two_studies_of_one_name_share_no_run(tmp_path: Path, tracker: Tracker) -> None:
