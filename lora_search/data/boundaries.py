@@ -1,8 +1,8 @@
-"""Tokens of many texts, and of their beginnings, at the cost of what differs between them.
+"""Tokenizes many texts and their beginnings, each distinct piece once.
 
-Tokenizers cut a text at its added tokens, such as <|im_end|>, and look at what lies between by itself. So do
-we: a piece that many rows share, as a system prompt, is tokenized once a batch, and a beginning costs what
-follows its last added token.
+Tokenizers split a text at its added tokens, such as <|im_end|>, and treat the pieces independently. So do we:
+a piece that many rows share, like a system prompt, is tokenized once per batch, and a beginning costs only
+the piece after its last added token.
 """
 
 import re
@@ -22,7 +22,7 @@ class Beginning:
     rest: list[int]
 
     def begins(self, whole: list[int]) -> bool:
-        """Return whether the whole text's tokens go on from these."""
+        """Return whether the whole text's tokens begin with these."""
         return whole[self.num_shared : len(self)] == self.rest
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class Beginning:
 
 
 class Tokens:
-    """Makes tokens of texts. The template wrote the special tokens already."""
+    """Tokenizes texts that already contain the special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -48,7 +48,7 @@ class Tokens:
     def of_batch(
         self, texts: Sequence[str], bounds: Sequence[Sequence[int]]
     ) -> list[tuple[list[int], list[Beginning]]]:
-        """Return the tokens of each text, and those before each of its bounds, which are in characters."""
+        """Return the tokens of each text, and those before each of its bounds, given in characters."""
         cuts = [[(0, 0), *(match.span() for match in self._cut.finditer(text))] for text in texts]
         pieces = [_pieces(*row) for row in zip(texts, cuts, strict=True)]
         shared = [_shared(*row) for row in zip(cuts, bounds, strict=True)]
@@ -62,7 +62,7 @@ class Tokens:
 
 
 def _cutting(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the added tokens, the longest first; none where one reaches into what stands beside it."""
+    """Return the added tokens, longest first; none if one of them absorbs adjacent white space or words."""
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized]
     reach = any(token.lstrip or token.rstrip or token.single_word for token in added)
     if reach or not tokenizer.is_fast:

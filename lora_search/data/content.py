@@ -1,4 +1,4 @@
-"""What the data of a sweep is, as digests: the tokens of every split, and the template that wrote them."""
+"""Digests of a sweep's data: the tokens of every split, and the chat template."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lora_search.settings.schema import TemplateConfig
 def data_content(
     splits: Splits, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """Return what of the data a trial's numbers depend on."""
+    """Return the digests of the data that a trial's numbers depend on."""
     content = {
         "data_hash": splits.data_hash,
         "content.train": _examples(splits.train),
@@ -26,7 +26,7 @@ def data_content(
 
 
 def _examples(examples: Sequence[Example]) -> str:
-    """Return a digest of tokens, prompt lengths and masks in order: an epoch's order is made from it."""
+    """Return a digest of tokens, prompt lengths and masks in order, which determines an epoch's order."""
     digest = hashlib.sha256()
     for example in examples:
         masked = [bound for part in example.masked for bound in part]

@@ -1,4 +1,5 @@
-"""Text in the data that spells a control token, such as <|im_end|>: the tokenizer would make it one."""
+"""Finds text in the data that spells a control token, such as <|im_end|>, which the tokenizer would turn into
+one."""
 
 import re
 from collections import Counter
@@ -16,13 +17,13 @@ KEEP = "To train on them as control tokens, set data.on_control_text=keep."
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts that become one token with a meaning of its own."""
+    """Return the texts of the tokenizer's special tokens."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*tokenizer.all_special_tokens, *added} - {""})
 
 
 def control_tokens_of(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the control tokens that the examples hold: id -> text."""
+    """Return the control tokens in the examples: id -> text."""
     known = {int(id): text for text in control_tokens(tokenizer)
              if (id := tokenizer.convert_tokens_to_ids(text)) is not None}  # fmt: skip
     used = set().union(*(example.input_ids for example in examples))
@@ -32,7 +33,7 @@ def control_tokens_of(examples: Iterable[Example], tokenizer: PreTrainedTokenize
 def check_control_text(
     config: SweepConfig, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
 ) -> None:
-    """Count the rows that spell a control token; raise, with their places, unless they are to be kept."""
+    """Count the rows that spell a control token; raise DataError, with their places, unless they are kept."""
     tokens = control_tokens(tokenizer)
     if not tokens:
         return
@@ -41,7 +42,7 @@ def check_control_text(
     system = spelled.search(config.template.system_prompt or "")
     if system is not None and refuse:
         rule, key = f"spells {system[0]}, a control token of the model", "template.system_prompt"
-        raise ConfigError(key, config.template.system_prompt, rule, f"Take it out. {KEEP}")
+        raise ConfigError(key, config.template.system_prompt, rule, f"Remove it. {KEEP}")
     hits = [
         (row.source, part, hit[0])
         for row in rows
@@ -52,14 +53,14 @@ def check_control_text(
     if num_rows and refuse:
         shown = "\n  ".join(f"{source}: the {part} spells {hit}" for source, part, hit in hits[:SHOWN_ROWS])
         raise DataError(
-            f"data.on_control_text: {num_rows} rows hold text that becomes a control token of the model:\n  "
-            f"{shown}\nTake it out of the text. {KEEP}"
+            f"data.on_control_text: {num_rows} rows have text that becomes a control token of the model:\n  "
+            f"{shown}\nRemove it from the text. {KEEP}"
         )
     counts["rows whose text spells a control token (kept)"] = num_rows
 
 
 def _texts(row: Row) -> list[tuple[str, str]]:
-    """Return what a row says, and who says it; a conversation is looked at as one text."""
+    """Return the texts of a row with their parts; a conversation is one text."""
     if row.messages:
         return [("conversation", row.messages), ("list of tools", row.tools)]
     return [("question", row.question), ("answer", row.response)]

@@ -1,11 +1,11 @@
-"""The date that a chat template writes: one fixed day, as a sweep may take days and an adapter years."""
+"""Replaces today's date in chat templates by a fixed day: a sweep may run for days, an adapter for years."""
 
 import datetime
 import json
 import re
 import string
 
-DAY = datetime.datetime(2024, 7, 26)  # what Llama 3.1's own template falls back to
+DAY = datetime.datetime(2024, 7, 26)  # the default in Llama 3.1's own template
 CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"\\]*)(?P=quote)\s*\)""")
 FLAGS = "-_0^#EO"  # %-d is a day without its zero
 DIRECTIVES = {
@@ -13,7 +13,7 @@ DIRECTIVES = {
     for flag in ("", *FLAGS)
     for letter in string.ascii_letters
 }
-# For formats that a template puts together. Templates are handed plain data, no functions: hence a macro.
+# For formats that a template composes. A macro, because templates get plain data and no functions.
 STRFTIME_NOW = (
     "{% macro strftime_now(format) %}{% set directives = "
     + json.dumps({name: text for name, text in DIRECTIVES.items() if "%" not in text})
@@ -26,6 +26,6 @@ STRFTIME_NOW = (
 
 
 def dated(template: str) -> str:
-    """Return the template with the fixed day in place of today, in any format that it asks for."""
+    """Return the template with the fixed day instead of today, in any format."""
     written = CALL.sub(lambda call: json.dumps(DAY.strftime(call["format"]), ensure_ascii=False), template)
     return STRFTIME_NOW + written if re.search(r"strftime_now\s*\(", written) else written

@@ -1,8 +1,8 @@
-"""What of a conversation the model learns to write: its turns, found as inference would render them.
+"""The loss mask of conversations: finds the assistant's turns as inference would render them.
 
-The loss is on each of the assistant's turns, its end token included, and on nothing else. A turn begins where
-the generation prompt after the turns before it ends. Where a template writes an earlier turn otherwise once
-others follow (thinking left out, say), a mark in its place shows where it is. Costs two renderings a turn.
+The loss is on each of the assistant's turns, with its end token, and on nothing else. A turn begins at the
+end of the generation prompt after the preceding turns. If a template renders an earlier turn differently once
+others follow (without thinking, say), a mark in its place locates it. Costs two renderings per turn.
 """
 
 import copy
@@ -25,7 +25,7 @@ Turns = Sequence[dict[str, Any]]
 
 
 class ConversationRenderer:
-    """Writes conversations as the model sees them, by the template that single questions get as well."""
+    """Renders conversations as the model sees them, with the same template as single questions."""
 
     def __init__(self, renderer: Renderer, loss_on: str) -> None:
         self.counts, self.specials, self.ended = renderer.counts, renderer.specials, renderer.ended
@@ -33,7 +33,7 @@ class ConversationRenderer:
         self.tokenizer = _served(renderer.template, renderer.tokenizer)
 
     def pair(self, row: Row) -> Pair:
-        """Return the text up to the end of the last answer that is learnt, and what of it bears no loss."""
+        """Return the text up to the end of the last learnt answer, with the parts that have no loss."""
         turns, learnt = self._turns(row)
         asker = _Asker(self.tokenizer, row, self.specials)
         whole = asker.render(turns)
@@ -42,12 +42,12 @@ class ConversationRenderer:
         text, start = whole[: spans[-1][1]], spans[0][0]
         masked = [(a[1] - start, b[0] - start) for a, b in zip(spans, spans[1:], strict=False)]
         completion = text[start:]
-        if learnt[-1] == len(turns) - 1:  # only a last turn's end may be left to the generation loop
+        if learnt[-1] == len(turns) - 1:  # a template may omit the end token of the last turn only
             completion = self.ended(completion)
         return Pair(text[:start], completion, tuple(masked))
 
     def _turns(self, row: Row) -> tuple[list[dict[str, Any]], list[int]]:
-        """Return the messages, led by a system prompt where there is one, and which are learnt."""
+        """Return the messages, with the system prompt if there is one, and the indices of the learnt ones."""
         turns, system = row.turns, self.template.system_prompt
         if system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
@@ -56,7 +56,7 @@ class ConversationRenderer:
         return turns, learnt[-1:] if self.loss_on == "last_turn" else learnt
 
     def _check_texts(self, turns: Turns, whole: str, source: str) -> None:
-        """Raise ConfigError where the template loses a text; count thinking that it leaves out."""
+        """Raise ConfigError if the template loses a text; count thinking that it leaves out."""
         place = 0
         for turn in turns:
             role, text = turn["role"], turn["content"].strip()
@@ -71,7 +71,7 @@ class ConversationRenderer:
                 what = f"loses or changes a message of the {role} ({source}: {text[:40]!r})"
                 rule = f"the tokenizer's chat template {what}"
                 raise ConfigError(
-                    "template.name", self.template.name, rule, "Mend the tokenizer's chat_template."
+                    "template.name", self.template.name, rule, "Fix the tokenizer's chat_template."
                 )
             place = place if role == "system" else found + len(text)
         thoughts = [
@@ -81,7 +81,7 @@ class ConversationRenderer:
 
 
 class _Asker:
-    """One conversation's template calls."""
+    """Renders one conversation and its prefixes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Row, specials: tuple[str, ...]) -> None:
         self.tokenizer, self.source, self.specials = tokenizer, row.source, specials
@@ -102,11 +102,11 @@ class _Asker:
         return str(text)
 
     def span(self, turns: Turns, whole: str, index: int) -> tuple[int, int]:
-        """Return where a turn of the assistant begins and ends in the whole, its end token included."""
+        """Return the span of an assistant's turn in the whole text, with its end token."""
         asked = self.render(turns[:index], ask=True)
         answered = self.render(turns[: index + 1])
         if not answered.startswith(asked):
-            raise self._fault("does not let an answer follow the generation prompt")
+            raise self._fault("does not continue the generation prompt with the answer")
         said = self._without_tail(answered[len(asked) :])
         if whole.startswith(asked + said):
             return len(asked), len(asked) + len(said)
@@ -119,24 +119,24 @@ class _Asker:
         lead, _, end = self.render(marked[: index + 1])[len(asked) :].partition(MARK)
         is_around = whole.startswith(head) and whole.endswith(tail) and len(head) + len(tail) <= len(whole)
         if not mark or not is_around:
-            raise self._fault(f"writes message {index + 1} so that its place cannot be found")
+            raise self._fault(f"renders message {index + 1} so that its place cannot be found")
         end = self._without_tail(end)
         start = len(head) - (len(lead) if head.endswith(lead) else 0)
         return start, len(whole) - len(tail) + (len(end) if tail.startswith(end) else 0)
 
     def _without_tail(self, said: str) -> str:
-        """Return a turn without the line break that templates write after its end token."""
+        """Return a turn without the line break that templates add after its end token."""
         short = said.rstrip()
         return short if short.endswith(self.specials) else said
 
     def _fault(self, what: str) -> ConfigError:
         rule = f"the tokenizer's chat template {what} ({self.source})"
-        remedy = "Mend the tokenizer's chat_template, or leave such rows out."
+        remedy = "Fix the tokenizer's chat_template, or leave such rows out."
         return ConfigError("template.name", "chat", rule, remedy)
 
 
 def _served(template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with the template that conversations are written by."""
+    """Return the tokenizer with the template for conversations."""
     if template.name == "chat" and tokenizer.chat_template:
         return tokenizer
     served = copy.copy(tokenizer)

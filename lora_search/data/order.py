@@ -1,4 +1,4 @@
-"""The data axis: which examples make up each optimizer step, and how many are seen at each rung.
+"""The data axis: the examples of each optimizer step, and the number seen at each rung.
 
 Pure arithmetic over (number of examples, seed): the same for every trial, whatever its batch size.
 """
@@ -17,19 +17,19 @@ from lora_search.trial import TrialSettings
 
 @dataclass(frozen=True)
 class DataAxis:
-    """The training examples in the order of a sweep's seed."""
+    """The training examples in the order that the sweep's seed gives."""
 
     examples: Sequence[Example]
     seed: int
 
     def batch(self, examples_seen: int, settings: TrialSettings) -> list[Example]:
-        """Return the next effective batch; an epoch's last one may be smaller, and none spans two epochs."""
+        """Return the next effective batch; an epoch's last one may be smaller. No batch spans two epochs."""
         epoch, offset = divmod(examples_seen, len(self.examples))
         order = _order(len(self.examples), self.seed, epoch)
         return [self.examples[int(i)] for i in order[offset : offset + settings.examples_per_step]]
 
     def rung_examples(self, settings: TrialSettings, rung: int) -> float:
-        """Return the examples seen at a rung; there is none after the last."""
+        """Return the examples seen at a rung; infinity after the last rung."""
         if rung > settings.num_rungs:
             return math.inf
         return math.ceil(rung * len(self.examples) / settings.evals_per_epoch)

@@ -1,7 +1,7 @@
-"""From rows to examples: duplicates out, a split that every row keeps, text as the model sees it, tokens.
+"""Turns rows into examples: removes duplicates, splits, renders the text that the model sees, tokenizes.
 
-The split depends on (seed, question) only: a row stays where it is when others are added, and rows that share
-a question never stand on both sides. Costs two tokenizations of the data, once per sweep.
+The split depends only on (seed, question): a row stays in its split when others are added, and rows with the
+same question are in the same split. Costs two tokenizations of the data, once per sweep.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
 ) -> Splits:
-    """Return the splits, tokenized once and then read from the store; write the pairs to the folder."""
+    """Return the splits, tokenized once and later read from the store; write the pairs to the folder."""
     digest = loaded.digest or _rows_digest(loaded.rows)
     stored = stored_folder() / store_key(config, digest, tokenizer)
     found = _stored(stored)
@@ -81,7 +81,7 @@ def prepare(
 
 
 def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | None:
-    """Return what the folder holds; None, and no folder, where it is not whole."""
+    """Return the content of the folder; delete an incomplete folder and return None."""
     try:
         meta = read_meta(folder)
         items = {name: StoredItems(folder / f"{name}.arrow") for name in SPLITS}
@@ -94,7 +94,7 @@ def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | Non
 
 
 def _store(config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Clean, split, render and tokenize into the folder; of two workers that do so at once either wins."""
+    """Clean, split, render and tokenize into the folder. Two workers may do so at once."""
     loaded = loaded.reread() if loaded.reread is not None else loaded
     rows, counts = loaded.rows, loaded.counts.copy()
     unique = without_duplicates(rows)
@@ -131,7 +131,7 @@ def _cut(
     meta: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Splits:
-    """Return the splits at the length that the settings come to."""
+    """Return the splits, cut to the length that the settings give."""
     counts, lengths = Counter[str](meta["counts"]), items["train"].lengths
     max_length = choose_max_length(config.data, lengths, tokenizer)
     numbers = fitting_rows(items, max_length, config.data, counts)
@@ -161,7 +161,7 @@ def _pairs(
 
 
 def _rows_digest(rows: Sequence[Row]) -> str:
-    """Return a digest of rows that come from no file."""
+    """Return a digest of rows that are not from a file."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())
@@ -173,7 +173,7 @@ def _short(text: str) -> bytes:
 
 
 def _hash(rows: Sequence[Row]) -> str:
-    """Hash the words of every row in order, the lines of answers that are indented, the user's own splits."""
+    """Hash the sorted words of all rows, the lines of indented answers, and the user's own splits."""
     keys = sorted((*words(row), *_further(row)) for row in rows)
     digest = hashlib.sha256()
     for number, key in enumerate(keys):
@@ -188,7 +188,7 @@ def _further(row: Row) -> tuple[str, ...]:
 
 
 def pairs_text(pairs: Sequence[Pair]) -> str:
-    """Return one line of JSON for each pair."""
+    """Return one line of JSON per pair."""
     return "".join(map(_line, pairs))
 
 
@@ -197,7 +197,7 @@ def _line(pair: Pair) -> str:
 
 
 def _written(pair: Pair) -> dict[str, object]:
-    """Return prompt and completion, and which characters of the completion bear no loss."""
+    """Return prompt and completion, and the characters of the completion without loss."""
     texts: dict[str, object] = {"prompt": pair.prompt, "completion": pair.completion}
     return {**texts, "masked": pair.masked} if pair.masked else texts
 

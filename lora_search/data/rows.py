@@ -1,4 +1,4 @@
-"""What rows become: pairs of text, examples in tokens, splits."""
+"""Rendered and tokenized rows: pairs of text, examples in tokens, splits."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from itertools import chain
 
 @dataclass(frozen=True)
 class Pair:
-    """What the model is asked, and what it learns to write; ``masked`` parts of that, in characters, are said
-    by others and bear no loss."""
+    """A prompt and the completion to learn; ``masked`` spans of the completion, in characters, belong to
+    other roles and have no loss."""
 
     prompt: str
     completion: str
@@ -17,8 +17,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and completion; the loss is on ``input_ids[num_prompt_tokens:]``, but for what is
-    ``masked``: from where to where others speak."""
+    """Token ids of prompt and completion; the loss is on ``input_ids[num_prompt_tokens:]``, except ``masked``
+    spans, which belong to other roles."""
 
     input_ids: tuple[int, ...]
     num_prompt_tokens: int
@@ -26,7 +26,7 @@ class Example:
 
     @property
     def learnt(self) -> tuple[tuple[int, int], ...]:
-        """Return from where to where the loss is."""
+        """Return the spans with loss."""
         if not self.masked:
             return ((self.num_prompt_tokens, len(self.input_ids)),)
         bounds = [
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Item:
-    """One row on its way: its text and its tokens, and how often an epoch shows it."""
+    """One row: its text, its tokens, and how often an epoch repeats it."""
 
     source: str
     pair: Pair
@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained on and what it is judged by. ``data_hash``: of the rows, whatever their order."""
+    """The three splits. ``data_hash``: of the rows in any order."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -61,5 +61,5 @@ class Splits:
 
     @property
     def examples(self) -> Iterator[Example]:
-        """Those of all splits, one after the other."""
+        """The examples of all splits, one split after the other."""
         return chain(self.train, self.validation, self.test)

@@ -1,8 +1,8 @@
-"""What a model needs to be served as it was trained: the tokenizer with a chat template that writes just the
-prompts of the training rows, and every token that ends an answer.
+"""Files to serve a model as it was trained: the tokenizer with a chat template that gives exactly the prompts
+of the training rows, and every token that ends an answer.
 
 The system prompt of the settings is the template's default; template=inst becomes a chat template. A row's
-context goes into the user's message, after the question and an empty line.
+context belongs in the user's message, after the question and an empty line.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
-# Conditions on `messages` are its own: a conversation that brings a system message keeps it.
+# A conversation with its own system message keeps it.
 DEFAULT_SYSTEM = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     "{%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages -%}{%- endif "
@@ -40,11 +40,11 @@ INST = (
 def write_serving(
     folder: Path, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig, generation: Mapping[str, Any]
 ) -> None:
-    """Write tokenizer, chat template and generation_config.json into the folder, each file in one go.
+    """Write tokenizer, chat template and generation_config.json to the folder, each file atomically.
 
     ``generation`` is the base's own generation config. Raises WriteError.
     """
-    served = copy.copy(tokenizer)  # its files are written from the same backend
+    served = copy.copy(tokenizer)  # with the same backend
     served.chat_template = serving_template(template, tokenizer)
     fresh = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
     with explained_writing(folder):
@@ -60,7 +60,7 @@ def write_serving(
 
 
 def serving_template(template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a chat template that renders as the training rows were rendered."""
+    """Return a chat template that renders prompts as in the training rows."""
     if template.name == "inst":
         texts = {
             "SYSTEM": template.system_prompt or "",
@@ -71,15 +71,15 @@ def serving_template(template: TemplateConfig, tokenizer: PreTrainedTokenizerBas
     source = dated_template(tokenizer)
     if template.system_prompt is None:
         return source
-    end = "%}\n" if source[:1].isspace() else "-%}"  # what the template begins with stays
+    end = "%}\n" if source[:1].isspace() else "-%}"  # keeps white space at the start of the template
     return _filled(DEFAULT_SYSTEM, {"SYSTEM": template.system_prompt}) + end + source
 
 
 def end_tokens(
     template: TemplateConfig, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any]
 ) -> list[int]:
-    """Return every token that ends an answer: what the training rows end with, the tokenizer's end token, and
-    what the base says itself."""
+    """Return every token that ends an answer: the last of the training rows, the tokenizer's end token, and
+    those of the base's generation config."""
     answer = render(Row("Why?", "", "Because.", ""), template, tokenizer).completion
     trained: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"][-1:]
     own = generation.get("eos_token_id")
@@ -88,6 +88,6 @@ def end_tokens(
 
 
 def _filled(source: str, texts: Mapping[str, str]) -> str:
-    """Return the template with texts in the places of names; JSON's escapes are Jinja's too."""
+    """Return the template with names replaced by texts; Jinja understands JSON's escapes."""
     quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
     return re.sub("|".join(quoted), lambda name: quoted[name[0]], source)

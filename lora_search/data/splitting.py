@@ -1,8 +1,8 @@
-"""Which row is trained on and which is judged by: duplicates out, a split that every row keeps.
+"""Removes duplicates and splits rows into train, validation and test.
 
-The split depends on (seed, question) only: a row stays where it is when others are added, and rows that share
-a question are never on both sides. Spellings of one question (composed characters or not, full width,
-zero-width characters) go where the first of them in alphabetical order goes.
+The split depends only on (seed, question): a row stays in its split when others are added, and rows with the
+same question are in the same split. The first spelling in alphabetical order decides for all spellings of a
+question (composed characters or not, full width, zero-width characters).
 """
 
 import hashlib
@@ -20,9 +20,9 @@ SHOWN_ROWS = 3
 
 
 def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[Row]]:
-    """Return train, validation and test, each in an order of its own that additions do not disturb.
+    """Return train, validation and test, each in an order that does not change when rows are added.
 
-    Splits that the user made stay as they are; what they lack is taken out of the other rows.
+    The user's own splits are kept; missing ones are split off the other rows.
     """
     parts: dict[str, list[tuple[str, Row]]] = {"train": [], "validation": [], "test": []}
     own = {row.split for row in rows}
@@ -48,11 +48,11 @@ def _side_key(row: Row) -> bytes:
 
 
 def _sides(rows: Sequence[Row]) -> dict[bytes, str]:
-    """Return question -> the text that decides its place: its first spelling, or that of its group. Groups
-    that share a question are one group."""
+    """Return question -> the text that determines its split: its first spelling, or its group. Groups that
+    share a question are merged."""
     spellings: dict[bytes, str] = {}
     group_of: dict[bytes, str] = {}
-    joined: dict[str, str] = {}  # group -> a group before it in alphabetical order that it belongs to
+    joined: dict[str, str] = {}  # group -> an alphabetically earlier group that it is merged into
     for row in rows:
         key, spelling = _side_key(row), normal_question(row.question)
         spellings[key] = min(spelling, spellings.get(key, spelling))
@@ -71,7 +71,7 @@ def _root(group: str, joined: dict[str, str]) -> str:
 
 
 def remove_leakage(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -> None:
-    """Take out of each of the user's splits what a later one asks as well, or raise DataError."""
+    """Remove rows from the user's splits whose question is also in a later split, or raise DataError."""
     for name, others in (("train", ("validation", "test")), ("validation", ("test",))):
         judged = {_asked(row): row for other in others for row in parts[other]}
         leaking = [row for row in parts[name] if _asked(row) in judged]
@@ -80,14 +80,14 @@ def remove_leakage(parts: dict[str, list[Row]], config: DataConfig, counts: Coun
             raise DataError(
                 f"data.on_leakage: {len(leaking)} of {len(parts[name])} {name} rows ask what "
                 f"{' or '.join(others)} rows ask as well:\n  " + "\n  ".join(shown) + "\n"
-                "Mend the splits, or leave such rows out of the first with data.on_leakage=remove."
+                "Fix the splits, or leave such rows out of the first with data.on_leakage=remove."
             )
         parts[name] = [row for row in parts[name] if _asked(row) not in judged]
         counts[f"{name} left out: asked in {' or '.join(others)} as well"] += len(leaking)
 
 
 def _asked(row: Row) -> bytes:
-    """Return what a row asks: of a conversation, all questions."""
+    """Return a key of the row's question; for a conversation, of all questions."""
     texts = [row.question]
     if row.messages:
         texts = [turn["content"] for turn in row.turns if turn["role"] == "user"]
@@ -95,13 +95,13 @@ def _asked(row: Row) -> bytes:
 
 
 def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str], str]:
-    """Order by the hash's tail: its head decided the split."""
+    """Order by the end of the hash: its beginning has determined the split."""
     digest, row = keyed
     return digest[12:], words(row), row.response
 
 
 def words(row: Row) -> tuple[str, str, str]:
-    """Return the row's texts without the amount of white space; of a conversation all of it."""
+    """Return the row's texts with white space normalized; for a conversation all of it."""
     return _spaced(row.instruction), _spaced(row.messages + row.tools or row.context), _spaced(row.response)
 
 
@@ -111,15 +111,15 @@ def _spaced(text: str) -> str:
 
 
 def identity(row: Row) -> tuple[str, str, str]:
-    """Return what makes a row an exact duplicate: not the amount of white space, but for line breaks and
-    indentation of the answer; not how its characters are composed."""
+    """Return a key that is equal for exact duplicates: without differences in white space, except line breaks
+    and indentation of the answer, or in the composition of characters."""
     instruction, context, _ = (unicodedata.normalize("NFC", text) for text in words(row))
     return instruction, context, normal_answer(row.response)
 
 
 def without_duplicates(rows: Sequence[Row]) -> list[Row]:
-    """Return one row of each identity; of spellings the same one, whatever the order of the rows. The user's
-    splits are looked at one by one."""
+    """Return one row per identity; of different spellings always the same one, in any order of the rows. Each
+    of the user's splits is handled separately."""
     unique: dict[bytes, Row] = {}
     for row in rows:
         text = json.dumps((*identity(row), row.split))

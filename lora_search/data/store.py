@@ -1,7 +1,7 @@
-"""Tokenized rows in Arrow files: written a batch at a time, read by memory mapping, kept for later starts.
+"""Tokenized rows in Arrow files: written in batches, memory-mapped for reading, kept for later starts.
 
-One folder per (rows, tokenizer, template, split): all workers of a host and all starts share it. Memory holds
-lengths and what is being read; a row becomes tuples of tokens only when it is asked for.
+One folder per (rows, tokenizer, template, split), which all workers of a host and all starts share. Memory
+contains the lengths and the rows being read; a row becomes tuples of tokens only on access.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from lora_search.data.rows import Example, Item, Pair
 from lora_search.settings.schema import DataConfig, SweepConfig, as_dict
 
 META = "meta.json"
-FORMAT = "1"  # of the files, and of what is made of rows: raise it when either changes
-KEPT = 16  # folders; the longest unused go first
+FORMAT = "1"  # of the files, and of the rendering of rows: increase it when either changes
+KEPT = 16  # folders; the least recently used are deleted first
 ROWS_PER_BATCH = 1000
 R = TypeVar("R")
 Numbers = np.ndarray[Any, Any]
@@ -29,12 +29,12 @@ FREE = ("max_length", "max_length_percentile", "max_length_choices", "on_bad_row
 
 
 def stored_folder() -> Path:
-    """Return where tokenized rows are kept: under LORA_SEARCH_CACHE, or a folder of the user's."""
+    """Return the folder of tokenized rows: in LORA_SEARCH_CACHE, or ~/.cache/lora_search."""
     return Path(os.environ.get("LORA_SEARCH_CACHE", "~/.cache/lora_search")).expanduser() / "data"
 
 
 def store_key(config: SweepConfig, rows_digest: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the name of the folder: another one for whatever could change a token or its place."""
+    """Return the folder's name; it depends on everything that could change a token or its place."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     data = {key: value for key, value in as_dict(config.data).items() if key not in FREE}
@@ -46,20 +46,20 @@ def store_key(config: SweepConfig, rows_digest: str, tokenizer: PreTrainedTokeni
 
 
 def rows_key(data: DataConfig, rows_digest: str) -> str:
-    """Return what stands for rows as they are read, whatever the tokenizer."""
+    """Return a key of the rows as they are read, independent of the tokenizer."""
     settings = {key: value for key, value in as_dict(data).items() if key not in FREE[:-1]}
     return hashlib.sha256(json.dumps([FORMAT, rows_digest, settings]).encode()).hexdigest()[:32]
 
 
 def knows_rows(data: DataConfig, rows_digest: str) -> bool:
-    """Return whether rows were read and found usable before, with these settings."""
+    """Return whether these rows were read before, and were usable, with these settings."""
     key, folder = rows_key(data, rows_digest), stored_folder()
     metas = (read_meta(path) for path in folder.iterdir()) if folder.is_dir() else iter(())
     return any(meta is not None and meta.get("rows") == key for meta in metas)
 
 
 class StoredItems:
-    """The rows of one split, as they were tokenized, before anything is cut."""
+    """The tokenized rows of one split, before they are cut."""
 
     def __init__(self, path: Path) -> None:
         import datasets
@@ -85,7 +85,7 @@ class StoredItems:
         return number, index - int(self._starts[number])
 
     def _list(self, number: int, name: str, row: int) -> tuple[int, ...]:
-        """Return a list of numbers; its column's two arrays lie in the mapped file."""
+        """Return a list of numbers; the two arrays of its column are memory-mapped."""
         columns = self._columns.setdefault(number, {})
         if name not in columns:
             column = self._batches[number].column(name)
@@ -112,7 +112,7 @@ def _pairs(flat: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def write_items(items: Iterable[Item], path: Path) -> None:
-    """Write items to an Arrow file, as they come."""
+    """Write items to an Arrow file, batch by batch."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
@@ -170,7 +170,7 @@ def _lists(rows: Sequence[Sequence[int]]) -> Any:
 
 
 class StoredRows(Sequence[R]):
-    """Rows of a split in their order; ``make`` gives each when it is asked for."""
+    """Rows of a split in order; ``make`` creates each on access."""
 
     def __init__(self, indices: Numbers, make: Callable[[int], R], whole_lengths: Numbers, most: int) -> None:
         self.indices, self.make = indices, make
@@ -198,11 +198,11 @@ class StoredRows(Sequence[R]):
 
 
 def keep_within_limit(folder: Path) -> None:
-    """Note that the folder was used, and remove those that were used longest ago."""
+    """Mark the folder as used, and delete the least recently used ones."""
     os.utime(folder)
     others = [path for path in folder.parent.iterdir() if (path / META).is_file()]
     for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)  # who reads it keeps its open files
+        shutil.rmtree(old, ignore_errors=True)  # processes that read it keep their open files
 
 
 def write_meta(folder: Path, meta: Mapping[str, object]) -> None:
@@ -210,7 +210,7 @@ def write_meta(folder: Path, meta: Mapping[str, object]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Return what was counted when the folder was made; None where there is none."""
+    """Return the counts from when the folder was written; None if it has none."""
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -219,18 +219,18 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def lengths_of(rows: Sequence[Example]) -> Numbers:
-    """Return the tokens of each row, without making the rows where their lengths are known."""
+    """Return the number of tokens of each row, without creating the rows if the lengths are known."""
     if isinstance(rows, StoredRows):
         return rows.lengths
     return np.array([len(row.input_ids) for row in rows], dtype=np.int64)
 
 
 def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:
-    """Return the longest rows, the longest first; of as many tokens the first ones."""
+    """Return the longest rows, longest first; of equal lengths the first ones."""
     order = np.argsort(-lengths_of(rows), kind="stable")[:count]
     return [rows[int(i)] for i in order]
 
 
 def lengths_before_cuts(rows: Sequence[Example]) -> Numbers:
-    """Return the tokens of each row before it was cut to the length of the settings."""
+    """Return the number of tokens of each row before cutting."""
     return rows.whole_lengths if isinstance(rows, StoredRows) else lengths_of(rows)

@@ -1,8 +1,8 @@
-"""From a row to the exact text the model sees: prompt and completion, the end token included.
+"""Renders a row as the exact text that the model sees: prompt and completion, with the end token.
 
-No template may lose or change a text in silence. Where it only trims, the prompt is what inference will give,
-the answer stays as given, and both are counted. Whatever else it changes is a ConfigError that quotes the
-difference. Costs two renderings a row.
+No template may silently lose or change a text. If it only trims white space, the prompt is as at inference,
+the answer stays as given, and both are counted. Any other change is a ConfigError that quotes the difference.
+Costs two renderings per row.
 """
 
 import textwrap
@@ -21,21 +21,21 @@ from lora_search.settings.schema import TemplateConfig
 
 Message = dict[str, str]  # {"role": "user", "content": "Why?"}
 
-# What a template may raise by itself: it is a program, of anybody.
+# Exceptions that a template, which is a program, may raise.
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
-USE_INST = "Use template=inst, or mend the tokenizer's chat_template."
+USE_INST = "Use template=inst, or fix the tokenizer's chat_template."
 SHOWN = 24  # characters on each side of a difference
 MARK = "70319482650{:04d}31"  # digits have no capitals, no white space, nothing to escape
 
 
 def render(row: Row, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> Pair:
-    """Return prompt and completion as text, special tokens written out."""
+    """Return prompt and completion as text with special tokens."""
     return Renderer(template, tokenizer).pair(row)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template writes around messages of given roles, with a mark where each text goes."""
+    """The text of a template around messages of given roles, with a mark in the place of each message."""
 
     prompt: str
     whole: str
@@ -48,8 +48,8 @@ class Frame:
 
 
 class Renderer:
-    """Writes rows as the model sees them; ``counts`` says what the template did to white space, and where it
-    puts text of its own before answers."""
+    """Renders rows as the model sees them; ``counts`` has the changes to white space, and the text that the
+    template inserts before answers."""
 
     def __init__(self, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.template, self.tokenizer = template, tokenizer
@@ -78,7 +78,7 @@ class Renderer:
         return self._chats([messages], [source])[0]
 
     def _chats(self, chats: Sequence[Sequence[Message]], sources: Sequence[str]) -> list[Pair]:
-        """The system prompt of the settings comes first, where a conversation brings none."""
+        """Render chats; those without a system message get the system prompt of the settings."""
         if not self.tokenizer.chat_template:
             rule = "needs a tokenizer with a chat template"
             raise ConfigError("template.name", "chat", rule, "Use template=inst.")
@@ -96,7 +96,7 @@ class Renderer:
         return Pair(prompt, self._completion(frame, whole[len(prompt) :], messages[-1]["content"], source))
 
     def _frame(self, messages: Sequence[Message], whole: str, source: str) -> Frame:
-        """Return the frame, rendered once. Raises ConfigError where a text has no place in it."""
+        """Return the frame, rendered once. Raises ConfigError if a text has no place in it."""
         roles = tuple(message["role"] for message in messages)
         if roles not in self._frames:
             seen = f"{source}: the model would see {_both_ends(whole)!r}"
@@ -120,7 +120,7 @@ class Renderer:
             raise self._fault("assistant", f"leaves the answer out ({seen})")
 
     def _check_beginning(self, prompt: str, whole: str, source: str) -> None:
-        """Raise ConfigError unless the whole begins with what the model is asked with at inference."""
+        """Raise ConfigError unless the whole begins with the prompt at inference."""
         if not whole.startswith(prompt):
             place = _difference(prompt, whole, "when asked", "when answered")
             rule = "needs a template in which the answer follows the generation prompt"
@@ -147,13 +147,13 @@ class Renderer:
             end = end if role == "system" else place + len(text)
 
     def _completion(self, frame: Frame, seen: str, answer: str, source: str) -> str:
-        """Return the answer as given, with what the template writes before it, and an end token."""
+        """Return the answer as given, with the template's text before it, and an end token."""
         before, _, after = frame.whole[len(frame.prompt) :].rpartition(frame.marks[-1])
         if seen != before + answer + after:
             is_around = seen.startswith(before) and seen.endswith(after)
             if is_around and seen[len(before) : len(seen) - len(after)].strip() == answer.strip():
                 self.counts["answers that keep the outer white space that the template trims"] += 1
-            elif (place := seen.rfind(answer)) >= 0:  # it brings its own thinking, say
+            elif (place := seen.rfind(answer)) >= 0:  # it contains its own thinking, say
                 before, after = seen[:place], seen[place + len(answer) :]
             else:
                 difference = _difference(before + answer, seen, "given", "the model would see")
@@ -163,7 +163,7 @@ class Renderer:
         return before + answer + self.ended(after.rstrip())
 
     def _fault(self, role: str, what: str) -> ConfigError:
-        """Return the error for a template that does not let a text through."""
+        """Return the error for a template that changes a text."""
         rule = f"the tokenizer's chat template {what}"
         if role == "system" and self.template.system_prompt is not None:
             value = textwrap.shorten(self.template.system_prompt, 60)
@@ -202,7 +202,7 @@ class Renderer:
         return text
 
     def ended(self, tail: str) -> str:
-        """Return what follows an answer with an end token: some templates leave it to the generation loop."""
+        """Return the text after an answer, with an end token, which some templates omit."""
         return tail if tail.endswith(self.specials) else tail + self._end_token()
 
     def _end_token(self) -> str:
@@ -217,12 +217,12 @@ class Renderer:
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the tokenizer's own chat template; one that writes the date writes the fixed one."""
+    """Return the tokenizer's own chat template, with a fixed date."""
     return dated(tokenizer.get_chat_template())
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that the tokenizer begins every text with; empty where there is none."""
+    """Return the token with which the tokenizer begins every text; "" if there is none."""
     first_ids = tokenizer("a")["input_ids"][:1]
     starts_with_bos = tokenizer.bos_token_id is not None and first_ids == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if starts_with_bos else ""
@@ -234,7 +234,7 @@ def _both_ends(text: str) -> str:
 
 
 def _difference(given: str, seen: str, given_name: str, seen_name: str) -> str:
-    """Return the place where two texts part, quoted from both."""
+    """Return the place where two texts differ, quoted from both."""
     pairs = zip(given, seen, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(seen)))
     start = max(0, place - SHOWN)

@@ -1,4 +1,4 @@
-"""From text to token ids: the exact boundary of the prompt, the length of rows, what is cut and left out."""
+"""Tokenizes text: the exact boundary of the prompt, the length of rows, cutting and leaving out."""
 
 import hashlib
 import math
@@ -24,14 +24,14 @@ LONGEST = 100_000  # tokenizers without a limit report 10**30
 
 SHOWN_ROWS = 3
 BATCH = 1000
-LENGTH = "tokens in a training row:"  # so begin the counts of the token distribution
+LENGTH = "tokens in a training row:"  # prefix of the counts of the token distribution
 
 
 def tokenize_rows(
     rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns"
 ) -> Iterator[Item]:
-    """Yield the items of rows. While a thread makes tokens of one batch, which needs no Python, the next is
-    rendered and the one before used."""
+    """Yield the items of rows. A thread tokenizes one batch, without the interpreter's lock, while this one
+    renders the next and uses the previous."""
     conversations, tokens = ConversationRenderer(renderer, loss_on), Tokens(renderer.tokenizer)
     under_way: deque[tuple[Sequence[Row], list[Pair], Future[list[Example]]]] = deque()
     with ThreadPoolExecutor(1) as thread:
@@ -56,7 +56,7 @@ def _pairs(rows: Sequence[Row], renderer: Renderer, conversations: ConversationR
 
 
 def _times(row: Row) -> int:
-    """Return how often an epoch shows a row; what is left over after the whole times falls by its text."""
+    """Return how often an epoch repeats a row; a hash of its text decides about the fractional part."""
     whole, rest = divmod(row.weight, 1)
     if not rest:
         return int(whole)
@@ -67,7 +67,7 @@ def _times(row: Row) -> int:
 def check_vocabulary(
     path: str, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
 ) -> None:
-    """Raise ModelError where a token of the rows has no embedding."""
+    """Raise ModelError if a token of the rows has no embedding."""
     largest = max(max(example.input_ids) for example in examples)
     if largest >= num_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -84,13 +84,13 @@ def _examples(pairs: Sequence[Pair], tokens: Tokens) -> list[Example]:
 
 
 def _bounds(pair: Pair) -> list[int]:
-    """Return where the one who speaks changes, in characters: after the prompt, and around what is masked."""
+    """Return the boundaries between roles, in characters: after the prompt, and around masked spans."""
     start = len(pair.prompt)
     return [start, *(start + bound for part in pair.masked for bound in part)]
 
 
 def _example(pair: Pair, whole: list[int], beginnings: Sequence[Beginning], tokens: Tokens) -> Example:
-    """Keep the boundaries exact: a model that answers gets the prompt's own tokens and goes on from there.
+    """Keep the boundaries exact: at inference the model continues from the prompt's own tokens.
 
     The whole text mostly begins with them. Where it does not (a token would straddle a boundary), the parts
     are joined. Always joining them would teach SentencePiece models a blank too many before each answer.
@@ -103,13 +103,13 @@ def _example(pair: Pair, whole: list[int], beginnings: Sequence[Beginning], toke
 
 
 def _parts(pair: Pair) -> list[str]:
-    """Return the completion cut where the one who speaks changes."""
+    """Return the completion, cut at the boundaries between roles."""
     bounds = [0, *(bound for part in pair.masked for bound in part), len(pair.completion)]
     return [pair.completion[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def choose_max_length(config: DataConfig, lengths: Numbers, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the most tokens of a row; ``lengths`` are those of the training rows."""
+    """Return the maximum tokens of a row; ``lengths`` are those of the training rows."""
     limit = min(int(tokenizer.model_max_length), LONGEST)
     if isinstance(config.max_length, int):
         rule = f"must be at most {limit}, the longest input of the model"
@@ -126,7 +126,7 @@ def choose_max_length(config: DataConfig, lengths: Numbers, tokenizer: PreTraine
 
 
 def describe_lengths(lengths: Numbers) -> dict[str, int]:
-    """Return the token distribution of the training rows in three figures, before anything is cut."""
+    """Return the token distribution of the training rows in three figures, before cutting."""
     median, most = np.percentile(lengths, (50, 99))
     return {
         f"{LENGTH} median": round(float(median)),
@@ -138,8 +138,8 @@ def describe_lengths(lengths: Numbers) -> dict[str, int]:
 def fitting_rows(
     items: Mapping[str, StoredItems], max_length: int, config: DataConfig, counts: Counter[str]
 ) -> dict[str, Numbers]:
-    """Return the numbers of the rows that are used, as often as an epoch shows them. Rows whose prompt alone
-    fills the length are left out and counted; refused if the user chose the length."""
+    """Return the numbers of the rows to use, as often as an epoch repeats them. Rows whose prompt alone fills
+    the length are left out and counted, or refused if the user chose the length."""
     fitting = {name: np.flatnonzero(part.num_prompts < max_length) for name, part in items.items()}
     too_long = {name: np.flatnonzero(part.num_prompts >= max_length) for name, part in items.items()}
     num_too_long = sum(map(len, too_long.values()))
@@ -162,7 +162,7 @@ def fitting_rows(
 def count_cuts(
     name: str, items: StoredItems, numbers: Numbers, max_length: int, counts: Counter[str]
 ) -> None:
-    """Count the rows that `cut` makes shorter."""
+    """Count the rows that `cut` shortens."""
     long = numbers[items.lengths[numbers] > max_length]
     counts[f"{name} truncated"] = len(long)
     at_turns = sum(bool(_borders(items.example(int(i)), max_length)) for i in long)
@@ -170,12 +170,12 @@ def count_cuts(
 
 
 def _borders(example: Example, max_length: int) -> list[int]:
-    """Return where learnt turns end that are within the length and others follow."""
+    """Return the ends of learnt turns within the length that are followed by others."""
     return [start for start, _ in example.masked if start <= max_length]
 
 
 def cut(example: Example, max_length: int) -> Example:
-    """Return what of a row fits: up to the end of a turn, or else to the last token."""
+    """Return the part of a row that fits: up to the end of a turn, or else to the last token."""
     if len(example.input_ids) <= max_length:
         return example
     borders = _borders(example, max_length)
@@ -186,7 +186,7 @@ def cut(example: Example, max_length: int) -> Example:
 
 
 def cut_pair(item: Item, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Pair:
-    """Return the text of what `cut` leaves."""
+    """Return the text of the part that `cut` keeps."""
     pair, short = item.pair, cut(item.example, max_length)
     if short is item.example:
         return pair

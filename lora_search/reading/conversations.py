@@ -1,4 +1,4 @@
-"""From a list of messages, as chats and tool calls are kept, to one row with roles as templates know them.
+"""Converts a list of messages, with tool calls, to one row with the roles that chat templates use.
 
 Reads OpenAI's role/content, ShareGPT's from/value, content in parts, tool calls with JSON text.
 """
@@ -16,7 +16,7 @@ ROLES = {
     "function_call": "function_call", "tool_call": "function_call",
 }  # fmt: skip
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "weight")
-MAY_FOLLOW = {  # who may speak after whom; what a template makes of anything else is anybody's guess
+MAY_FOLLOW = {  # role -> roles that may follow; templates render other orders unpredictably
     "": ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
@@ -29,13 +29,13 @@ Turn = dict[str, Any]
 
 
 class _BrokenTurnError(Exception):
-    """What is wrong with a message: reason, and the rest of the sentence."""
+    """A message cannot be used; the arguments are the reason and the rest of the sentence."""
 
 
 def conversation_row(
     messages: Sequence[object], record: Record, *, system: str | None = None, tools: object = None
 ) -> Row | Complaint:
-    """Return the row of a conversation, or why it cannot be used. What follows the last answer goes."""
+    """Return the row of a conversation, or why it cannot be used. Drops messages after the last answer."""
     try:
         turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
         if system and (not turns or turns[0]["role"] != "system"):
@@ -85,7 +85,7 @@ def _turn(message: object, number: int) -> Turn:
 
 
 def _content(content: object, number: int) -> str:
-    """Return the text of a message; parts of text are joined, pictures refused."""
+    """Return the text of a message; joins text parts and refuses pictures."""
     if content is None:
         return ""
     if isinstance(content, list):
@@ -93,7 +93,7 @@ def _content(content: object, number: int) -> str:
         if kinds - {"text"}:
             other = ", ".join(sorted(map(str, kinds - {"text"})))
             raise _BrokenTurnError(
-                "wrong type", f"message {number} holds {other}; only text can be trained on."
+                "wrong type", f"message {number} contains {other}; only text can be trained on."
             )
         content = "".join(str(part["text"]) for part in content)
     if not isinstance(content, str):
@@ -102,15 +102,15 @@ def _content(content: object, number: int) -> str:
     try:
         content.encode()
     except UnicodeEncodeError:
-        rule = f"message {number} holds half a character (a lone surrogate)."
+        rule = f"message {number} contains half a character (a lone surrogate)."
         raise _BrokenTurnError("broken text", rule) from None
     return content
 
 
 def _calls(calls: object, number: int) -> list[Turn]:
-    """Return tool calls with arguments as an object, as templates take them; OpenAI keeps JSON text."""
+    """Return tool calls with arguments as an object, as templates expect them; OpenAI stores JSON text."""
     if not isinstance(calls, list):
-        raise _BrokenTurnError("wrong type", f"message {number} has tool_calls that are no list.")
+        raise _BrokenTurnError("wrong type", f"message {number} has tool_calls that are not a list.")
     return [_call(call, number) for call in calls]
 
 
@@ -131,7 +131,7 @@ def _call(call: object, number: int) -> Turn:
             raise _BrokenTurnError(
                 "wrong type", f"message {number} calls {function['name']} with arguments that are not JSON."
             ) from None
-    if isinstance(arguments, dict):  # Arrow fills in what the other calls have
+    if isinstance(arguments, dict):  # Arrow adds null for the keys of other calls
         arguments = {key: value for key, value in arguments.items() if value is not None}
     made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     identity = call.get("id") if isinstance(call, dict) else None
@@ -139,7 +139,7 @@ def _call(call: object, number: int) -> Turn:
 
 
 def _tools(tools: object) -> str:
-    """Return the tools on offer as JSON, or ""."""
+    """Return the available tools as JSON, or ""."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -148,12 +148,12 @@ def _tools(tools: object) -> str:
     if not tools:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _BrokenTurnError("wrong type", "its tools are no list of objects.")
+        raise _BrokenTurnError("wrong type", "its tools are not a list of objects.")
     return json.dumps([_without_nulls(tool) for tool in tools], ensure_ascii=False)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a tool's schema without what Arrow filled in from the other rows'."""
+    """Return a tool's schema without the nulls that Arrow adds for the keys of other rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(child) for key, child in value.items() if child is not None}
     return [_without_nulls(child) for child in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Which encoding a text file is in, found in one pass over its bytes before any row is parsed.
+"""Detects the encoding of a text file, in one pass over its bytes before any row is parsed.
 
-UTF-8 and UTF-16 are certain and simply read. Anything else is a guess: the message shows a line as it would
-read, and the user decides. The same pass refuses what is no text, is cut off or has lines without end.
+UTF-8 and UTF-16 are certain and are read directly. Any other encoding is a guess: the message shows a line
+decoded with it, and the user decides. The same pass refuses binary and truncated files and endless lines.
 """
 
 import codecs
@@ -18,11 +18,11 @@ from charset_normalizer import from_bytes
 from lora_search.errors import DataError
 
 CHUNK = 2**20
-LONGEST_LINE = 64 * 2**20  # bytes; such a line is no row but a file without line breaks
+LONGEST_LINE = 64 * 2**20  # bytes; a longer line is a file without line breaks
 SAMPLE = 2**16
 SHOWN = 60
 DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
-BROKEN_LINES = 0.2  # up to this share of its non-ASCII lines broken, a file is UTF-8 with faults
+BROKEN_LINES = 0.2  # largest share of broken lines, among non-ASCII ones, in a file that counts as UTF-8
 CODE_PAGES = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "cp932", "euc_jp", "gb18030", "big5",
     "euc_kr", "koi8_r", "mac_roman", "cp850", "cp437",
@@ -35,38 +35,38 @@ USUAL_LETTERS = set(
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of rows as people know it: a download lies under another name."""
+    """A file of rows with the name to show, since a download is stored under another one."""
 
     path: Path
     name: str
     key: str  # the setting that named it
-    suffix: str  # what its name says that it is, e.g. .jsonl.gz
+    suffix: str  # the end of its name that gives its kind, e.g. .jsonl.gz
 
     @property
     def kind(self) -> str:
-        """Return the suffix of what is inside."""
+        """Return the suffix without .gz."""
         return self.suffix.removesuffix(".gz")
 
     def error(self, rule: str) -> DataError:
-        """Return the error that says what is wrong with the file."""
+        """Return an error about the file."""
         return DataError(f"{self.key}: {self.name} {rule}")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A file that is text from end to end: its digest, and what to decode it with."""
+    """The digest and the encoding of a file that is text throughout."""
 
     digest: str
     encoding: str
 
 
 def open_bytes(file: DataFile) -> IO[bytes]:
-    """Return the file's bytes, unpacked where it is gzipped."""
+    """Return the file's bytes, decompressed if it is gzipped."""
     return gzip.open(file.path) if file.suffix.endswith(".gz") else file.path.open("rb")  # type: ignore[return-value]
 
 
 def unpacked_head(file: DataFile) -> bytes:
-    """Return the first bytes within a gzipped file."""
+    """Return the first decompressed bytes of a gzipped file."""
     try:
         with open_bytes(file) as unpacked:
             return unpacked.read(64)
@@ -81,7 +81,7 @@ def digest_of(path: Path) -> str:
 
 
 def check_text(file: DataFile, wanted: str, *, by_line: bool) -> Checked:
-    """Read the file once; raise DataError where it is no text, cut off, or one endless line."""
+    """Read the file once; raise DataError if it is binary, truncated, or has an endless line."""
     digest, broken = hashlib.sha256(), ""
     decoder: codecs.IncrementalDecoder | None = None
     encoding, length = wanted, 0
@@ -99,7 +99,7 @@ def check_text(file: DataFile, wanted: str, *, by_line: bool) -> Checked:
             length = len(chunk) - last - 1 if last >= 0 else length + len(chunk)
             if by_line and length > LONGEST_LINE:
                 most = LONGEST_LINE // 2**20
-                raise file.error(f"has a line of more than {most} MiB. Write one row a line.")
+                raise file.error(f"has a line of more than {most} MiB. Write one row per line.")
             if not broken:
                 broken = _fault(decoder, chunk)
         broken = broken or (_fault(decoder, b"", final=True) if decoder else "")
@@ -130,7 +130,7 @@ def _fault(decoder: codecs.IncrementalDecoder, chunk: bytes, *, final: bool = Fa
 
 
 def _unicode(start: bytes) -> str:
-    """Return the Unicode encoding that a file begins in, with or without a mark at its start."""
+    """Return the Unicode encoding of a file's start, with or without a byte order mark."""
     marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
              codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
     for mark, name in marks.items():
@@ -144,25 +144,25 @@ def _unicode(start: bytes) -> str:
 
 
 def _refuse(file: DataFile, encoding: str, wanted: str) -> None:
-    """Raise where the whole file is in another encoding; UTF-8 with some broken lines passes."""
+    """Raise DataError if the whole file has another encoding; UTF-8 with some broken lines passes."""
     if wanted != "auto" or encoding != "utf-8-sig":
-        raise file.error(f"is not {encoding} throughout. Set data.encoding to what it is in.")
+        raise file.error(f"is not {encoding} throughout. Set data.encoding to its encoding.")
     sample, share = _odd_lines(file)
     if share <= BROKEN_LINES:
         return
     guess = _guess(sample)
     if guess is None:
-        raise file.error("is not UTF-8. Set data.encoding to what it is in, or save it as UTF-8.")
+        raise file.error("is not UTF-8. Set data.encoding to its encoding, or save it as UTF-8.")
     line = next(line for line in sample.splitlines() if not line.isascii()).decode(guess, "replace").strip()
     shown = line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
     raise file.error(
-        f"is not UTF-8. It looks like {guess}, in which a line reads {shown!r}. "
+        f"is not UTF-8. It looks like {guess}, with which a line reads {shown!r}. "
         f"If that is right, set data.encoding={guess}; else set the right one, or save the file as UTF-8."
     )
 
 
 def _odd_lines(file: DataFile) -> tuple[bytes, float]:
-    """Return some lines that are not ASCII, and which share of them is not UTF-8 either."""
+    """Return some lines that are not UTF-8, and their share of the lines that are not ASCII."""
     odd, broken, kept = 0, 0, bytearray()
     with open_bytes(file) as unpacked:
         while line := unpacked.readline(SAMPLE):
@@ -178,7 +178,7 @@ def _odd_lines(file: DataFile) -> tuple[bytes, float]:
 
 
 def _guess(sample: bytes) -> str | None:
-    """Return the likeliest code page: between the Latin ones usual letters decide, else the library."""
+    """Return the most likely code page: common letters decide between Latin ones, the library otherwise."""
     latin = max(LATIN, key=lambda name: _plausible(sample, name))
     found = [match.encoding for match in from_bytes(sample, cp_isolation=CODE_PAGES)]
     if _is_sparse(sample) and _plausible(sample, latin) > 0.9 or not found or found[0] in LATIN:
@@ -187,11 +187,11 @@ def _guess(sample: bytes) -> str | None:
 
 
 def _is_sparse(sample: bytes) -> bool:
-    """Return whether few bytes are outside ASCII, as in Latin languages."""
+    """Return whether few bytes are not ASCII, as in languages with Latin script."""
     return sum(byte > 127 for byte in sample) < 0.15 * len(sample)
 
 
 def _plausible(sample: bytes, encoding: str) -> float:
-    """Return the share of usual letters and signs among what is not ASCII."""
+    """Return the share of common letters and signs among the characters that are not ASCII."""
     odd = [c for c in sample.decode(encoding, "replace") if not c.isascii()]
     return sum(c in USUAL_LETTERS for c in odd) / max(len(odd), 1)

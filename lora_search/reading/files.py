@@ -1,6 +1,6 @@
-"""From one file to records, each with its place: JSON lines, JSON, CSV and its kin, Excel, Parquet.
+"""Reads one file as records, each with its place: JSON lines, JSON, CSV and the like, Excel, Parquet.
 
-What a file is shows in its first bytes: one of another kind than its name says is refused before it is read.
+The first bytes of a file reveal its kind: one that differs from its name is refused before it is read.
 """
 
 import csv
@@ -21,8 +21,8 @@ from lora_search.reading.rows import Complaint, Record
 TABLES = (".csv", ".tsv", ".txt")
 TEXTS = (".jsonl", ".ndjson", ".json", *TABLES)
 SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), ".xlsx", ".parquet")
-SEPARATORS = ",;\t|"  # of a CSV file; spreadsheets write ; where the comma is the decimal sign
-LARGEST_JSON = 2**31  # bytes; a .json file is read whole
+SEPARATORS = ",;\t|"  # of a CSV file; spreadsheets write ; in locales with a decimal comma
+LARGEST_JSON = 2**31  # bytes; a .json file is read at once
 LARGEST_CELL = 2**24
 BATCH = 1000
 KINDS = {
@@ -39,23 +39,23 @@ REMEDIES = {
     "gzipped": "Let its name end in .gz.",
     "a Parquet file": "Let its name end in .parquet.",
     "a Git LFS pointer": "Fetch the file itself with git lfs pull.",
-    "a web page": "Download the file itself: this is the page around it, or of a login.",
+    "a web page": "Download the file itself: this is the page around it, or a login page.",
     "an old Office file": "Save it as .xlsx.",
     "an Arrow file": "Give the folder that save_to_disk wrote.",
 }
 
 
 def suffix_of(name: str) -> str:
-    """Return the ending that says how a file is read, or ""."""
+    """Return the suffix that determines how a file is read, or ""."""
     return next(
         (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), ""
     )
 
 
 def check_file(file: DataFile, encoding: str) -> Checked:
-    """Return digest and encoding. Raises DataError for what is no file, or not of the kind its name says."""
+    """Return digest and encoding. Raises DataError unless it is a file of the kind that its name says."""
     if not stat.S_ISREG(file.path.stat().st_mode):
-        rule = "is no regular file but a pipe, socket or device"
+        rule = "is not a regular file but a pipe, socket or device"
         raise file.error(f"{rule}. Save the rows to a file.")
     suffix, size = file.suffix, file.path.stat().st_size
     with file.path.open("rb") as unread:
@@ -64,7 +64,7 @@ def check_file(file: DataFile, encoding: str) -> Checked:
     if suffix in (".xlsx", ".parquet") or not head:
         return Checked(digest_of(file.path), "")
     if suffix == ".json" and size > LARGEST_JSON:
-        raise file.error("is larger than 2 GiB. Write it as .jsonl, one object a line.")
+        raise file.error("is larger than 2 GiB. Write it as .jsonl, one object per line.")
     if suffix.endswith(".gz"):
         suffix = suffix.removesuffix(".gz")
         _check_kind(file, suffix, unpacked_head(file))
@@ -72,7 +72,7 @@ def check_file(file: DataFile, encoding: str) -> Checked:
 
 
 def _check_kind(file: DataFile, suffix: str, head: bytes) -> None:
-    """Refuse a file whose first bytes say that it is something else than its name does."""
+    """Raise DataError for a file whose first bytes contradict its name."""
     kind = next((kind for mark, kind in KINDS.items() if head.lower().startswith(mark.lower())), None)
     expected = {".xlsx": "a zip or Excel file", ".parquet": "a Parquet file"}.get(suffix)
     expected = "gzipped" if suffix.endswith(".gz") else expected
@@ -103,7 +103,7 @@ def read_file(file: DataFile, encoding: str, sheet: str | None) -> Iterator[Reco
 
 
 def _open_text(file: DataFile, encoding: str) -> TextIOWrapper:
-    """Return the text; a byte that is not of the encoding becomes half a character, found again per row."""
+    """Return the text; a byte that cannot be decoded becomes a lone surrogate, which makes its row bad."""
     return TextIOWrapper(open_bytes(file), encoding=encoding, errors="surrogateescape", newline="\n")
 
 
@@ -116,14 +116,14 @@ def _json_lines(file: DataFile, encoding: str) -> Iterator[Record]:
 
 
 def _parse(line: str, place: str, file: DataFile) -> Any:
-    """Return what the line says, or a Complaint."""
+    """Return the parsed line, or a Complaint."""
     try:
         if not line.isascii():
             line.encode()
         return json.loads(line, object_pairs_hook=_object)
     except UnicodeEncodeError as error:
         at = len(line[: error.start].encode()) + 1
-        return Complaint("not UTF-8", f"{place} is not UTF-8 at byte {at}. Mend the line: the others are.")
+        return Complaint("not UTF-8", f"{place} is not UTF-8 at byte {at}. Fix the line: the others are.")
     except json.JSONDecodeError as error:
         hint = "Write one JSON object per line"
         is_list = line.lstrip()[:1] == "["
@@ -136,7 +136,7 @@ def _parse(line: str, place: str, file: DataFile) -> Any:
 
 
 class _RepeatedKeyError(Exception):
-    """JSON would keep the last value in silence."""
+    """A key occurs twice in an object; json would silently keep the last value."""
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -148,7 +148,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _json(file: DataFile, encoding: str) -> Iterator[Record]:
-    """Yield the entries of the list that the file holds, alone or under one of its names; else its lines."""
+    """Yield the entries of the file's list, at the top or under its only key with objects; else its lines."""
     with _open_text(file, encoding) as unread:
         text = unread.read()
     try:
@@ -160,10 +160,10 @@ def _json(file: DataFile, encoding: str) -> Iterator[Record]:
         where = f"{error.msg} at line {error.lineno}, column {error.colno}"
         if not text.strip():
             return
-        raise file.error(f"cannot be read: {where}. Mend the JSON; is it complete?") from None
+        raise file.error(f"cannot be read: {where}. Fix the JSON; is it complete?") from None
     except (_RepeatedKeyError, ValueError, RecursionError) as error:
         said = f"{error} is there twice" if isinstance(error, _RepeatedKeyError) else str(error)
-        raise file.error(f"cannot be read: {said}. Mend the JSON.") from None
+        raise file.error(f"cannot be read: {said}. Fix the JSON.") from None
     if isinstance(content, dict):
         lists = [name for name, value in content.items() if isinstance(value, list) and _holds_objects(value)]
         content = content[lists[0]] if len(lists) == 1 else [content]
@@ -177,7 +177,7 @@ def _holds_objects(rows: list[object]) -> bool:
 
 
 def _separated(file: DataFile, encoding: str) -> Iterator[Record]:
-    """Yield the rows of CSV, tab-separated text and the like; cells stay the text that they are."""
+    """Yield the rows of CSV, tab-separated text and the like; cells stay text."""
     csv.field_size_limit(LARGEST_CELL)
     with TextIOWrapper(open_bytes(file), encoding=encoding, errors="surrogateescape", newline="") as text:
         first = text.readline(LARGEST_CELL)
@@ -211,7 +211,7 @@ def _row(header: list[str], cells: list[str], place: str, source: str) -> Record
 
 
 def _separator(header: str, file: DataFile) -> str:
-    """Return what stands between the columns: by the name of the file, else by its header."""
+    """Return the separator of the columns, by the name of the file or by its header."""
     if file.kind in (".tsv", ".txt"):
         return "\t"
     counts = {sep: len(next(csv.reader([header], delimiter=sep), [])) for sep in SEPARATORS}
@@ -230,7 +230,7 @@ def _check_header(header: list[str], file: DataFile) -> None:
 
 
 def _excel(file: DataFile, sheet: str | None) -> Iterator[Record]:
-    """Yield the rows of a sheet: of the one named, else of the first."""
+    """Yield the rows of the named sheet, or of the first."""
     import openpyxl
 
     try:
@@ -253,7 +253,7 @@ def _excel(file: DataFile, sheet: str | None) -> Iterator[Record]:
 
 
 def _cell(value: object) -> object:
-    """Return a number as it reads; "" for an empty cell, as in CSV."""
+    """Return a number as text; "" for an empty cell, as in CSV."""
     if value is None:
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

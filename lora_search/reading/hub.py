@@ -1,7 +1,7 @@
-"""Data sets of the `datasets` library: what save_to_disk wrote, the hub and its cache, files behind URLs.
+"""Data sets of the `datasets` library: folders of save_to_disk, the hub and its cache, files behind URLs.
 
-A hub data set is read at one commit, which the study knows. Without a network the library's cache answers.
-Whatever is missing, gated or broken is one DataError.
+A hub data set is read at one commit, which the study records. Without a network the library's cache is used.
+A missing, gated or broken data set is one DataError.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from lora_search.settings.data_schema import DataConfig
 from lora_search.settings.secrets import redact
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SECONDS = 5.0  # the library alone repeats its requests for a minute where no name server answers
+SECONDS = 5.0  # the library itself retries for a minute if no name server answers
 BATCH = 1000
 
 
 def library() -> Any:
-    """Return the library, quiet: it is slow to import, and draws bars and logs what we report ourselves."""
+    """Return the library, silenced: it draws progress bars and logs errors that we report. Slow to import."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -52,7 +52,7 @@ def load_saved(folder: Path, key: str) -> Mapping[str, Any]:
 
 
 def load_hub(path: str, config: DataConfig, key: str) -> tuple[Mapping[str, Any], str]:
-    """Return split -> table of a hub data set, and the commit that it is of; offline, from the cache."""
+    """Return split -> table of a hub data set, and its commit; offline, from the cache."""
     datasets = library()
     try:
         if _hub_answers(datasets.config.HF_ENDPOINT):
@@ -117,7 +117,7 @@ def _not_there(path: str, key: str, said: str) -> str:
         if "cache" in said
         else "the hub has no such data"
     )
-    return f"{key}: {path} is no file or folder here, nor a hub data set that can be read: {reason}."
+    return f"{key}: {path} is neither a file or folder here nor a readable hub data set: {reason}."
 
 
 def table_records(table: Any, name: str) -> Iterator[Record]:

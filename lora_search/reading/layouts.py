@@ -1,7 +1,7 @@
-"""How a row is laid out: which columns hold question, context and answer, or the messages of a conversation.
+"""The layout of rows: which columns contain question, context and answer, or the messages of a conversation.
 
-Names that leave no doubt are recognised without any setting. What cannot be known is refused, with all that
-is missing at once and the likeliest columns; text that nothing uses is refused as well.
+Unambiguous names are recognised without any setting. Other columns are refused, with all missing parts at
+once and the most likely columns; unused text is refused as well.
 """
 
 import difflib
@@ -31,34 +31,34 @@ LAYOUTS: tuple[
     ("alpaca", {"instruction": "instruction", "response": "output"}, {"context": "input"}),
     ("question_answer", {"instruction": "question", "response": "answer"}, {"context": "context"}),
 )
-USUAL = {  # further names; where exactly one of each is there, that is the layout too
+USUAL = {  # further names; exactly one column of each part also makes a layout
     "instruction": ("instruction", "question", "prompt", "query", "q", "user", "human", "input"),
     "response": ("response", "answer", "output", "completion", "a", "reply", "assistant", "target", "gpt"),
 }
 CONTEXTS = ("context", "input", "passage", "background", "document")
-TEXTUAL = {  # names of what a model should have seen, unless the user says otherwise -> the part it could be
+TEXTUAL = {  # columns that the model should see, unless the user says otherwise -> the part it could be
     **dict.fromkeys(CONTEXTS, "context"), "system": "system", "system_prompt": "system", "tools": "tools",
     "functions": "tools", "history": "", "reasoning": "", "thinking": "", "explanation": "", "rationale": "",
 }  # fmt: skip
-PROSE, DISTINCT = 60, 0.5  # mean characters, share of different values: such a column is text, not a label
+PROSE, DISTINCT = 60, 0.5  # mean characters and share of distinct values from which a column is text
 PARTS = {"instruction": "question", "response": "answer", "messages": "messages"}
 
 
 @dataclass
 class Layout:
-    """One file's layout: ``columns`` maps part to column. Counts what it meets and does not use."""
+    """One file's layout: ``columns`` maps part to column. Counts rows with unused text."""
 
     name: str
     columns: dict[str, str]
     config: DataConfig
     unused: Counter[str] = field(default_factory=Counter)
-    prose: tuple[str, ...] = ()  # further columns that hold text
+    prose: tuple[str, ...] = ()  # further columns with text
 
     def describe(self) -> str:
         return f"{self.name}: {', '.join(self.columns.values())}"
 
     def row(self, record: Record) -> Row | Complaint:
-        """Return the row that a record holds, or why it cannot be used."""
+        """Return the row of a record, or why it cannot be used."""
         content = record.content
         if isinstance(content, Complaint):
             return content
@@ -75,7 +75,7 @@ class Layout:
         return made
 
     def _is_conversation(self, content: Content) -> bool:
-        """Return whether there are messages, or a system text or tools beside question and answer."""
+        """Return whether there are messages, or a system text or tools with question and answer."""
         if "messages" in self.columns or isinstance(content[self.columns["instruction"]], list):
             return True
         return any(content.get(self.columns.get(part, "")) for part in ("system", "tools"))
@@ -130,18 +130,18 @@ class Layout:
                 self.unused[name] += 1
 
     def check_unused(self, place: str, num_rows: int) -> None:
-        """Raise DataError where the rows hold text that nothing uses."""
+        """Raise DataError if the rows contain unused text."""
         if not self.unused:
             return
         listed = ", ".join(f'"{name}" ({count} of {num_rows} rows)' for name, count in self.unused.items())
         proposals = [f"data.columns.{TEXTUAL[n]}={n}" for n in self.unused if TEXTUAL.get(n)][:1]
         ignore = f"data.columns.ignore=[{','.join(self.unused)}]"
-        remedy = f"Set {proposals[0]} to use it, or" if proposals else "Leave it out on purpose: set"
-        raise DataError(f"{place} holds text that nothing uses: {listed}. {remedy} {ignore}.")
+        remedy = f"Set {proposals[0]} to use it, or" if proposals else "To leave it out, set"
+        raise DataError(f"{place} has text that is not used: {listed}. {remedy} {ignore}.")
 
 
 def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Layout:
-    """Return the layout of rows that begin like these. DataError: all that is missing, with a proposal."""
+    """Return the layout of a file that begins so. DataError: all missing parts, with a proposal."""
     rows = [content for content in contents if isinstance(content, dict)]
     keys = list(dict.fromkeys(key for row in rows for key in row if isinstance(key, str)))
     chosen = config.columns.chosen()
@@ -155,7 +155,7 @@ def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Lay
     needed = {"messages"} if "messages" in columns else {"instruction", "response"}
     if keys and not needed <= columns.keys():
         raise DataError(_unknown(rows, keys, columns, place, config))
-    if not needed <= columns.keys():  # no row that can be read: each is complained of by itself
+    if not needed <= columns.keys():  # no readable row: each gets its own complaint
         columns = {"instruction": "instruction", "response": "response"}
     columns |= _extras(keys, columns, config)
     prose = [
@@ -167,7 +167,7 @@ def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Lay
 def _known(
     rows: Sequence[Content], keys: Sequence[str], config: DataConfig, chosen: dict[str, str]
 ) -> tuple[str, dict[str, str]]:
-    """Return the layout that most rows have; of several, the first. The user's columns come before."""
+    """Return the layout that most rows have, the first of several. The user's columns take precedence."""
     if chosen.keys() & {"messages", "instruction", "response"}:
         return "columns as set", _completed(keys, chosen)
     folded = {key.strip().lower(): key for key in reversed(keys)}
@@ -179,7 +179,7 @@ def _known(
         if "messages" in columns and not _holds_lists(rows, columns["messages"]):
             continue
         fits = [all(column in row for column in columns.values()) for row in rows]
-        fitting = (sum(fits), fits[0])  # of as many, the one that the first row has
+        fitting = (sum(fits), fits[0])  # of equal counts, the one that the first row has
         if fitting > most:
             context = {part: folded[column] for part, column in optional.items() if column in folded}
             keep = {} if config.columns.context is None else context
@@ -190,13 +190,13 @@ def _known(
 
 
 def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
-    """Return the chosen columns, and for question and answer the one column of a usual name."""
+    """Return the chosen columns; complete question and answer with the only column of a common name."""
     columns = dict(chosen)
     if "messages" in columns:
         return columns
     for part, names in USUAL.items():
         found = [key for key in keys if key.strip().lower() in names and key not in columns.values()]
-        if part == "instruction" and len(found) > 1:  # "input" asks only where nothing else does
+        if part == "instruction" and len(found) > 1:  # "input" is the question only if nothing else is
             found = [key for key in found if key.strip().lower() != "input"]
         if part not in columns and len(found) == 1:
             columns[part] = found[0]
@@ -204,7 +204,7 @@ def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
 
 
 def _extras(keys: Sequence[str], columns: dict[str, str], config: DataConfig) -> dict[str, str]:
-    """Return system and tools where a column is called just that."""
+    """Return the parts system and tools if columns with exactly these names exist."""
     return {
         part: part
         for part in ("system", "tools")
@@ -215,7 +215,7 @@ def _extras(keys: Sequence[str], columns: dict[str, str], config: DataConfig) ->
 def _unknown(
     rows: Sequence[Content], keys: Sequence[str], columns: dict[str, str], place: str, config: DataConfig
 ) -> str:
-    """Return what is missing, all of it, and what to set."""
+    """Return the message with all missing parts, and what to set."""
     wanted = next((required for name, required, _ in LAYOUTS if name == config.format), None)
     if wanted is not None:
         absent = ", ".join(column for column in wanted.values() if column not in keys)
@@ -241,7 +241,7 @@ def _unknown(
 
 
 def _propose(part: str, rows: Sequence[Content], keys: Sequence[str]) -> str:
-    """Return the column that most likely holds this part: by its name, else by its text; or NAME."""
+    """Return the most likely column of this part, by its name or its text; or NAME."""
     texts = [key for key in keys if any(isinstance(row.get(key), str) and row[key].strip() for row in rows)]
     usual = [key for key in texts if key.lower() in USUAL[part]]
     near = [
@@ -276,7 +276,7 @@ def complain(value: object, what: str, required: bool) -> Complaint | None:
         if not value.isascii():
             value.encode()
     except UnicodeEncodeError:
-        return Complaint("broken text", f"{what} holds half a character (a lone surrogate) or is not UTF-8.")
+        return Complaint("broken text", f"{what} has half a character (a lone surrogate) or is not UTF-8.")
     return None
 
 
@@ -311,7 +311,7 @@ def _list(keys: Iterable[object]) -> str:
 
 
 def _parsed(value: object) -> object:
-    """Return a list that is written out as JSON in a text cell."""
+    """Return the list if the value is one as JSON text; else the value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -325,7 +325,7 @@ def _holds_lists(rows: Sequence[Content], key: str) -> bool:
 
 
 def _repeats(value: str, row: Row, used: str) -> bool:
-    """Return whether the text is in the row already, or is a rendering of it."""
+    """Return whether the row already contains the text, or the text is a rendering of the row."""
     text = value.strip()
     return text in used or (row.response.strip() in text and row.instruction.strip() in text)
 
@@ -335,7 +335,7 @@ def _is_sentence(keys: Sequence[str]) -> bool:
 
 
 def _is_prose(rows: Sequence[Content], key: str) -> bool:
-    """Return whether every row has a text of its own under this key: longer than labels or links."""
+    """Return whether the rows mostly have different texts under this key, longer than labels or links."""
     values = [row.get(key) for row in rows]
     if not rows or not all(isinstance(value, str) and value.strip() for value in values):
         return False

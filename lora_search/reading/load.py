@@ -1,5 +1,5 @@
-"""From what the settings name to rows. What cannot be used is refused, or skipped with a count; nothing is
-dropped in silence."""
+"""Reads all sources that the settings name into rows. Unusable rows are refused, or skipped and counted;
+nothing is dropped silently."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from lora_search.reading.sources import Found, Source, find_sources
 from lora_search.settings.data_schema import DataConfig
 
 SHOWN_COMPLAINTS = 3
-PEEKED = 1000  # records that show how a file is laid out
+PEEKED = 1000  # records from which to recognise a file's layout
 
 
 def load_rows(
     config: DataConfig, found: Found | None = None, is_known: Callable[[DataConfig, str], bool] | None = None
 ) -> Loaded:
-    """Return the usable rows, and counts of what was read and skipped. DataError: file, line, remedy.
+    """Return the usable rows, with counts of rows read and skipped. DataError: file, line, remedy.
 
-    Rows that ``is_known`` says were read before, by the digest of their files, are read when they are needed.
+    If ``is_known`` recognises the digest of the files, the rows are read only when needed.
     """
     found = found or find_sources(config)
     if is_known is not None and is_known(config, found.digest):
@@ -42,7 +42,7 @@ def load_rows(
 
 
 def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[str]) -> Layout:
-    """Append a source's rows; return its layout. All complaints are counted, a few shown."""
+    """Append a source's rows; return its layout. Counts all complaints and shows a few."""
     records = source.records()
     peeked = list(islice(records, PEEKED))
     if not peeked:
@@ -66,7 +66,7 @@ def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[s
         raise DataError(
             f"{source.key}: {complaints.total()} of {num_read} rows cannot be used:\n  "
             + "\n  ".join(complaint.message for complaint in shown)
-            + ("\nMend them, or leave such rows out with data.on_bad_row=skip." if num_good else "")
+            + ("\nFix them, or leave such rows out with data.on_bad_row=skip." if num_good else "")
         )
     layout.check_unused(place, num_read)
     counts["rows read"] += num_read

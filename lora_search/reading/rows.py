@@ -1,4 +1,4 @@
-"""What reading gives: records as files hold them, checked rows, and what people should know of them."""
+"""The results of reading: records from files, checked rows, and notes about them."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Complaint:
-    """Why a row cannot be used: the reason is counted, the message is shown."""
+    """Why a row cannot be used: the reason for counts, the message to show."""
 
     reason: str
     message: str
@@ -26,10 +26,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question with its answer, and where it came from ("faq.jsonl:17").
+    """One question with its answer, and its source ("faq.jsonl:17").
 
-    Of a conversation, ``instruction`` is its first question, ``response`` its last answer, and ``messages``
-    holds all of it as JSON.
+    For a conversation, ``instruction`` is its first question, ``response`` its last answer, and ``messages``
+    all of it as JSON.
     """
 
     instruction: str
@@ -37,10 +37,10 @@ class Row:
     response: str
     source: str
     messages: str = ""
-    tools: str = ""  # JSON: what the assistant may call
-    group: str = ""  # rows of one group stand on one side of the split
-    split: str = ""  # train, validation or test where the user split the rows; "": to be split here
-    weight: float = 1.0  # how often an epoch shows it
+    tools: str = ""  # JSON: the functions that the assistant may call
+    group: str = ""  # rows of one group stay in the same split
+    split: str = ""  # train, validation or test if the user split the rows; "": to be split here
+    weight: float = 1.0  # how often an epoch repeats it
 
     @property
     def question(self) -> str:
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def turns(self) -> list[dict[str, Any]]:
-        """Return the messages, as chat templates take them."""
+        """Return the messages for chat templates."""
         if self.messages:
             turns: list[dict[str, Any]] = json.loads(self.messages)
             return turns
@@ -59,17 +59,17 @@ class Row:
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """Return the tools that the assistant may call, as chat templates take them."""
+        """Return the tools for chat templates."""
         return json.loads(self.tools) if self.tools else None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: usable rows, counts of what was read and skipped, and what people should know of it."""
+    """Usable rows, counts of rows read and skipped, and notes for the user."""
 
     rows: list[Row]
     counts: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
-    revisions: dict[str, str] = field(default_factory=dict)  # hub data set -> the commit that was read
-    digest: str = ""  # of the bytes that were read
-    reread: "Callable[[], Loaded] | None" = None  # where the rows were read before, and are left unread
+    revisions: dict[str, str] = field(default_factory=dict)  # hub data set -> commit
+    digest: str = ""  # of the files' bytes
+    reread: "Callable[[], Loaded] | None" = None  # reads the rows, if they were left unread

@@ -1,6 +1,7 @@
-"""What data.path and its kin name: files, folders, saved and hub data sets, URLs, and which split each is of.
+"""Finds the sources that data.path and the like name: files, folders, saved and hub data sets, URLs, each
+with its split.
 
-Splits that the user made are kept: files or splits called train, validation and test are used as such.
+The user's own splits are kept: files or splits named train, validation and test are used as such.
 """
 
 import difflib
@@ -29,39 +30,39 @@ SPLITS = {
 }  # fmt: skip
 
 
-IN_FOLDERS = tuple(suffix for suffix in SUFFIXES if ".txt" not in suffix)  # notes are no data
+IN_FOLDERS = tuple(suffix for suffix in SUFFIXES if ".txt" not in suffix)  # .txt files there are often notes
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or table: where its rows come from, what they are for, what its bytes are."""
+    """A file or table of rows: its name, split and digest."""
 
     key: str  # the setting that named it
     name: str
     digest: str
     records: Callable[[], Iterator[Record]]
-    split: str = ""  # train, validation or test where the user split the rows; "" where they are split here
+    split: str = ""  # train, validation or test if the user split the rows; "": to be split here
     weight: float = 1.0
 
 
 @dataclass
 class Found:
-    """All that the settings name."""
+    """All sources that the settings name."""
 
     sources: list[Source] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     revisions: dict[str, str] = field(default_factory=dict)
-    heeded: set[str] = field(default_factory=set)  # settings that some source takes into account
+    heeded: set[str] = field(default_factory=set)  # settings that apply to some source
 
     @property
     def digest(self) -> str:
-        """Return a digest of everything that was named."""
+        """Return a digest of all sources."""
         parts = [f"{s.key} {s.name} {s.split} {s.weight} {s.digest}" for s in self.sources]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def find_sources(config: DataConfig) -> Found:
-    """Return every source, checked but not read. DataError: what is not there, or not what its name says."""
+    """Return every source, checked but not read. DataError: a missing file, or one that its name belies."""
     found = Found()
     for path, weight in zip(config.paths, config.weights or [1.0] * len(config.paths), strict=True):
         found.sources += _find(path, "data.path", "", weight, config, found)
@@ -69,13 +70,13 @@ def find_sources(config: DataConfig) -> Found:
         for path in config.own(split):
             found.sources += _find(path, f"data.{split}_path", split, 1.0, config, found)
     if not any(source.split in ("", "train") for source in found.sources):
-        raise DataError(f"data.path: {redact(config.name)} holds no rows to train on, only other splits.")
+        raise DataError(f"data.path: {redact(config.name)} has no rows to train on, only other splits.")
     _check_heeded(config, found)
     return found
 
 
 def _check_heeded(config: DataConfig, found: Found) -> None:
-    """Raise ConfigError for a setting that nothing of what was named takes into account."""
+    """Raise ConfigError for a setting that applies to none of the sources."""
     found.heeded |= {"subset"} if any(s.name.endswith(".xlsx") for s in found.sources) else set()
     for name, what in (
         ("subset", "hub data sets and Excel files"),
@@ -88,7 +89,7 @@ def _check_heeded(config: DataConfig, found: Found) -> None:
 
 
 def _find(path: str, key: str, split: str, weight: float, config: DataConfig, found: Found) -> list[Source]:
-    """Return the sources under one path; with no split asked for, as many splits as it has."""
+    """Return the sources at one path; without ``split``, one for each of its splits."""
     if "://" in path:
         fetched = fetch(path, key)
         return [
@@ -160,7 +161,7 @@ def _folder(
     if not files:
         known = ", ".join(IN_FOLDERS)
         raise DataError(
-            f"{key}: {folder} holds no data: no {known} file, nor a data set saved by save_to_disk."
+            f"{key}: {folder} has no data: no {known} file, and no data set saved by save_to_disk."
         )
     of_split = {file: split or split_of(file.name) for file in files}
     if not split and "train" in of_split.values():
@@ -171,7 +172,7 @@ def _folder(
 
 
 def split_of(name: str) -> str:
-    """Return which split a file or table is by its name: train, validation, test, or ""."""
+    """Return the split that the name of a file or table gives: train, validation, test, or ""."""
     first = re.split(r"[^a-z]+", name.lower(), maxsplit=1)[0]
     return SPLITS.get(first, "")
 
@@ -186,7 +187,7 @@ def _tables(
     weight: float,
     found: Found,
 ) -> list[Source]:
-    """Return the splits of a data set that are used: the one asked for, or those of the usual names."""
+    """Return the splits of a data set to use: the requested one, or those with common names."""
     found.heeded.add("split")
     chosen = {table_name: split or SPLITS.get(table_name, "") for table_name in tables}
     if config.split is not None and key == "data.path":

@@ -1,9 +1,9 @@
-"""When a text says nothing, and when two texts say the same. Training takes every text as it was given."""
+"""Decides when a text is blank, and when two texts are equal. Training uses every text unchanged."""
 
 import re
 import unicodedata
 
-# Letters and marks by their category, but nothing is drawn: fillers of Hangul, Braille's blank, selectors.
+# Letters and marks by category that draw nothing: Hangul fillers, the blank Braille pattern, selectors.
 DRAWN_AS_NOTHING = re.compile(
     "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -11,20 +11,20 @@ INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # control, format (zero-width ones t
 
 
 def is_blank(text: str) -> bool:
-    """Return whether nothing of the text can be seen: white space, zero-width characters, fillers."""
+    """Return whether the text is invisible: white space, zero-width characters, fillers."""
     if text and text[0].isascii() and text[0].isprintable() and not text[0].isspace():
-        return False  # as nearly all do
+        return False  # nearly all texts
     return all(unicodedata.category(character) in INVISIBLE for character in DRAWN_AS_NOTHING.sub("", text))
 
 
 def normal_question(text: str) -> str:
-    """Return what makes a question the same question: not its white space, not its capitals."""
+    """Return the question without differences in white space and capitals."""
     return " ".join(text.split()).casefold()
 
 
 def question_key(text: str) -> str:
-    """Return what all spellings of a question share: composed or not, wide or not, with zero-width characters
-    or without."""
+    """Return a key that is equal for all spellings of a question: composed or not, full width or not, with or
+    without zero-width characters."""
     if text.isascii():
         return normal_question(text)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -35,12 +35,11 @@ def question_key(text: str) -> str:
 
 
 def is_indented(text: str) -> bool:
-    """Return whether a line of it begins with white space."""
+    """Return whether any line begins with white space."""
     return any(line[:1].isspace() and line.strip() for line in text.splitlines())
 
 
 def normal_answer(text: str) -> str:
-    """Return what makes an answer the same answer: its lines with their indentation, not the other white
-    space."""
+    """Return the answer without differences in white space other than line breaks and indentation."""
     lines = unicodedata.normalize("NFC", text).rstrip().splitlines()
     return "\n".join(line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines)

@@ -37,7 +37,7 @@ def test_a_text_that_spells_a_control_token_is_refused_with_its_place(
         prepare(settings(), Loaded(rows), make_tiny_tokenizer())
 
     assert str(refusal.value).startswith(
-        "data.on_control_text: 1 rows hold text that becomes a control token"
+        "data.on_control_text: 1 rows have text that becomes a control token"
     )
     assert f"faq.jsonl:4: {message}" in str(refusal.value)
     assert "data.on_control_text=keep" in str(refusal.value)

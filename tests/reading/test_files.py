@@ -89,7 +89,7 @@ def test_another_encoding_is_named_and_the_remedy_reads_it_right(
 
     told = refusal(path)
 
-    assert f"It looks like {encoding}, in which a line reads {line.strip()[:10]!r}"[:-1] in told
+    assert f"It looks like {encoding}, with which a line reads {line.strip()[:10]!r}"[:-1] in told
     assert f"set data.encoding={encoding}" in told
     assert texts(path, encoding=encoding)[0] == tuple(line.strip().split("\t"))
 
@@ -97,7 +97,7 @@ def test_another_encoding_is_named_and_the_remedy_reads_it_right(
 def test_an_encoding_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     told = refusal(write(tmp_path / "faq.jsonl", LINES.encode()), encoding="ascii")
 
-    assert "faq.jsonl is not ascii throughout. Set data.encoding to what it is in." in told
+    assert "faq.jsonl is not ascii throughout. Set data.encoding to its encoding." in told
 
 
 def test_an_excel_sheet_is_read_with_numbers_as_they_look(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path: Path) -
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s.jsonl"))
         for name in ("pipe.jsonl", "endless.jsonl", "s.jsonl"):
-            assert f"{name} is no regular file but a pipe, socket or device" in refusal(tmp_path / name)
+            assert f"{name} is not a regular file but a pipe, socket or device" in refusal(tmp_path / name)
 
 
 @pytest.mark.wrong_input
@@ -195,7 +195,7 @@ def test_gigabytes_of_nothing_are_refused_in_a_moment(tmp_path: Path, name: str)
 def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "faq.jsonl.gz", gzip.compress(b"x" * (65 * 2**20), compresslevel=1))
 
-    assert "faq.jsonl.gz has a line of more than 64 MiB. Write one row a line." in refusal(path)
+    assert "faq.jsonl.gz has a line of more than 64 MiB. Write one row per line." in refusal(path)
 
 
 def test_a_parquet_file_of_chats_is_read(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def test_a_cached_data_set_is_read_with_its_splits_and_its_commit(revision: str 
 @pytest.mark.wrong_input
 @pytest.mark.parametrize("data", [{"path": "org/none"}, {"path": "org/faq", "revision": "f" * 40}])
 def test_what_is_not_in_the_cache_is_one_message(data: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"data.path: org/\w+ is no file or folder here.*not in the cache"):
+    with pytest.raises(
+        DataError, match=r"data.path: org/\w+ is neither a file or folder here.*not in the cache"
+    ):
         load_rows(DataConfig(**data))  # type: ignore[arg-type]
 
 

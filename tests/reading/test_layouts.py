@@ -129,7 +129,7 @@ BAD_CHATS = [
     ([USER, {"role": "assistant", "content": " "}], "message 2 (assistant) is empty"),
     (
         [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
-        "message 1 holds image_url; only text",
+        "message 1 contains image_url; only text",
     ),
     ([{"role": "user", "content": {"a": 1}}, ASSISTANT], "message 1 has content of type dict, not text"),
     (
@@ -204,7 +204,7 @@ def test_text_that_nothing_uses_is_refused_with_the_remedy(
 ) -> None:
     told = refusal(write(tmp_path / "faq.jsonl", {"question": QA[0], "answer": QA[1], **extra}))
 
-    assert "faq.jsonl holds text that nothing uses" in told
+    assert "faq.jsonl has text that is not used" in told
     assert remedy in told
 
 

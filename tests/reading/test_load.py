@@ -275,7 +275,7 @@ BAD_LINES = [
     ('{"instruction": "a", "response": "b", "context": ["c"]}', "wrong type", '"context" is list, not text'),
     ('{"instruction": "", "response": "b"}', "empty field", '"instruction" is empty'),
     ('{"instruction": "a", "response": " \\n "}', "empty field", '"response" is empty'),
-    ('{"instruction": "a", "response": "\\ud800"}', "broken text", '"response" holds half a character'),
+    ('{"instruction": "a", "response": "\\ud800"}', "broken text", '"response" has half a character'),
 ]
 
 
@@ -310,7 +310,7 @@ def test_a_broken_line_among_good_ones_is_named(tmp_path: Path) -> None:
 
     told = refusal(write_bytes(tmp_path / "faq.jsonl", lines))
 
-    assert "line 10 of faq.jsonl is not UTF-8 at byte 18. Mend the line: the others are." in told
+    assert "line 10 of faq.jsonl is not UTF-8 at byte 18. Fix the line: the others are." in told
 
 
 def test_only_the_first_faults_are_shown_and_all_are_counted(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
 
-    assert "holds no data: no .jsonl, .ndjson, .json, .csv" in refusal(DataConfig(path=str(tmp_path)))
+    assert "has no data: no .jsonl, .ndjson, .json, .csv" in refusal(DataConfig(path=str(tmp_path)))
 
 
 def test_a_parquet_file_without_rows_is_empty(tmp_path: Path) -> None:
