@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from optuna import Study, create_study, samplers
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -78,7 +78,9 @@ class Outlook(samplers.BaseSampler):
     even share of the others, so that a draw costs the same at any size. Paused trials appear as pruned, and
     the space is the sweep's own, so that a widened range stays part of it.
 
-    With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE."""
+    With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE. With
+    ``keeps_state``, for CMA-ES, the trial stores what the sampler notes at it, and choices are left out.
+    """
 
     def __init__(
         self,
@@ -86,10 +88,12 @@ class Outlook(samplers.BaseSampler):
         space: Mapping[str, BaseDistribution],
         *,
         completes: bool = False,
+        keeps_state: bool = False,
     ) -> None:
-        self._completes = completes
+        self._completes, self._keeps_state = completes, keeps_state
         self._sampler, self._view = sampler, create_study()
-        self._space = {key: d for key, d in space.items() if not d.single()}
+        choices = CategoricalDistribution if keeps_state else ()
+        self._space = {k: d for k, d in space.items() if not d.single() and not isinstance(d, choices)}
         self._cursor: Cursor | None = None
         self._remembered = Remembered()
 
@@ -100,7 +104,8 @@ class Outlook(samplers.BaseSampler):
             self._remembered.add(one)
         others = [settled(t) for t in unfinished if t.number != trial.number]
         seen = [*self._remembered.trials(), *others]
-        self._view = create_study(storage=_Shown(as_complete(seen) if self._completes else seen))
+        note = study._storage.set_trial_system_attr if self._keeps_state else None
+        self._view = create_study(storage=_Shown(as_complete(seen) if self._completes else seen, note))
         self._sampler.before_trial(self._view, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -120,9 +125,11 @@ class Outlook(samplers.BaseSampler):
 class _Shown(InMemoryStorage):
     """The trials that a sampler sees."""
 
-    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+    def __init__(
+        self, trials: Sequence[FrozenTrial], note: Callable[[int, str, Any], None] | None = None
+    ) -> None:
         super().__init__()
-        self._shown = sorted(trials, key=lambda t: t.number)
+        self._shown, self._note = sorted(trials, key=lambda t: t.number), note
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -130,7 +137,10 @@ class _Shown(InMemoryStorage):
         return [t for t in self._shown if states is None or t.state in states]
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Ignored: TPE stores its draw for other workers, which soon see the drawn trial itself."""
+        """CMA-ES keeps its state at the trial. TPE stores its draw for other workers, which soon see the drawn
+        trial itself: ignored."""
+        if self._note is not None:
+            self._note(trial_id, key, value)
 
 
 class Remembered:
@@ -185,9 +195,9 @@ def make_sampler(
         remedy = "Use sampler=tpe, or search numbers by interval(...)"
         raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
     sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)), distributions)
-    if config.name in ("tpe", "gp"):
-        return Outlook(sampler, distributions, completes=config.name == "gp")
-    return sampler
+    if config.name not in ("tpe", "gp", "cmaes"):
+        return sampler
+    return Outlook(sampler, distributions, completes=config.name != "tpe", keeps_state=config.name == "cmaes")
 
 
 def _make(config: SamplerConfig, sweep_seed: int, trial_seed: int) -> samplers.BaseSampler:

@@ -117,9 +117,9 @@ def test_a_widened_range_stays_part_of_what_tpe_models_together() -> None:
     assert trial.relative_params.keys() == {"lr", "r"}
 
 
-def distances_of_draws(name: str, num_pruned: int) -> list[float]:
+def distances_of_draws(name: str, num_pruned: int, seed: int = 0) -> list[float]:
     """Return how far, in decades, five draws lie from the best learning rate after so many pruned trials."""
-    sampler = make_sampler(SamplerConfig(name=name, n_startup_trials=3), SPACE, 0)
+    sampler = make_sampler(SamplerConfig(name=name, n_startup_trials=3), SPACE, seed)
     study, distances = optuna.create_study(sampler=sampler), []
     for number in range(num_pruned + 5):
         trial = study.ask(SPACE)
@@ -134,6 +134,15 @@ def test_gp_learns_from_pruned_trials() -> None:
     by_gp, by_chance = distances_of_draws("gp", 4), distances_of_draws("random", 4)
 
     assert statistics.median(by_gp) < 0.5 * statistics.median(by_chance)
+
+
+def test_cmaes_learns_from_pruned_trials() -> None:
+    """It moves by generations of four: after ten of them it draws near the best."""
+    by_cmaes, by_chance = (
+        [d for seed in range(4) for d in distances_of_draws(name, 40, seed)] for name in ("cmaes", "random")
+    )
+
+    assert statistics.median(by_cmaes) < 0.5 * statistics.median(by_chance)
 
 
 def test_a_pruned_trial_is_expected_to_fall_as_the_complete_ones_did_from_its_rung() -> None:
