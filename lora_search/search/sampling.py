@@ -98,7 +98,8 @@ class Outlook(samplers.BaseSampler):
         self._remembered = Remembered()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._cursor = self._cursor or Cursor(study)
+        # Hyperband's own view of the study holds one bracket, for each trial another.
+        self._cursor = self._cursor or Cursor(Study(study.study_name, study._storage))
         finished, unfinished = self._cursor.read(everything=False)
         for one in finished:
             self._remembered.add(one)

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_search.database.storage import quieten_optuna
 from lora_search.search.extrapolation import as_complete
-from lora_search.search.sampling import NUM_BEST, NUM_SPREAD, Remembered, make_sampler
+from lora_search.search.sampling import NUM_BEST, NUM_SPREAD, Outlook, Remembered, make_sampler
 from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import SamplerConfig
 from lora_search.trial import draw_seed
@@ -155,3 +155,19 @@ def test_a_pruned_trial_is_expected_to_fall_as_the_complete_ones_did_from_its_ru
     assert [math.exp(trial.value or 0.0) for trial in shown] == pytest.approx([10.0, 12.0, 15.0])
     assert {trial.state for trial in shown} == {TrialState.COMPLETE}
     assert pruned[0].state == TrialState.PRUNED
+
+
+@pytest.mark.parametrize("study_name", list("abcdef"))
+def test_tpe_sees_the_trials_of_every_bracket_of_hyperband(study_name: str) -> None:
+    sampler = make_sampler(SamplerConfig(n_startup_trials=2), SPACE, 0)
+    pruner = optuna.pruners.HyperbandPruner(1, 9, 3)
+    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name=study_name)
+    study.ask(SPACE).should_prune()  # from now on each trial has a bracket
+    running = [study.ask(SPACE) for _ in range(4)]
+    for value in range(12):
+        running[0].report(float(value), 1)
+        study.tell(running.pop(0), float(value))
+        running.append(study.ask(SPACE))
+
+    assert isinstance(sampler, Outlook)
+    assert [t.number for t in sampler._view.get_trials()] == [t.number for t in study.trials[:-1]]
