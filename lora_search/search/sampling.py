@@ -78,8 +78,8 @@ class Outlook(samplers.BaseSampler):
     even share of the others, so that a draw costs the same at any size. Paused trials appear as pruned, and
     the space is the sweep's own, so that a widened range stays part of it.
 
-    With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE. With
-    ``keeps_state``, for CMA-ES, the trial stores what the sampler notes at it, and choices are left out.
+    With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE.
+    With ``keeps_state``, for CMA-ES, the trial stores what the sampler notes at it; choices are left out.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class _Shown(InMemoryStorage):
         return [t for t in self._shown if states is None or t.state in states]
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """CMA-ES keeps its state at the trial. TPE stores its draw for other workers, which soon see the drawn
-        trial itself: ignored."""
+        """CMA-ES keeps its state at the trial. Ignored of TPE: it stores its draw for other workers, which
+        soon see the drawn trial itself."""
         if self._note is not None:
             self._note(trial_id, key, value)
 
