@@ -30,8 +30,8 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     from lora_search.prepare import describe_rows, read_inputs
     from lora_search.reading.load import load_rows
 
-    loaded = load_rows(config.data, is_known=knows_rows)
-    splits = read_inputs(config, loaded, None).splits
+    loaded = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
+    splits = read_inputs(config, loaded, None, watch=progress.watch).splits
     lengths = lengths_before_cuts(splits.train).tolist()
     lines = [*loaded.notes, *describe_rows(config, splits)]
     pairs = list(zip(splits.pairs["train"][: arguments.rows], splits.train[: arguments.rows], strict=True))

@@ -104,6 +104,7 @@ def _tokens_per_second(engine: "Engine") -> float:
 
 def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     """Return the engine that the sweep would use."""
+    from lora_search.data.store import knows_rows
     from lora_search.engine.build import Room, build_engine
     from lora_search.engine.content import content_of
     from lora_search.model.loading import load_base
@@ -112,7 +113,8 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     from lora_search.reading.load import load_rows
 
     pick_device(config.engine.device)
-    inputs = read_inputs(config, load_rows(config.data), None)
+    rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
+    inputs = read_inputs(config, rows, None, watch=progress.watch)
     for line in describe_rows(config, inputs.splits):
         progress.event(line)
     check_inputs(config, space, inputs, None)

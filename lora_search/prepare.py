@@ -7,6 +7,7 @@ Imports torch, so `sweep` imports this module only before training.
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lora_search.data.order import DataAxis
 from lora_search.data.preparation import SPLITS, pairs_text, prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
-from lora_search.data.store import knows_rows
+from lora_search.data.store import knows_rows, token_counts, used_tokens
 from lora_search.data.tokens import LENGTH, check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
@@ -34,6 +35,7 @@ from lora_search.output.dashboard_note import write_note
 from lora_search.output.terminal import Progress
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Loaded
+from lora_search.results.formatting import show_seconds
 from lora_search.settings.schema import ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
@@ -49,6 +51,7 @@ from lora_search.study.fingerprint import (
 from lora_search.study.folder import check_folder, claim_folder, find_owned, study_folder
 from lora_search.study.identity import Identity
 from lora_search.study.study import BASE_WIDTH, SweepStudy
+from lora_search.watching import Watch, unwatched
 from lora_search.worker.command import typed_command
 
 BASE_TOLERANCE = {"float32": 1e-4}  # of a base's perplexity: devices and kernels differ in rounding
@@ -109,6 +112,15 @@ def describe_rows(config: SweepConfig, splits: Splits) -> list[str]:
     return [f"data {config.data.name}: {used} rows", *further, f"{chosen}; before that:{','.join(lengths)}"]
 
 
+def describe_validation(engine: Engine, seconds: float) -> str:
+    """Return what the validation rows cost, by one measurement of the base alone."""
+    rows, trained = len(engine.splits.validation), len(engine.splits.train)
+    return (
+        f"validation: measuring {rows} rows took {show_seconds(seconds)} and comes once a rung; "
+        f"{trained} rows are trained on in an epoch"
+    )
+
+
 def measure_base(engine: Engine, folder: Path) -> str:
     """Return the bare base's validation perplexity; write its scores of the rows to the folder."""
     scores = engine.evaluate_base()
@@ -133,6 +145,7 @@ def read_inputs(
     rows: Loaded,
     identity: Identity | None,
     targets: Sequence[tuple[str, ...]] = (),
+    watch: Watch = unwatched,
 ) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
     study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
@@ -140,8 +153,9 @@ def read_inputs(
     model = pin_model(source, config.model, identity.commit if identity else None)
     num_embeddings, width = check_outline(source, model, targets)
     tokenizer = load_tokenizer(source, model)
-    splits = prepare(config, rows, tokenizer)
-    check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)
+    splits = prepare(config, rows, tokenizer, watch=watch)
+    used = used_tokens(splits.parts)
+    check_vocabulary(config.model.path, used, tokenizer, num_embeddings)
     content = content_before_loading(config, source, model, tokenizer, splits)
     return Inputs(source, model, tokenizer, splits, content, width)
 
@@ -184,24 +198,26 @@ def prepare_sweep(
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
     identity = check_places(config)
-    rows = load_rows(config.data, is_known=knows_rows)
+    rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")
     room = Room.of_space(config, space)
-    inputs = read_inputs(config, rows, identity, room.targets)
+    inputs = read_inputs(config, rows, identity, room.targets, progress.watch)
     for line in [*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))]:
         progress.event(line)
     check_inputs(config, space, inputs, identity)
     base = load_base(inputs.source, inputs.model, config.engine)
-    for line in warn_of_untrained(base, control_tokens_of(inputs.splits.examples, inputs.tokenizer)):
+    for line in warn_of_untrained(
+        base, control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
+    ):
         progress.event(line)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, room, base, inputs.splits, content)
     if sizes:
         progress.event(f"engine: {sizes}")
     check_older(config, identity, engine, content)
-    study = open_study(config, sweep_name, space, inputs, content, progress.began)
+    study = open_study(config, sweep_name, space, inputs, content, progress)
     if config.artifacts.uri is not None:
         engine.keep_copies(Artifacts(config.artifacts.uri, place_of(config.study.name, study.identity.id)))
     if config.launcher.worker is None:  # a launcher's worker has a log of its own
@@ -211,10 +227,11 @@ def prepare_sweep(
     generation = base.model.generation_config.to_diff_dict()
     write_serving(study.folder / "tokenizer", inputs.tokenizer, config.template, generation)
     progress.event(f"study {config.study.name}: {study.standing}")
-    is_new = "base_perplexity" not in study.attributes()
+    is_new, began = "base_perplexity" not in study.attributes(), time.perf_counter()
     perplexity = study.remember("base_perplexity", lambda: measure_base(engine, study.folder))
     progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
+        progress.event(describe_validation(engine, time.perf_counter() - began))
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)
     return engine, study
 
@@ -225,20 +242,22 @@ def open_study(
     space: Space,
     inputs: Inputs,
     content: Mapping[str, str],
-    began: float | None = None,
+    progress: Progress,
 ) -> SweepStudy:
     """Return the study, with its folder claimed and the rows written there.
 
-    The budget counts this process's time from ``began``.
+    The budget counts this process's time from when ``progress`` began.
     """
     command, folder = typed_command(sys.argv), study_folder(config)
     known = attributes(config, sweep_name, command, inputs.source, inputs.splits, content)
     known[BASE_WIDTH] = str(inputs.width)
-    lengths = [len(row.input_ids) for row in inputs.splits.train]
+    lengths = token_counts(inputs.splits.train)
     known["data.train_tokens"] = str(sum(lengths))
     known[LENGTHS] = json.dumps(length_histogram(lengths))
-    study = SweepStudy.open(config, space, {**settings_part(config), **content}, known, folder, began=began)
+    study = SweepStudy.open(
+        config, space, {**settings_part(config), **content}, known, folder, began=progress.began
+    )
     claim_folder(folder, config.study.name, study.identity)
     with explained_writing(folder):
-        write_pairs(inputs.splits, folder / "data")
+        write_pairs(inputs.splits, folder / "data", progress.watch, inputs.content)
     return study

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lora_search.data.order import DataAxis
 from lora_search.data.preparation import prepare, write_pairs
+from lora_search.data.store import used_tokens
 from lora_search.data.tokens import check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
@@ -64,7 +65,7 @@ def train(
     num_embeddings, _ = check_outline(source, model, Room.of(chosen).targets)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
-    check_vocabulary(config.model.path, splits.examples, tokenizer, num_embeddings)
+    check_vocabulary(config.model.path, used_tokens(splits.parts), tokenizer, num_embeddings)
     check_effect(chosen, DataAxis(splits.train, config.seed))
     write_pairs(splits, place / "data")
     before = content_before_loading(config, source, model, tokenizer, splits)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_search"
 FLOORS = [  # from the ground up; a room, or a module that stands in no room
-    {"__init__", "trial", "errors"},
+    {"__init__", "trial", "errors", "watching"},
     {"settings"},
     {"ops", "files", "failures", "reading"},
     {"model", "data", "database", "search"},
@@ -42,7 +42,14 @@ HOMES = {  # library -> the rooms or modules that may import it
     "fsspec": {"files.artifacts"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},
-    "rich": {"inspection", "output.terminal", "output.leaderboard", "output.overview", "output.slots"},
+    "rich": {
+        "inspection",
+        "output.bar",
+        "output.terminal",
+        "output.leaderboard",
+        "output.overview",
+        "output.slots",
+    },
     "gguf": {"model.checks"},
     "jinja2": {"page.report", "data.templates"},
 }

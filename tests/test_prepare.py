@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lora_search.data.control_tokens import control_tokens_of
 from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
+from lora_search.data.store import used_tokens
 from lora_search.data.tokens import LENGTH
 from lora_search.engine.effects import check_rates, warn_of_few, warn_of_untrained
 from lora_search.errors import ConfigError, LoraSearchError, ModelError
@@ -139,11 +140,11 @@ def test_few_validation_rows_are_warned_about_with_the_number_that_would_do(rows
     assert warning.startswith(
         f"warning: with {rows} validation row(s), perplexities that differ by less than"
     )
-    assert f"about {unseen} cannot be told apart; 58 rows would show 1%" in warning
+    assert f"about {unseen} cannot be told apart; 128 rows would show 0.7%" in warning
 
 
 def test_enough_validation_rows_are_not_warned_about() -> None:
-    assert warn_of_few(15) == warn_of_few(1000) == []
+    assert warn_of_few(128) == warn_of_few(1000) == []
 
 
 def test_control_tokens_that_the_base_never_learned_are_warned_about(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_control_tokens_that_the_base_never_learned_are_warned_about(tmp_path: P
     config = ModelConfig(path=str(folder))
     base = load_base(resolve_model(config), config, EngineConfig(device="cpu"))
 
-    (warning,) = warn_of_untrained(base, control_tokens_of(examples, tokenizer))
+    (warning,) = warn_of_untrained(base, control_tokens_of(used_tokens([examples]), tokenizer))
 
     assert "never learned the control tokens <|im_start|>, <|im_end|>: their embeddings are zero" in warning
 
@@ -167,7 +168,7 @@ def test_learned_control_tokens_are_not_warned_about(tiny_llama: Path) -> None:
     base = load_base(resolve_model(config), config, EngineConfig(device="cpu"))
     examples = [Example(tuple(tokenizer("<|im_start|>a<|im_end|>")["input_ids"]), 1)]
 
-    assert warn_of_untrained(base, control_tokens_of(examples, tokenizer)) == []
+    assert warn_of_untrained(base, control_tokens_of(used_tokens([examples]), tokenizer)) == []
 
 
 @pytest.fixture

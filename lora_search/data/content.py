@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Example, Splits
+from lora_search.data.store import kept_digest
 from lora_search.settings.schema import TemplateConfig
 
 
@@ -16,9 +17,9 @@ def data_content(
     """Return the digests of the data that a trial's numbers depend on."""
     content = {
         "data_hash": splits.data_hash,
-        "content.train": _examples(splits.train),
-        "content.validation": _examples(splits.validation),
-        "content.test": _examples(splits.test),
+        "content.train": kept_digest(splits.train, lambda: _examples(splits.train)),
+        "content.validation": kept_digest(splits.validation, lambda: _examples(splits.validation)),
+        "content.test": kept_digest(splits.test, lambda: _examples(splits.test)),
     }
     if template.name == "chat":
         content["content.chat_template"] = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.rows import Example
 from lora_search.errors import ConfigError, DataError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import SweepConfig
@@ -22,12 +21,11 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *added} - {""})
 
 
-def control_tokens_of(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the control tokens in the examples: id -> text."""
+def control_tokens_of(used: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the control tokens among the ids that the rows use: id -> text."""
     known = {int(id): text for text in control_tokens(tokenizer)
              if (id := tokenizer.convert_tokens_to_ids(text)) is not None}  # fmt: skip
-    used = set().union(*(example.input_ids for example in examples))
-    return {id: text for id, text in sorted(known.items()) if id in used}
+    return {int(id): known[int(id)] for id in sorted(used) if int(id) in known}
 
 
 def check_control_text(

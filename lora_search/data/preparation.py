@@ -50,12 +50,14 @@ from lora_search.data.tokens import (
     fitting_rows,
     tokenize_rows,
 )
-from lora_search.files.atomic import explained_writing
+from lora_search.files.atomic import explained_writing, write_file
 from lora_search.reading.rows import Loaded, Row
 from lora_search.reading.text import is_indented, normal_answer, question_key
 from lora_search.settings.schema import SweepConfig
+from lora_search.watching import Watch, unwatched
 
 SPLITS = ("train", "validation", "test")
+WRITTEN = ".written.json"  # beside the rows as the model sees them: of which content they are
 
 
 def prepare(
@@ -63,6 +65,7 @@ def prepare(
     loaded: Loaded,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
+    watch: Watch = unwatched,
 ) -> Splits:
     """Return the splits, tokenized once and later read from the store; write the pairs to the folder."""
     digest = loaded.digest or _rows_digest(loaded.rows)
@@ -70,13 +73,13 @@ def prepare(
     found = _stored(stored)
     if found is None:
         with explained_writing(stored):
-            _store(config, loaded, tokenizer, stored)
+            _store(config, loaded, tokenizer, stored, watch)
         found = _stored(stored)
         assert found is not None
     keep_within_limit(stored)
     splits = _cut(config, *found, tokenizer)
     if folder is not None:
-        write_pairs(splits, folder)
+        write_pairs(splits, folder, watch)
     return splits
 
 
@@ -93,11 +96,13 @@ def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | Non
     return items, meta
 
 
-def _store(config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _store(
+    config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, target: Path, watch: Watch
+) -> None:
     """Clean, split, render and tokenize into the folder. Two workers may do so at once."""
     loaded = loaded.reread() if loaded.reread is not None else loaded
     rows, counts = loaded.rows, loaded.counts.copy()
-    unique = without_duplicates(rows)
+    unique = without_duplicates(watch(rows, "comparing rows", len(rows)))
     counts["exact duplicates removed"] = len(rows) - len(unique)
     counts["further answers kept beside their question"] = len(unique) - len(
         {_short(question_key(row.question)) for row in unique}
@@ -113,7 +118,8 @@ def _store(config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBa
     fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         for name, members in kept.items():
-            write_items(tokenize_rows(members, renderer, config.train.loss_on), fresh / f"{name}.arrow")
+            items = tokenize_rows(members, renderer, config.train.loss_on)
+            write_items(watch(items, f"tokenizing {name} rows", len(members)), fresh / f"{name}.arrow")
         counts += renderer.counts
         write_meta(
             fresh,
@@ -147,16 +153,14 @@ def _cut(
 
 
 def _examples(items: StoredItems, numbers: Numbers, max_length: int) -> StoredRows[Example]:
-    whole = items.lengths[numbers]
-    return StoredRows(numbers, lambda number: cut(items.example(number), max_length), whole, max_length)
+    return StoredRows(items, numbers, lambda number: cut(items.example(number), max_length), max_length)
 
 
 def _pairs(
     items: StoredItems, numbers: Numbers, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> StoredRows[Pair]:
-    whole = items.lengths[numbers]
     return StoredRows(
-        numbers, lambda number: cut_pair(items.item(number), max_length, tokenizer), whole, max_length
+        items, numbers, lambda number: cut_pair(items.item(number), max_length, tokenizer), max_length
     )
 
 
@@ -202,11 +206,35 @@ def _written(pair: Pair) -> dict[str, object]:
     return {**texts, "masked": pair.masked} if pair.masked else texts
 
 
-def write_pairs(splits: Splits, folder: Path) -> None:
-    """Write the text that the model sees to ``folder``/{train,validation,test}.jsonl."""
+def write_pairs(
+    splits: Splits, folder: Path, watch: Watch = unwatched, content: Mapping[str, str] | None = None
+) -> None:
+    """Write the text that the model sees to ``folder``/{train,validation,test}.jsonl, unless rows of that
+    ``content`` lie there already."""
     folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / WRITTEN
+    if content and _written_there(marker) == [content[f"content.{name}"] for name in SPLITS]:
+        return
+    marker.unlink(missing_ok=True)
     for name, members in splits.pairs.items():
         fresh = folder / f"{name}.{os.getpid()}.new"  # each worker writes the same
         with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(_line(pair) for pair in members)
+            file.writelines(map(_line, watch(members, f"writing {name} rows", len(members))))
         fresh.replace(folder / f"{name}.jsonl")
+    if content:
+        rows = {name: [content[f"content.{name}"], *_place(folder, name)] for name in SPLITS}
+        write_file(marker, json.dumps(rows).encode())
+
+
+def _written_there(marker: Path) -> list[str]:
+    """Return the digests of the rows that lie there, if nobody has touched them."""
+    try:
+        rows = json.loads(marker.read_text())
+        return [rows[name][0] for name in SPLITS if rows[name][1:] == _place(marker.parent, name)]
+    except (OSError, ValueError, LookupError):
+        return []
+
+
+def _place(folder: Path, name: str) -> list[int]:
+    there = (folder / f"{name}.jsonl").stat()
+    return [there.st_size, there.st_mtime_ns]

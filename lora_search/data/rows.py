@@ -1,8 +1,7 @@
 """Rendered and tokenized rows: pairs of text, examples in tokens, splits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,5 @@ class Splits:
     pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)  # the text of each split
 
     @property
-    def examples(self) -> Iterator[Example]:
-        """The examples of all splits, one split after the other."""
-        return chain(self.train, self.validation, self.test)
+    def parts(self) -> tuple[Sequence[Example], ...]:
+        return self.train, self.validation, self.test

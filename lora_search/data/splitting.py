@@ -9,7 +9,7 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_search.errors import DataError
 from lora_search.reading.rows import Row
@@ -117,7 +117,7 @@ def identity(row: Row) -> tuple[str, str, str]:
     return instruction, context, normal_answer(row.response)
 
 
-def without_duplicates(rows: Sequence[Row]) -> list[Row]:
+def without_duplicates(rows: Iterable[Row]) -> list[Row]:
     """Return one row per identity; of different spellings always the same one, in any order of the rows. Each
     of the user's splits is handled separately."""
     unique: dict[bytes, Row] = {}

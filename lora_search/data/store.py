@@ -4,6 +4,7 @@ One folder per (rows, tokenizer, template, split), which all workers of a host a
 contains the lengths and the rows being read; a row becomes tuples of tokens only on access.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Example, Item, Pair
+from lora_search.files.atomic import write_file
 from lora_search.settings.schema import DataConfig, SweepConfig, as_dict
 
 META = "meta.json"
@@ -64,6 +66,7 @@ class StoredItems:
     def __init__(self, path: Path) -> None:
         import datasets
 
+        self.path = path
         self._batches = datasets.Dataset.from_file(str(path)).data.table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._columns: dict[int, dict[str, Any]] = {}
@@ -79,6 +82,12 @@ class StoredItems:
     def _numbers(batch: Any, name: str) -> Numbers:
         column: Numbers = batch.column(name).to_numpy(zero_copy_only=False)
         return column
+
+    def token_ids(self) -> Iterator[Numbers]:
+        """Yield the tokens of all rows, many rows at a time."""
+        for batch in self._batches:
+            column = batch.column("input_ids")
+            yield column.flatten().to_numpy()
 
     def _place(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._starts, index, "right")) - 1
@@ -172,10 +181,13 @@ def _lists(rows: Sequence[Sequence[int]]) -> Any:
 class StoredRows(Sequence[R]):
     """Rows of a split in order; ``make`` creates each on access."""
 
-    def __init__(self, indices: Numbers, make: Callable[[int], R], whole_lengths: Numbers, most: int) -> None:
-        self.indices, self.make = indices, make
-        self.whole_lengths = whole_lengths
-        self.lengths = np.minimum(whole_lengths, most)  # at most: rows may be cut at the end of a turn
+    def __init__(self, items: StoredItems, indices: Numbers, make: Callable[[int], R], most: int) -> None:
+        self.items, self.indices, self.make = items, indices, make
+        self.whole_lengths: Numbers = items.lengths[indices]
+        self.digest_file = items.path.with_name(f"{items.path.stem}-{most}.sha256")  # of the rows so cut
+        self.lengths: Numbers = np.minimum(
+            self.whole_lengths, most
+        )  # at most: rows may be cut at the end of a turn
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -234,3 +246,37 @@ def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:
 def lengths_before_cuts(rows: Sequence[Example]) -> Numbers:
     """Return the number of tokens of each row before cutting."""
     return rows.whole_lengths if isinstance(rows, StoredRows) else lengths_of(rows)
+
+
+def token_counts(rows: Sequence[Example]) -> list[int]:
+    """Return the tokens of each row as it is trained on."""
+    counts: list[int] = lengths_of(rows).tolist()
+    if isinstance(rows, StoredRows):
+        for i in np.flatnonzero(rows.whole_lengths > rows.lengths):  # cut, some at the end of a turn
+            counts[i] = len(rows[int(i)].input_ids)
+    return counts
+
+
+def used_tokens(splits: Iterable[Sequence[Example]]) -> Numbers:
+    """Return the ids that occur in rows; in stored ones, before they were cut."""
+    used = np.zeros(0, bool)
+    for rows in splits:
+        stored = isinstance(rows, StoredRows)
+        for ids in rows.items.token_ids() if stored else (np.array(row.input_ids) for row in rows):  # type: ignore[attr-defined]
+            if len(ids) and ids.max() >= len(used):
+                used = np.concatenate([used, np.zeros(ids.max() + 1 - len(used), bool)])
+            used[ids] = True
+    numbers: Numbers = np.flatnonzero(used)
+    return numbers
+
+
+def kept_digest(rows: Sequence[Example], make: Callable[[], str]) -> str:
+    """Return the digest of rows; of stored ones it is made once."""
+    if not isinstance(rows, StoredRows):
+        return make()
+    with contextlib.suppress(OSError):
+        return rows.digest_file.read_text()
+    digest = make()
+    with contextlib.suppress(OSError):
+        write_file(rows.digest_file, digest.encode())
+    return digest

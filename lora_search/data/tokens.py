@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, chain
@@ -65,10 +65,10 @@ def _times(row: Row) -> int:
 
 
 def check_vocabulary(
-    path: str, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, num_embeddings: int
+    path: str, used: Numbers, tokenizer: PreTrainedTokenizerBase, num_embeddings: int
 ) -> None:
     """Raise ModelError if a token of the rows has no embedding."""
-    largest = max(max(example.input_ids) for example in examples)
+    largest = int(used.max())
     if largest >= num_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(

@@ -16,7 +16,7 @@ from lora_search.trial import TrialSettings
 # Standard error of the paired difference between two settings over this many validation rows: it falls with
 # their square root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
 STANDARD_ERROR, MEASURED_ROWS = 0.0085, 20
-TOO_COARSE, FINE = 0.02, 0.01  # differences in perplexity: large ones, and those between good trials
+LEAST_ROWS = 128  # show differences of 0.7 %, as there are between good trials
 STEP_KEYS = (
     "train.batch_size", "train.gradient_accumulation_steps", "train.epochs", "optim.warmup_ratio",
     "optim.schedule", "optim.lr",
@@ -57,13 +57,14 @@ def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
 
 def warn_of_few(num_validation: int) -> list[str]:
     """Return a warning if noise hides the differences between trials."""
-    unseen = 2 * STANDARD_ERROR * math.sqrt(MEASURED_ROWS / num_validation)
-    if unseen <= TOO_COARSE:
+    unseen, fine = (
+        2 * STANDARD_ERROR * math.sqrt(MEASURED_ROWS / rows) for rows in (num_validation, LEAST_ROWS)
+    )
+    if num_validation >= LEAST_ROWS:
         return []
-    enough = math.ceil(MEASURED_ROWS * (2 * STANDARD_ERROR / FINE) ** 2)
     return [
         f"warning: with {num_validation} validation row(s), perplexities that differ by less than about "
-        f"{unseen:.1%} cannot be told apart; {enough} rows would show {FINE:.0%}. Raise "
+        f"{unseen:.1%} cannot be told apart; {LEAST_ROWS} rows would show {fine:.1%}. Raise "
         "data.validation_fraction or data.max_validation_examples, or give more data."
     ]
 

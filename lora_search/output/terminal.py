@@ -10,9 +10,10 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import (
     Console,
@@ -30,6 +31,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from lora_search.output.bar import Bar
 from lora_search.output.log_file import LogFile
 from lora_search.output.slots import rungs_trained, slot_table
 from lora_search.output.streams import clean, shorten
@@ -38,6 +40,7 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.trial import SlotView, StudySummary
 
+T = TypeVar("T")
 LIVE_SECONDS = 0.5  # the live view is drawn at most so often
 LINE_SECONDS = 30.0  # and a plain status line printed at most so often
 PLAIN_WIDTH = 140  # of tables that go to a file
@@ -130,6 +133,16 @@ class Progress:
         if self._clock() - self._drawn >= LINE_SECONDS:
             self._drawn = self._clock()
             self.event(text)
+
+    def watch(self, items: Iterable[T], doing: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, and show how far it is where it takes long."""
+        bar = Bar(self.console, self.event, self._clock, doing, total)
+        try:
+            for done, item in enumerate(items, start=1):
+                yield item
+                bar.show(done)
+        finally:
+            bar.close()
 
     def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
         """Show where the sweep stands. Cheap enough for every pass: it draws only now and then."""

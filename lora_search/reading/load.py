@@ -12,13 +12,17 @@ from lora_search.reading.layouts import Layout, recognise
 from lora_search.reading.rows import Complaint, Loaded, Record, Row
 from lora_search.reading.sources import Found, Source, find_sources
 from lora_search.settings.data_schema import DataConfig
+from lora_search.watching import Watch, unwatched
 
 SHOWN_COMPLAINTS = 3
 PEEKED = 1000  # records from which to recognise a file's layout
 
 
 def load_rows(
-    config: DataConfig, found: Found | None = None, is_known: Callable[[DataConfig, str], bool] | None = None
+    config: DataConfig,
+    found: Found | None = None,
+    is_known: Callable[[DataConfig, str], bool] | None = None,
+    watch: Watch = unwatched,
 ) -> Loaded:
     """Return the usable rows, with counts of rows read and skipped. DataError: file, line, remedy.
 
@@ -26,13 +30,12 @@ def load_rows(
     """
     found = found or find_sources(config)
     if is_known is not None and is_known(config, found.digest):
-        return Loaded(
-            [], digest=found.digest, revisions=found.revisions, reread=partial(load_rows, config, found)
-        )
+        reread = partial(load_rows, config, found, watch=watch)
+        return Loaded([], digest=found.digest, revisions=found.revisions, reread=reread)
     counts, rows = found.counts.copy(), list[Row]()
     notes = [f"{path}: read at commit {commit}" for path, commit in found.revisions.items()]
     for source in found.sources:
-        layout = _read(source, config, rows, counts)
+        layout = _read(source, config, rows, counts, watch)
         notes.append(f"{source.name}{f' ({source.split})' if source.split else ''}: {layout.describe()}")
     for split in ("train", "validation", "test"):
         own = [row for row in rows if row.split == split]
@@ -41,7 +44,7 @@ def load_rows(
     return Loaded(rows, +counts, tuple(dict.fromkeys(notes)), found.revisions, found.digest)
 
 
-def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[str]) -> Layout:
+def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[str], watch: Watch) -> Layout:
     """Append a source's rows; return its layout. Counts all complaints and shows a few."""
     records = source.records()
     peeked = list(islice(records, PEEKED))
@@ -52,7 +55,7 @@ def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[s
     layout = recognise([record.content for record in peeked], config, place)
     before, num_read, shown = len(rows), 0, list[Complaint]()
     complaints: Counter[str] = Counter()
-    for record in chain(peeked, records):
+    for record in watch(chain(peeked, records), f"reading rows of {source.name}"):
         num_read += 1
         row = _row(record, layout, source, config)
         if isinstance(row, Row):

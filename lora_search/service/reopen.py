@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Splits
+from lora_search.data.store import knows_rows
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_of
 from lora_search.engine.engine import Engine
@@ -49,7 +50,7 @@ def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int 
 def read_again(config: SweepConfig) -> Inputs:
     """Return rows, tokenizer and template of the study. Raises FingerprintError if they have changed."""
     identity = find_identity(config.study)
-    inputs = read_inputs(config, load_rows(config.data), identity)
+    inputs = read_inputs(config, load_rows(config.data, is_known=knows_rows), identity)
     stored = identity.fingerprint if identity is not None else {}
     known = [key for key in inputs.content if key in stored]
     wanted = {key: inputs.content[key] for key in known}

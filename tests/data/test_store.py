@@ -1,13 +1,22 @@
 """What was tokenized once is read from then on, whatever is asked for and by whom."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lora_search.data.preparation import prepare
+from lora_search.data.content import data_content
+from lora_search.data.preparation import prepare, write_pairs
 from lora_search.data.rows import Splits
-from lora_search.data.store import knows_rows, lengths_of, longest_rows, stored_folder
+from lora_search.data.store import (
+    knows_rows,
+    lengths_of,
+    longest_rows,
+    stored_folder,
+    token_counts,
+    used_tokens,
+)
 from lora_search.errors import DataError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.load import load_rows
@@ -117,3 +126,44 @@ def test_the_longest_rows_are_found_by_their_lengths(tmp_path: Path) -> None:
     found = longest_rows(train, 3)
 
     assert [len(row.input_ids) for row in found] == sorted(lengths_of(train).tolist(), reverse=True)[:3]
+
+
+def test_what_is_asked_of_all_rows_at_a_start_is_what_the_rows_say(tmp_path: Path) -> None:
+    splits = start(write(tmp_path / "faq.jsonl"), max_length=40)
+    listed = list(splits.train)
+
+    assert token_counts(splits.train) == [len(row.input_ids) for row in listed]
+    assert set(used_tokens([listed])) <= set(used_tokens([splits.train]).tolist())
+    assert used_tokens([[]]).tolist() == []
+    assert used_tokens([splits.test]).tolist() == sorted(
+        {i for row in start(str(tmp_path / "faq.jsonl")).test for i in row.input_ids}
+    )
+
+
+def test_a_digest_of_stored_rows_is_that_of_the_rows_and_another_one_for_another_length(
+    tmp_path: Path,
+) -> None:
+    tokenizer, template = make_tiny_tokenizer(), TemplateConfig()
+    path = write(tmp_path / "faq.jsonl", 100)
+
+    for max_length in (40, 64):
+        splits = start(path, max_length=max_length)
+        fresh = replace(splits, train=list(splits.train))
+        expected = data_content(fresh, template, tokenizer)
+        assert data_content(splits, template, tokenizer) == expected
+        assert data_content(start(path, max_length=max_length), template, tokenizer) == expected  # as kept
+    assert len(list(stored_folder().glob("*/*.sha256"))) == 6
+
+
+def test_rows_for_people_are_written_once_and_again_where_somebody_touched_them(tmp_path: Path) -> None:
+    splits, folder = start(write(tmp_path / "faq.jsonl", 60)), tmp_path / "data"
+    content = data_content(splits, TemplateConfig(), make_tiny_tokenizer())
+    write_pairs(splits, folder, content=content)
+    whole, written = (folder / "train.jsonl").read_text(), (folder / "train.jsonl").stat().st_mtime_ns
+
+    write_pairs(splits, folder, content=content)
+    assert (folder / "train.jsonl").stat().st_mtime_ns == written
+
+    (folder / "train.jsonl").write_text("mine")
+    write_pairs(splits, folder, content=content)
+    assert (folder / "train.jsonl").read_text() == whole

@@ -256,3 +256,33 @@ def test_the_best_has_the_lowest_perplexity_of_those_complete_or_still_at_it_els
 )
 def test_values_are_written_for_people(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def watched(is_terminal: bool, seconds_each: float, total: int | None = 640) -> str:
+    console, clock = terminal(80, is_terminal), Clock()
+    for _ in Progress(console, clock).watch(range(640), "reading rows", total):
+        clock.now += seconds_each
+    return printed(console)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_loop_of_under_two_seconds_shows_nothing(is_terminal: bool) -> None:
+    assert watched(is_terminal, 1.9 / 640) == ""
+
+
+def test_a_long_loop_draws_a_bar_in_a_terminal_and_takes_it_away() -> None:
+    text = watched(True, 0.1)
+
+    assert re.search(r"reading rows: 320 of 640, about 0:3\d left +━+", without_codes(text))
+    assert text.rstrip().endswith("\x1b[2K")  # the line is wiped
+
+
+@pytest.mark.parametrize(("total", "said"), [(640, "64 of 640, about 0:57 left"), (None, "64")])
+def test_a_long_loop_is_a_plain_line_now_and_then_where_there_is_no_terminal(
+    total: int | None, said: str
+) -> None:
+    text = watched(False, 0.1, total)
+
+    assert text.splitlines()[0] == f"[ 0:06] reading rows: {said}"
+    assert len(text.splitlines()) == 2
+    assert "\x1b" not in text
