@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_search.files.peft import lora_scaling
-from lora_search.ops.lora import AddAdapters, AddGrouped, LayerBank, Plan, SlotAdapter
+from lora_search.ops.lora import AddAdapters, AddGrouped, Dense, LayerBank, Plan, SlotAdapter
 from lora_search.trial import TrialSettings
 
 ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
@@ -39,6 +39,7 @@ class SlotLinear(nn.Module):
         super().__init__()
         self.base, self.layer = base, layer
         self._bank = [bank]  # in a list, so that the bank is not a submodule
+        self._dense = Dense(base.weight, base.bias) if type(base) is nn.Linear else None  # not packed (4 bit)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -50,15 +51,17 @@ class SlotLinear(nn.Module):
         return self.base.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
         bank = self._bank[0]
         adapters = bank.adapters[self.layer]
         if bank.plan is None or adapters.keys().isdisjoint(bank.plan.slots):
-            return y
+            return cast(torch.Tensor, self.base(x))
+        y = self.base(x) if self._dense is None else None
         if bank.is_grouped:
-            added = AddGrouped.apply(y, x, bank.anchor, bank.stacked[self.layer], bank.plan, self.layer)  # type: ignore[no-untyped-call]
+            added = AddGrouped.apply(
+                y, x, self._dense, bank.anchor, bank.stacked[self.layer], bank.plan, self.layer
+            )  # type: ignore[no-untyped-call]
         else:
-            added = AddAdapters.apply(y, x, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+            added = AddAdapters.apply(y, x, self._dense, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, added)
 
 

@@ -97,7 +97,7 @@ class PackedModel:
             **attention,
         )
         target_N = self._upload(ids_T[target_positions])
-        hidden_TD = output.last_hidden_state[0]  # index_select: its backward needs no sort
+        hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:

@@ -80,7 +80,7 @@ def kernel(
 ) -> torch.Tensor:
     """Run PyTorch's variable-length kernel on all rows at once; bounds and longest are (queries, keys)."""
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # the backward of [0] is a copy
     packed = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=window, **FEWER_KEY_HEADS)
     assert isinstance(packed, torch.Tensor)
     return packed.unsqueeze(0)

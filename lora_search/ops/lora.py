@@ -58,19 +58,33 @@ class LayerBank:
     grad_b_SRO: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A frozen linear layer whose weight is not packed."""
+
+    weight_OD: torch.Tensor
+    bias_O: torch.Tensor | None
+
+
 class AddAdapters(torch.autograd.Function):
-    """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place."""
+    """Adds dropout(x) A' B' scaling of each slot to its tokens of y, in place.
+
+    y is the base layer's output; or None, and ``base`` gives the frozen layer. Then one node does both, which
+    saves an addition of x's gradients for every layer.
+    """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        y: torch.Tensor,
+        y: torch.Tensor | None,
         x: torch.Tensor,
+        base: Dense | None,
         _anchor: torch.Tensor,
         adapters: Mapping[int | None, SlotAdapter],
         plan: Plan,
         layer: int,
     ) -> torch.Tensor:
+        y = _output(ctx, y, x, base)
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
@@ -80,17 +94,16 @@ class AddAdapters(torch.autograd.Function):
             hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
             y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
             hiddens.append(hidden_TR)
-        ctx.mark_dirty(y)
         ctx.save_for_backward(
             x, *hiddens
         )  # masks are recomputed: storing them would take as much memory as the activations
-        ctx.adapters, ctx.plan, ctx.layer = adapters, plan, layer  # type: ignore[attr-defined]
+        ctx.adapters, ctx.plan, ctx.layer, ctx.base = adapters, plan, layer, base  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(
         ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
         x, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         x_TD = x.reshape(-1, x.shape[-1])
@@ -107,7 +120,7 @@ class AddAdapters(torch.autograd.Function):
                 torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
         if grad_x_TD is not None and mask is not None:
             grad_x_TD = mask.apply_(grad_x_TD)
-        return grad_outputs[0], None if grad_x_TD is None else grad_x_TD.view_as(x), None, None, None, None
+        return *_grads(ctx, grad_outputs[0], grad_TO, grad_x_TD, x), None, None, None, None, None
 
 
 class AddGrouped(torch.autograd.Function):
@@ -117,8 +130,9 @@ class AddGrouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        y: torch.Tensor,
+        y: torch.Tensor | None,
         x: torch.Tensor,
+        base: Dense | None,
         _anchor: torch.Tensor,
         bank: LayerBank,
         plan: Plan,
@@ -126,20 +140,20 @@ class AddGrouped(torch.autograd.Function):
     ) -> torch.Tensor:
         assert plan.ends_S is not None
         assert plan.scaling_T is not None
+        y = _output(ctx, y, x, base)
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(plan.scaling_T[:, None])
         y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
-        ctx.mark_dirty(y)
         ctx.save_for_backward(x, hidden_TR)
-        ctx.bank, ctx.plan, ctx.layer = bank, plan, layer  # type: ignore[attr-defined]
+        ctx.bank, ctx.plan, ctx.layer, ctx.base = bank, plan, layer, base  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(
         ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
         x, hidden_TR = ctx.saved_tensors  # type: ignore[attr-defined]
         bank, plan = ctx.bank, ctx.plan  # type: ignore[attr-defined]
         grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
@@ -150,13 +164,37 @@ class AddGrouped(torch.autograd.Function):
         grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
         bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
         bank.grad_a_SRD.add_(_without_idle(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S), plan))
-        grad_x = None
+        grad_x_TD = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_x_TD = F.grouped_mm(grad_hidden_TR, bank.a_SRD, offs=ends_S)
             if mask is not None:
                 grad_x_TD = mask.apply_(grad_x_TD)
-            grad_x = grad_x_TD.view_as(x)
-        return grad_outputs[0], grad_x, None, None, None, None
+        return *_grads(ctx, grad_outputs[0], grad_TO, grad_x_TD, x), None, None, None, None, None
+
+
+def _output(ctx: FunctionCtx, y: torch.Tensor | None, x: torch.Tensor, base: Dense | None) -> torch.Tensor:
+    """Return the base layer's output, to be added to."""
+    if base is not None:
+        return F.linear(x, base.weight_OD, base.bias_O)
+    assert y is not None
+    ctx.mark_dirty(y)
+    return y
+
+
+def _grads(
+    ctx: FunctionCtx,
+    grad: torch.Tensor,
+    grad_TO: torch.Tensor,
+    grad_x_TD: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of y and x; ``grad_x_TD`` is the adapters' part of x's, and is overwritten. The
+    base's part is added by its matmul itself."""
+    base: Dense | None = ctx.base  # type: ignore[attr-defined]
+    if base is not None and grad_x_TD is not None:
+        grad_x_TD.addmm_(grad_TO, base.weight_OD)
+    grad_x = None if grad_x_TD is None else grad_x_TD.view_as(x)
+    return grad if base is None else None, grad_x
 
 
 def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:

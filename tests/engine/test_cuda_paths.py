@@ -148,9 +148,14 @@ def test_a_slot_without_tokens_gets_no_gradient_whatever_the_kernel_leaves_there
         torch.zeros(tokens, d_in, dtype=torch.bfloat16),
         torch.zeros(tokens, d_out, dtype=torch.bfloat16),
     )
-    everything = (True,) * 6
+    everything = (True,) * 7
     context = SimpleNamespace(
-        saved_tensors=(x, hidden_TR), bank=bank, plan=plan, layer=0, needs_input_grad=everything
+        saved_tensors=(x, hidden_TR),
+        bank=bank,
+        plan=plan,
+        layer=0,
+        base=None,
+        needs_input_grad=everything,
     )
 
     with GarbageInEmptyGroups():
