@@ -10,6 +10,7 @@ import torch
 
 from lora_search.ops.attention import _one_row, kernel
 from lora_search.ops.dropout import compiled_drop, kept, masked, pair_keys, threshold, token_keys
+from lora_search.ops.fused import compiled_gate, gated, gated_backward
 from tests.conftest import make_run
 from tests.engine.test_engine import differences, losses, mixed_runs
 from tests.harness import build_engine, random_splits, train_all
@@ -101,3 +102,8 @@ def test_the_smoke_sweep_runs_with_everything_chosen_by_the_probe(tmp_path: Path
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8/8 trials" in done.stdout or "8 of 8" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_mlps_are_compiled_on_cuda(dtype: torch.dtype) -> None:
+    assert compiled_gate(GPU, dtype) != (gated, gated_backward)

@@ -9,13 +9,12 @@ would be a dozen kernels over the whole mask; there one compiled kernel computes
 is never stored.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 
-logger = logging.getLogger(__name__)
+from lora_search.ops.compiled import compiled
 
 GOLDEN = 0x9E3779B9
 LAST_ROUND = 0x2C1B3C6D
@@ -91,18 +90,8 @@ def compiled_drop(device: torch.device, dtype: torch.dtype) -> Callable[..., tor
     key_T = mix(torch.arange(300, dtype=torch.int32, device=device))
     threshold_T = torch.full((300,), threshold(0.3), dtype=torch.int16, device=device)
     x = torch.randn(300, 96, device=device).to(dtype)
-    try:
-        compiled: Callable[..., torch.Tensor] = torch.compile(drop, dynamic=True)
-        found = compiled(x, key_T, threshold_T, pair_keys(1, 48, device))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (whatever a compiler raises, the uncompiled path works)
-        logger.warning("dropout masks cannot be compiled (%s): training is slower", type(error).__name__)
-        return None
-    if torch.equal(found, masked(x, kept(key_T, threshold_T, 1, 96))):
-        return compiled
-    logger.warning("compiled dropout masks are wrong and not used: training is slower")
-    return None
+    probe = (x, key_T, threshold_T, pair_keys(1, 48, device))
+    return compiled("dropout masks", drop, probe, masked(x, kept(key_T, threshold_T, 1, 96)), torch.equal)
 
 
 class Mask:

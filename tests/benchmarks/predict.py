@@ -206,6 +206,30 @@ one_kernel_norm.register_autograd(
 )
 
 
+@torch.library.custom_op("predict::one_kernel_gate", mutates_args=())
+def one_kernel_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The kernel that `ops.fused.gated` compiles into."""
+    return gate.clone()
+
+
+@torch.library.custom_op("predict::one_kernel_gate_backward", mutates_args=())
+def one_kernel_gate_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel that `ops.fused.gated_backward` compiles into."""
+    return grad.clone(), grad.clone()
+
+
+@one_kernel_gate.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gate)
+
+
+@one_kernel_gate_backward.register_fake
+def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(grad), torch.empty_like(grad)
+
+
 class OneKernel:
     """`ops.dropout.Mask` as it is on CUDA, where its kernel is compiled."""
 
@@ -220,9 +244,10 @@ class OneKernel:
 
 @contextmanager
 def cuda_branches() -> Iterator[None]:
-    """Inside, take the ways that the code takes on CUDA: a compiled dropout, a fused rotary embedding."""
+    """Inside, go the ways of CUDA: compiled dropout and gates, a fused rotary embedding."""
     with (
         patch.object(lora, "Mask", OneKernel),
+        patch.object(fused, "_gate_functions", lambda _: (one_kernel_gate, one_kernel_gate_backward)),
         patch.object(modeling_llama, "apply_rotary_pos_emb", fused.rotary),
     ):
         yield
