@@ -286,7 +286,7 @@ def test_a_deleted_study_is_gone_from_storage_and_disk_and_the_others_stay(
 
 
 def test_status_and_its_kin_import_no_torch() -> None:
-    names = "status, confirm, list, delete, export, generate, score, report"
+    names = "status, confirm, final, list, delete, export, generate, score, report"
     code = f"import sys\nfrom lora_search import {names}\nsys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -237,6 +237,18 @@ def lengths_of(rows: Sequence[Example]) -> Numbers:
     return np.array([len(row.input_ids) for row in rows], dtype=np.int64)
 
 
+def joined(parts: Sequence[Sequence[Example]], most: int) -> StoredRows[Example]:
+    """Return the rows of several splits, one after the other; none is made before it is asked for."""
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def make(index: int) -> Example:
+        number = int(np.searchsorted(starts, index, "right")) - 1
+        return parts[number][index - int(starts[number])]
+
+    lengths = np.concatenate([lengths_of(part) for part in parts])
+    return StoredRows(np.arange(int(starts[-1])), make, lengths, most)
+
+
 def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:
     """Return the longest rows, longest first; of equal lengths the first ones."""
     order = np.argsort(-lengths_of(rows), kind="stable")[:count]

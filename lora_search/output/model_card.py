@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
-from lora_search.results.verdict import line_of_test
+from lora_search.results.verdict import line_of_test, listed
 from lora_search.settings.recorded import plain, recorded_values
-from lora_search.study.results import TestScore
+from lora_search.study.results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
 CARD = """\
@@ -72,9 +72,11 @@ def model_card(
     to_base: Comparison | None,
     test: TestScore | None,
     merged: tuple[float, str] | None = None,
+    final: FinalAdapter | None = None,
 ) -> str:
     """Return the card. ``to_base``: the paired comparison on the validation rows; ``merged``: the perplexity
-    of the merged weights in plain transformers, and their dtype."""
+    of the merged weights in plain transformers, and their dtype; ``final``: where it is not the trial's own
+    adapter but its settings, trained once more."""
     settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
@@ -83,22 +85,50 @@ def model_card(
     serve = VLLM.format(base=base, study=study, rank=f" --max-lora-rank {rank}" if needs_rank else "")
     kind = "Merged model" if merged else "LoRA adapter"
     facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
+    if final:
+        lines = final_lines(row, attributes, test, merged, final)
+    else:
+        lines = score_lines(row, attributes, to_base, test, merged)
     return CARD.format(
         hub_name=json.dumps(attributes.get("base_model_name", base)),
         library="transformers" if merged else "peft",
-        title=f"{study}, trial {row.number}",
+        title=f"{study}, final" if final else f"{study}, trial {row.number}",
         kind=kind,
         kind_lower=kind.lower(),
         base=base,
         study=study,
         number=row.number,
         rung=row.best_rung,
-        scores="\n".join(f"- {line}" for line in score_lines(row, attributes, to_base, test, merged)),
+        scores="\n".join(f"- {line}" for line in lines),
         load=(MERGED if merged else ADAPTER).format(base=base),
         serve="" if merged else serve,
         settings="\n".join(f"| `{key}` | {show_value(value)} |" for key, value in shown.items()),
         data="\n".join(f"- {key}: {value}" for key, value in facts.items()) or "- not recorded",
     )
+
+
+def final_lines(
+    row: TrialRow,
+    attributes: Mapping[str, str],
+    test: TestScore | None,
+    merged: tuple[float, str] | None,
+    final: FinalAdapter,
+) -> list[str]:
+    """Return that nothing is known of its own quality, and how good the trial was that it repeats."""
+    base = float(attributes["base_perplexity"])
+    lines = [
+        f"no score of its own: it was trained on {final.num_rows:,} rows ({listed(final.splits)}), those by "
+        "which trials are scored among them",
+        f"it repeats trial {row.number} (seed {final.seed}) up to rung {final.rung} of its schedule: epochs "
+        f"{final.epochs:g}",
+        f"that trial, trained on the training rows only: validation perplexity {row.perplexity:.4f}, "
+        f"base {base:.4f}",
+    ]
+    if test is not None and test.trial == row.number:
+        lines.append(f"that trial on the {line_of_test(test)}")
+    if merged is not None:
+        lines.append(f"these are merged weights in {merged[1]}, compared with the adapter after writing")
+    return lines
 
 
 def score_lines(

@@ -14,10 +14,10 @@ from lora_search.results.certainty import certainty_of
 from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity, show_seconds
 from lora_search.results.ranking import best_of, searched_keys
-from lora_search.results.verdict import line_of_test
+from lora_search.results.verdict import line_of_final, line_of_test
 from lora_search.settings.recorded import recorded_values
 from lora_search.study.confirmation import Confirmation, read_confirmation
-from lora_search.study.results import read_test_score
+from lora_search.study.results import read_finals, read_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -92,6 +92,7 @@ def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     test = read_test_score(attributes)
     if test is not None:
         parts.append(Text(line_of_test(test, best_of(rows))))
+    parts += [Text(line_of_final(final)) for final in read_finals(attributes)]
     confirmation = read_confirmation(attributes)
     if confirmation.repeats:
         sentences = [Text(sentence) for sentence in verdicts(confirmation, rows)]

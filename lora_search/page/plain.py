@@ -15,7 +15,7 @@ from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
 from lora_search.results.verdict import state_of
 from lora_search.study.confirmation import read_confirmation
-from lora_search.study.results import read_test_score
+from lora_search.study.results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 
 
@@ -45,6 +45,7 @@ def report_facts(
         "how_sure": how_sure(rows, attributes, certainty, best),
         "test_score": asdict(test) if test else None,
         "confirmation": asdict(confirmation) | {"verdicts": verdicts(confirmation, rows)},
+        "final_adapters": [asdict(final) for final in read_finals(attributes)],
         "hints": hints(rows, attributes, best),
         "trials": [of_trial(row) for row in ranked(rows)],
         "costs": costs(rows, attributes, folder),

@@ -11,15 +11,15 @@ from lora_search.results.formatting import (
     show_seconds,
     show_value,
 )
-from lora_search.results.verdict import line_of_test, tied_line
+from lora_search.results.verdict import line_of_final, line_of_test, tied_line
 from lora_search.settings.recorded import plain, recorded_values
 from lora_search.study.about import LENGTHS, PEAK
 from lora_search.study.budget import WORKED
-from lora_search.study.results import read_test_score
+from lora_search.study.results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 
 HIDDEN = (  # the settings say the same; shown elsewhere
-    "fingerprint", "command", "settings", "test_score", "confirmation", "worker hours", WORKED, LENGTHS, PEAK,
+    "fingerprint", "command", "settings", "test_score", "confirmation", "final_adapters", "worker hours", WORKED, LENGTHS, PEAK,
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def how_sure(
     said += over_default(rows, attributes, certainty, best)
     test = read_test_score(attributes)
     said.append(f"{line_of_test(test, best)}." if test else "The test split has not been scored.")
+    said += [f"{line[0].upper()}{line[1:]}." for line in map(line_of_final, read_finals(attributes))]
     tied = tied_line(rows, certainty)
     if tied:
         said.append(f"{tied[0].upper()}{tied[1:]}.")

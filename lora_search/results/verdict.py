@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_search.results.certainty import Certainty
 from lora_search.results.formatting import show_difference, show_perplexity
 from lora_search.results.ranking import best_of, ranked, searched_keys
-from lora_search.study.results import TestScore
+from lora_search.study.results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
 OUT_OF_REACH = 100_000  # validation rows that nobody has
@@ -51,6 +51,15 @@ def line_of_test(score: TestScore, best: TrialRow | None = None) -> str:
     if best is not None and best.number != score.trial:
         text += f"; the best is trial {best.number} by now (lora-search score --again)"
     return text
+
+
+def line_of_final(final: FinalAdapter) -> str:
+    """Return what a final adapter is, in a line."""
+    rows = f"{final.num_rows:,} rows ({listed(final.splits)})"
+    return (
+        f"final adapter in {final.folder}: the settings of trial {final.trial}, trained on {rows}, "
+        f"epochs {final.epochs:g}; it has no score of its own"
+    )
 
 
 def rows_in_words(number: int) -> str:

@@ -4,7 +4,7 @@ Each is JSON in one attribute of the study. Imports no torch.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import optuna
@@ -12,7 +12,7 @@ import optuna
 from lora_search.database.storage import explained_errors, open_storage
 from lora_search.settings.schema import StudyConfig
 
-TEST_SCORE = "test_score"
+TEST_SCORE, FINALS = "test_score", "final_adapters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,32 @@ class TestScore:
     scored_at: str  # ISO 8601, UTC
     looks: int  # how often the split has been looked at
     earlier: tuple[tuple[int, float, str], ...] = ()  # (trial, perplexity, when) of the looks before
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalAdapter:
+    """A trial's settings, trained once more on the rows that score trials: it has no score of its own."""
+
+    trial: int
+    rung: int  # of the trial's schedule, where it ended: the trial's best
+    splits: tuple[str, ...]  # what it was trained on
+    num_rows: int
+    epochs: float
+    seed: int  # 1 is the trial's own
+    folder: str  # where it was exported to
+    made_at: str  # ISO 8601, UTC
+
+
+def read_finals(attributes: Mapping[str, str]) -> tuple[FinalAdapter, ...]:
+    """Return the final adapters made of the study, the oldest first."""
+    stored = json.loads(attributes.get(FINALS, "{}")).get("adapters", ())
+    return tuple(FinalAdapter(**{**one, "splits": tuple(one["splits"])}) for one in stored)
+
+
+def add_final(config: StudyConfig, finals: Sequence[FinalAdapter], final: FinalAdapter) -> None:
+    """Note one more final adapter, in the place of an older one in the same folder."""
+    others = [one for one in finals if one.folder != final.folder]
+    store_result(config, FINALS, {"adapters": [asdict(one) for one in [*others, final]]})
 
 
 def read_test_score(attributes: Mapping[str, str]) -> TestScore | None:

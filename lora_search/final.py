@@ -1,0 +1,112 @@
+"""`python -m lora_search.final study.name=NAME [rows=all] [seeds=K] [merge=true] [to=DIR]`: for use.
+
+Trains the winner's settings on training and validation rows, with rows=all on the test rows too, and exports
+the adapter. Imports torch once it is going to train.
+"""
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_search.command_line import (
+    FoundStudy,
+    chosen_trial,
+    find_study,
+    recorded,
+    run,
+    study_parser,
+    take,
+    whole_number,
+)
+from lora_search.errors import ConfigError
+from lora_search.files.atomic import write_file
+from lora_search.output.model_card import model_card
+from lora_search.output.terminal import Progress
+from lora_search.results.ranking import base_of
+from lora_search.results.verdict import line_of_final
+from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.folder import find_owned
+from lora_search.study.results import FinalAdapter, add_final, read_finals, read_test_score
+from lora_search.study.view import StudyView
+
+OWN = {"rows": "train+validation", "seeds": "1", "trial": "", "merge": "false", "to": ""}
+SPLITS = {"train+validation": ("train", "validation"), "all": ("train", "validation", "test")}
+MOST_SEEDS = 50
+
+
+def main() -> int:
+    """Train and export what the command line names; return the exit code."""
+    own = (
+        "Its own keys: rows=train+validation (default) or all (the test rows too), seeds=1, trial=N "
+        "(default: the best), merge=true, to=FOLDER."
+    )
+    return run(final, study_parser("final", f"Train the winner's settings on all rows and export it. {own}"))
+
+
+def final(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Train, export each seed's adapter, and note that in the study."""
+    own = take(arguments, OWN)
+    is_merged, seeds = is_true("merge", own["merge"]), whole_number("seeds", own["seeds"])
+    if own["rows"] not in SPLITS:
+        raise ConfigError("rows", own["rows"], f"must be one of {', '.join(SPLITS)}")
+    if seeds > MOST_SEEDS:
+        raise ConfigError("seeds", seeds, f"must be at most {MOST_SEEDS}")
+    found = find_study(arguments)
+    view = StudyView(found.config)
+    attributes, row = view.attributes(), chosen_trial("trial", own["trial"], view.rows())
+    name = f"final-trial-{row.number}" + ("-all" if own["rows"] == "all" else "")
+    to = Path(own["to"]) if own["to"] else found.folder / "export" / (name + ("-merged" if is_merged else ""))
+    check_target(to)
+    base_of(attributes)
+    find_owned(found.config, found.folder)
+    config = recorded(arguments, found, attributes)
+    progress.event(
+        f"study {found.config.name}: the settings of trial {row.number}, up to rung {row.best_rung}"
+    )
+
+    from lora_search.service import final as training
+
+    settings = view.settings_of(row.number)
+    trained = training.train_final(config, row, settings, found.folder, SPLITS[own["rows"]], seeds, progress)
+    for one in trained:
+        place = to if seeds == 1 else to / f"seed-{one.seed}"
+        merged = export_one(
+            found, config, one.adapter, place, one.perplexity if is_merged else None, progress
+        )
+        record = FinalAdapter(
+            trial=row.number,
+            rung=row.best_rung or 0,
+            splits=SPLITS[own["rows"]],
+            num_rows=one.num_rows,
+            epochs=(row.best_rung or 0) / settings.evals_per_epoch,
+            seed=one.seed,
+            folder=str(place),
+            made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        card = model_card(row, attributes, None, read_test_score(attributes), merged, record)
+        write_file(place / "README.md", card.encode())
+        add_final(found.config, read_finals(view.attributes()), record)
+        training.forget(one)
+        progress.event(line_of_final(record))
+
+
+def export_one(
+    found: FoundStudy,
+    config: SweepConfig,
+    adapter: Path,
+    to: Path,
+    expected: float | None,
+    progress: Progress,
+) -> tuple[float, str] | None:
+    """Write adapter and tokenizer, or merged weights where ``expected`` is their perplexity."""
+    tokenizer = found.folder / "tokenizer"
+    if expected is not None:
+        return merge_to(config, adapter, tokenizer, to, expected, progress)
+    copy_adapter(adapter, tokenizer, to)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

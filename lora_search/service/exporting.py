@@ -1,0 +1,62 @@
+"""A folder ready to serve: adapter and tokenizer, or merged weights. Only merging loads torch."""
+
+import shutil
+from pathlib import Path
+
+from lora_search.errors import ConfigError, StudyError
+from lora_search.files.atomic import explained_writing
+from lora_search.output.terminal import Progress
+from lora_search.settings.schema import SweepConfig
+from lora_search.study.identity import find_identity
+
+
+def check_target(to: Path) -> None:
+    """Raise ConfigError where the folder holds something."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError("to", str(to), "must be a new or empty folder", "Remove it, or name another.")
+
+
+def is_true(key: str, text: str) -> bool:
+    """Return what a key that is true or false was given. Raises ConfigError."""
+    if text not in ("true", "false"):
+        raise ConfigError(key, text, "must be true or false")
+    return text == "true"
+
+
+def adapter_here(folder: Path, number: int) -> Path:
+    """Return the trial's adapter. Raises StudyError if it was trained on another machine."""
+    adapter = folder / "trials" / str(number) / "adapter"
+    if not adapter.is_dir():
+        raise StudyError(f"trial {number}: {adapter} does not exist. Export it where it was trained.")
+    return adapter
+
+
+def copy_adapter(adapter: Path, tokenizer: Path, to: Path) -> None:
+    """Copy adapter and tokenizer, if an older version wrote the latter."""
+    with explained_writing(to):
+        for folder in (tokenizer, adapter):
+            if folder.is_dir():
+                shutil.copytree(folder, to, dirs_exist_ok=True)
+
+
+def merge_to(
+    config: SweepConfig, adapter: Path, tokenizer: Path, to: Path, expected: float, progress: Progress
+) -> tuple[float, str]:
+    """Write the merged weights; return their perplexity in plain transformers, and their dtype.
+
+    ``expected``: the adapter's own perplexity on the validation rows.
+    """
+    from lora_search.service.plain import merge
+    from lora_search.service.reopen import read_again
+
+    if config.model.quantization is not None:
+        progress.event("the adapter was trained on the 4-bit base; it is merged into the unquantized base")
+    inputs, identity = read_again(config), find_identity(config.study)
+    commit = identity.commit if identity else None
+    to.parent.mkdir(parents=True, exist_ok=True)
+    merged = merge(config, commit, adapter, tokenizer, to, inputs.splits.validation, expected)
+    progress.event(
+        f"merged weights in plain transformers, {merged.dtype}: validation perplexity "
+        f"{merged.perplexity:.4f}; the adapter's is {expected:.4f}"
+    )
+    return merged.perplexity, merged.dtype
