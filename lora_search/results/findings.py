@@ -19,7 +19,8 @@ from lora_search.study.results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 
 HIDDEN = (  # the settings say the same; shown elsewhere
-    "fingerprint", "command", "settings", "test_score", "confirmation", "final_adapters", "worker hours", WORKED, LENGTHS, PEAK,
+    "fingerprint", "command", "settings", "test_score", "confirmation", "final_adapters", "metric",
+    "worker hours", WORKED, LENGTHS, PEAK,
 )  # fmt: skip
 
 
