@@ -73,6 +73,7 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     """Run worker processes, then conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.tracking_study import track_study
+    from lora_search.service.metrics import check_metric
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable, check_study
     from lora_search.study.claims import reclaim_all
@@ -80,6 +81,7 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
     from lora_search.study.study import SweepStudy
 
     check_study(config, parse_space(config))
+    check_metric(config.metric)
     folder = Path(config.runs_dir) / config.study.name
     check_folder(config.study, folder.parent)
     check_adoptable(config.study)
@@ -108,6 +110,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.output.tracking_study import track_study, tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
+    from lora_search.service.answering import score_answers_once
+    from lora_search.service.metrics import check_metric
     from lora_search.service.samples import keep_samples
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
@@ -117,6 +121,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
 
     space = parse_space(config)
     check_study(config, space)
+    check_metric(config.metric)
     is_alone = config.launcher.worker is None
     progress.searched = list(space.expressions)
     about = {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
@@ -134,6 +139,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             if study.is_finished:
                 with interrupts.after_the_pass():
                     bring_results(study.rows(), study.folder, engine.keeper.artifacts)
+                    score_answers_once(engine, config, study.folder, progress, interrupts.check)
                     score_test_once(engine, config.study, study.folder, interrupts.check)
             engine.close()
         except (KeyboardInterrupt, LoraSearchError):
@@ -143,6 +149,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             raise
     if is_alone:
         found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
+        if config.metric.name != "none":  # Optuna keeps ended trials as they were before they were scored
+            found = Outbox(config.study).insist(lambda: SweepStudy.read(config.study))
         pairs = engine.splits.pairs.get("validation", ())
         del engine  # the base is loaded once more, without packing
         if study.is_finished:

@@ -201,6 +201,19 @@ class TrialRow:
     recovery: str = ""  # which problems its checkpoint had when it was resumed
     began: float | None = None  # epoch seconds; None before it begins
     ended: float | None = None
+    metric: "AnswerScore | None" = None  # None: its answers were not scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore:
+    """How good a trial's generated answers are; the higher the better."""
+
+    name: str
+    score: float  # mean over the rows
+    base: float  # the base's, on the same rows
+    num_rows: int
+    behind: tuple[float, float] | None  # the best trial's score minus its own, and the paired standard error
+    chooses: bool  # whether the study chooses its winner by it
 
 
 def draw_seed(*parts: int) -> int:

@@ -54,6 +54,8 @@ HOMES = {  # library -> the rooms or modules that may import it
     "fsspec": {"files.artifacts"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.duels"},
+    "rouge_score": {"service.metrics"},
+    "sacrebleu": {"service.metrics"},
     "rich": {
         "inspection",
         "output.bar",

@@ -5,6 +5,7 @@ worker takes or ends the trial in between, and a worker that is too late writes 
 uses two transactions.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -78,6 +79,15 @@ class LockedTrial:
     def report(self, rung: int, perplexity: float) -> None:
         """Write an intermediate value."""
         self._storage._set_trial_intermediate_value_without_commit(self._session, self._id, rung, perplexity)
+
+    def annotate(self, key: str, value: object) -> None:
+        """Set a user attribute of a trial that may have ended: Optuna's own way refuses those."""
+        table, text = TrialUserAttributeModel, json.dumps(value)
+        found = self._session.query(table).filter_by(trial_id=self._id, key=key).one_or_none()
+        if found is None:
+            self._session.add(table(trial_id=self._id, key=key, value_json=text))
+        else:
+            found.value_json = text
 
     def write(
         self, attributes: Mapping[str, object], state: TrialState | None = None, value: float | None = None

@@ -278,10 +278,11 @@ class Engine:
         values = [self._for_one(slot, partial(self.scores, [index], rows)) for index, slot in due]
         return [value[0] if value else None for value in values]
 
-    def place(self, settings: TrialSettings, adapter: Path) -> int:
-        """Load a finished adapter into a free slot for `scores`; return the slot. `bank.release` empties it.
-        Raises DamagedFileError."""
-        index, names = self.slots.index(None), self.resolve_targets(settings.target_modules)
+    def place(self, settings: TrialSettings, adapter: Path, free: int = 0) -> int:
+        """Load a finished adapter into a free slot for `scores`, the first or a later one (``free``); return
+        the slot. `bank.release` empties it. Raises DamagedFileError."""
+        index = [i for i, slot in enumerate(self.slots) if slot is None][free]
+        names = self.resolve_targets(settings.target_modules)
         weights, _ = read_peft(adapter)
         self.bank.admit(index, settings, names, seed=0)
         self.bank.load(self.bank.theta_SP[index], settings.r, names, weights)

@@ -42,6 +42,15 @@ class SlotRows:
 
 
 @dataclass(frozen=True)
+class SlotTokens:
+    """So many tokens of one slot, without dropout: as in `generation`."""
+
+    slot: int | None
+    num_tokens: int
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Segment:
     """Contiguous tokens from ``start`` on; those before them in their row are at ``prefix``."""
 
@@ -69,6 +78,7 @@ class PackedModel:
 
     def __init__(self, model: PreTrainedModel, bank: SlotBank) -> None:
         self.bank, self.device, self.dtype = bank, model.device, model.dtype
+        self.language_model = model
         self.decoder: nn.Module = model.base_model
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.head = Head(model.get_output_embeddings(), softcap)
@@ -100,6 +110,12 @@ class PackedModel:
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
+    def set_plan(self, parts: Sequence[SlotTokens]) -> None:
+        """Say whose the tokens of the next pass are, where it is not `nll` that runs it."""
+        bounds = (0, *accumulate(part.num_tokens for part in parts))
+        grouping = self._grouping(parts) if self.bank.is_grouped else ()
+        self.bank.plan = Plan(tuple(part.slot for part in parts), bounds, None, None, *grouping)
+
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:
         """Return each slot's tokens and what dropout hashes: one key per token, one threshold per slot."""
         slots = tuple(pack.slot for pack in packs)
@@ -117,7 +133,9 @@ class PackedModel:
         key_T, threshold_T = self._upload(torch.cat(keys)), self._upload(_per_token(thresholds, packs))
         return Plan(slots, bounds, key_T, threshold_T, *grouping)
 
-    def _grouping(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _grouping(
+        self, packs: Sequence[SlotRows | SlotTokens]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the end of each slot's tokens, int32 [S], the scale of each token's adapter, [T], and which
         slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
         slots = [-1 if pack.slot is None else pack.slot for pack in packs]
@@ -138,7 +156,7 @@ class PackedModel:
         return x.pin_memory().to(self.device, non_blocking=True)
 
 
-def _per_token(values: torch.Tensor, packs: Sequence[SlotRows]) -> torch.Tensor:
+def _per_token(values: torch.Tensor, packs: Sequence[SlotRows | SlotTokens]) -> torch.Tensor:
     """Return each pack's value once for each of its tokens."""
     return values.repeat_interleave(torch.tensor([pack.num_tokens for pack in packs]))
 

@@ -16,7 +16,15 @@ from lora_search.results.formatting import (
     show_value,
 )
 from lora_search.results.ranking import best_of, ranked
-from lora_search.results.verdict import split_keys, state_of, tied_line
+from lora_search.results.verdict import (
+    metric_base,
+    metric_line,
+    metric_name,
+    metric_text,
+    split_keys,
+    state_of,
+    tied_line,
+)
 from lora_search.trial import TrialRow
 
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
@@ -42,7 +50,7 @@ def leaderboard(
     else:
         parts = [results_table(rows, base_perplexity, certainty, limit, [])]
         parts += _settings_tables(ranked(rows)[:NARROW_TRIALS], varying, width)
-    notes = [same_line(same), tied_line(rows, certainty)]
+    notes = [same_line(same), tied_line(rows, certainty), metric_line(rows)]
     left_out = len(ranked(rows)) - limit
     notes += [f"{left_out} more trials in the report"] if left_out > 0 else []
     return Group(*parts, *(Text(note, style="dim") for note in notes if note))
@@ -59,14 +67,18 @@ def results_table(
         table.add_column("against best", justify="right", no_wrap=True)
     for name in short_names(keys):
         table.add_column(name, justify="right", no_wrap=True)
+    if metric := metric_name(rows):
+        table.add_column(metric, justify="right", no_wrap=True)
     table.add_column("rungs", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     places = certainty.decimals(best.perplexity) if best and best.perplexity else None
     blanks = ["" for _ in keys] + ([""] if certainty.against_best else [])
+    blanks += metric_base(rows)
     table.add_row("-", show_perplexity(base_perplexity, places), "", *blanks, "", "base model", style="bold")
     for row in ranked(rows)[:limit]:
         style = "bold green" if row is best else ""
-        table.add_row(*_cells(row, keys, base_perplexity, certainty, places), style=style)
+        cells = _cells(row, keys, base_perplexity, certainty, places)
+        table.add_row(*cells[:-2], *([metric_text(row)] if metric else []), *cells[-2:], style=style)
     return table
 
 

@@ -13,7 +13,7 @@ from lora_search.results.formatting import show_change, show_perplexity, show_va
 from lora_search.results.importance import importances
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
-from lora_search.results.verdict import state_of
+from lora_search.results.verdict import metric_base, metric_name, metric_text, state_of
 from lora_search.study.confirmation import read_confirmation
 from lora_search.study.results import read_finals, read_test_score
 from lora_search.trial import TrialRow
@@ -65,11 +65,15 @@ def report_markdown(
     """Return what the report says as Markdown."""
     best, certainty, keys = best_of(rows), certainty_of(rows, folder), searched_keys(rows)
     places = certainty.decimals(best.perplexity) if best and best.perplexity else None
-    table = [["trial", "perplexity", "change", *keys, "rungs", "state"]]
-    table.append(["-", show_perplexity(base_perplexity, places), "", *("" for _ in keys), "", "base model"])
+    metric = [name] if (name := metric_name(rows)) else []
+    table = [["trial", "perplexity", "change", *keys, *metric, "rungs", "state"]]
+    blanks = ["" for _ in keys]
+    base = [show_perplexity(base_perplexity, places), "", *blanks, *metric_base(rows)]
+    table.append(["-", *base, "", "base model"])
     for row in ranked(rows):
         values = [show_value(row.params[key]) if key in row.params else "" for key in keys]
         result = [show_perplexity(row.perplexity, places), show_change(base_perplexity, row.perplexity)]
+        values += [metric_text(row)] if metric else []
         ending = [str(len(row.perplexities)), state_of(row, certainty)]
         table.append([str(row.number), *result, *values, *ending])
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]

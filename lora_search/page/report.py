@@ -26,7 +26,7 @@ from lora_search.results.importance import importances
 from lora_search.results.lanes import lanes_of
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
-from lora_search.results.verdict import split_keys, state_of
+from lora_search.results.verdict import metric_base, metric_name, metric_text, split_keys, state_of
 from lora_search.study.about import LENGTHS
 from lora_search.study.confirmation import read_confirmation
 from lora_search.trial import TrialRow
@@ -64,6 +64,8 @@ def write_report(
         sure=how_sure(rows, attributes, certainty, best),
         certainty=certainty,
         places=certainty.decimals(best.perplexity) if best and best.perplexity else None,
+        metric=metric_name(rows),
+        metric_base="".join(metric_base(rows)),
         confirmed_heads=HEADS,
         confirmed=confirmed_cells(confirmation, rows),
         verdicts=verdicts(confirmation, rows),
@@ -106,4 +108,5 @@ def template() -> Template:
     environment.filters |= {"value": show_value, "perplexity": show_perplexity, "duration": show_seconds}
     environment.filters |= {"count": show_count}
     environment.globals |= {"change": show_change, "difference": show_difference, "state_of": state_of}
+    environment.globals |= {"metric_text": metric_text}
     return environment.get_template("page.html.j2")

@@ -11,7 +11,7 @@ from lora_search.results.formatting import (
     show_seconds,
     show_value,
 )
-from lora_search.results.verdict import line_of_final, line_of_test, tied_line
+from lora_search.results.verdict import line_of_final, line_of_test, metric_line, tied_line
 from lora_search.settings.recorded import plain, recorded_values
 from lora_search.study.about import LENGTHS, PEAK
 from lora_search.study.budget import WORKED
@@ -42,6 +42,8 @@ def how_sure(
     said += over_default(rows, attributes, certainty, best)
     test = read_test_score(attributes)
     said.append(f"{line_of_test(test, best)}." if test else "The test split has not been scored.")
+    if answers := metric_line(rows):
+        said.append(f"{answers}.")
     said += [f"{line[0].upper()}{line[1:]}." for line in map(line_of_final, read_finals(attributes))]
     tied = tied_line(rows, certainty)
     if tied:

@@ -10,20 +10,30 @@ FINISHED, UNFINISHED = ("COMPLETE", "PRUNED"), ("RUNNING", "WAITING")
 
 
 def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the trials that have begun, lowest perplexity first, those without one last. An interrupted one
-    is WAITING and has begun."""
+    """Return the trials that have begun, lowest perplexity first, those without one last.
+
+    Where a metric chooses, those that it scored come first. An interrupted one is WAITING and has begun.
+    """
     started = [row for row in rows if row.state != "WAITING" or row.perplexities]
-    return sorted(started, key=lambda row: (sortable(row.perplexity), row.number))
+    return sorted(started, key=merit)
 
 
 def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
     """Return the study's best: of lowest perplexity among the trials that are complete or may still be.
 
+    Where the study chooses by a metric, the complete trial with the highest score, once answers are scored.
     Where there are none, the best that was pruned; None where nothing has been measured.
     """
     measured = [row for row in rows if row.state != "FAIL" and sortable(row.perplexity) < math.inf]
     hopeful = [row for row in measured if row.state != "PRUNED"]
-    return min(hopeful or measured, key=lambda row: (sortable(row.perplexity), row.number), default=None)
+    return min(hopeful or measured, key=merit, default=None)
+
+
+def merit(row: TrialRow) -> tuple[bool, float, float, int]:
+    """Return what trials are sorted by, the best first."""
+    metric = row.metric if row.state == "COMPLETE" else None
+    chosen = metric.score if metric is not None and metric.chooses else None
+    return chosen is None, -(chosen or 0.0), sortable(row.perplexity), row.number
 
 
 def is_final(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> bool:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from lora_search.results.certainty import Certainty
+from lora_search.results.certainty import SURE, Certainty
 from lora_search.results.formatting import show_difference, show_perplexity
 from lora_search.results.ranking import best_of, ranked, searched_keys
 from lora_search.study.results import FinalAdapter, TestScore
@@ -51,6 +51,35 @@ def line_of_test(score: TestScore, best: TrialRow | None = None) -> str:
     if best is not None and best.number != score.trial:
         text += f"; the best is trial {best.number} by now (lora-search score --again)"
     return text
+
+
+def metric_line(rows: Sequence[TrialRow]) -> str:
+    """Return what the metric of the generated answers says; nothing where none was scored."""
+    scored = [(row, row.metric) for row in rows if row.metric is not None]
+    if not scored:
+        return ""
+    best, top = max(scored, key=lambda pair: (pair[1].score, -pair[0].number))
+    text = f"{top.name} of the answers to {top.num_rows} validation rows: trial {best.number} {top.score:.1f}"
+    tied = [str(row.number) for row, m in scored if m.behind and m.behind[0] <= SURE * m.behind[1]]
+    verb = "is" if len(tied) == 1 else "are"
+    is_tied = f"; {listed(tied)} {verb} tied with it, within two paired standard errors" if tied else ""
+    chooses = "; it chooses the winner" if top.chooses else ""
+    return f"{text}, base {top.base:.1f}{is_tied}{chooses}"
+
+
+def metric_name(rows: Sequence[TrialRow]) -> str:
+    """Return what the column of the metric is called; nothing where no answers were scored."""
+    return next((row.metric.name.rpartition(".")[2] for row in rows if row.metric is not None), "")
+
+
+def metric_base(rows: Sequence[TrialRow]) -> list[str]:
+    """Return the base's score in the column of the metric; nothing where there is no such column."""
+    return [f"{row.metric.base:.1f}" for row in rows if row.metric is not None][:1]
+
+
+def metric_text(row: TrialRow) -> str:
+    """Return the trial's score in the column of the metric."""
+    return "" if row.metric is None else f"{row.metric.score:.1f}"
 
 
 def line_of_final(final: FinalAdapter) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_search.settings.data_schema import ColumnsConfig as ColumnsConfig
 from lora_search.settings.data_schema import DataConfig as DataConfig
+from lora_search.settings.metric_schema import MetricConfig, check_choice
 from lora_search.settings.rules import require as require
 from lora_search.settings.rules import require_choice, require_range
 from lora_search.settings.secrets import redact
@@ -217,12 +218,14 @@ class StudyConfig:
     first_trial_is_default: bool = True  # the first trial uses the settings outside `space`
     first_trials: bool = True  # the next ones use learning rates that worked well for other models
     sample_answers: int = 3  # validation questions that base and best answer in the report
+    choose_by: str = "perplexity"  # or metric: the winner has the best answers; pruning goes by perplexity
     keep_gib: float = 1.0  # disk space for checkpoints of paused trials (pruner.resume_paused)
 
     def __post_init__(self) -> None:
         known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
         rule = "must be 1 to 100 letters, digits, '.', '_' or '-' and start with a letter or digit"
         require(bool(known), "study.name", self.name, rule, "It names a folder under runs/.")
+        require_choice("study.choose_by", self.choose_by, ("perplexity", "metric"))
         self._check_limits()
         has_home = self.storage.startswith("sqlite:///~")
         require(not has_home, "study.storage", self.storage, "must not begin with ~", WRITE_OUT)
@@ -331,11 +334,13 @@ class SweepConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(bool(self.runs_dir.strip()), "runs_dir", self.runs_dir, "must name a folder", "Try runs")
+        check_choice(self.study.choose_by, self.metric)
         require(
             not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "must not begin with ~", WRITE_OUT
         )

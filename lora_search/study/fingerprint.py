@@ -24,13 +24,13 @@ from lora_search.settings.schema import SweepConfig, as_dict
 
 ATTRIBUTE = "fingerprint"
 FREE_SECTIONS = (  # the space has its own rule
-    "study", "engine", "tracker", "launcher", "artifacts", "runs_dir", "space",
+    "study", "engine", "tracker", "launcher", "artifacts", "metric", "runs_dir", "space",
 )  # fmt: skip
 SPACE, CONTENT = "space.", "content."
 FREE = (
     "Free to change: study.* except its name, engine.* except its dtype, tracker, launcher, artifacts, "
-    "runs_dir, and the place of the same rows. A range in the space may widen (not narrow), and choices may "
-    "be added (none taken out)."
+    "metric, runs_dir, and the place of the same rows. A range in the space may widen (not narrow), and "
+    "choices may be added (none taken out)."
 )
 CAUSES = {
     "data_hash": "the rows of data.path changed",

@@ -38,6 +38,7 @@ from lora_search.study.fingerprint import check_fingerprint, space_part
 from lora_search.study.held import HeldTrials
 from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
+from lora_search.study.metric import with_metric
 from lora_search.study.pausing import Pauses, drop_checkpoint
 from lora_search.study.view import StudyView
 from lora_search.study.widening import take_changes
@@ -275,7 +276,8 @@ class SweepStudy:
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
         self.losses.check_trials(len(self.ledger.trials))
-        return trial_rows([settled(t) for t in self.study.get_trials(deepcopy=False)])
+        trials = [settled(t) for t in self.study.get_trials(deepcopy=False)]
+        return with_metric(trial_rows(trials), trials, self.study)
 
     def attributes(self) -> dict[str, str]:
         """Return the study's attributes and what it has spent."""

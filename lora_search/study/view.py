@@ -15,6 +15,7 @@ from lora_search.study.about import attributes_of
 from lora_search.study.adoption import check_adoptable
 from lora_search.study.budget import Spent, described, limits, read_intervals, spent_of
 from lora_search.study.ledger import Ledger
+from lora_search.study.metric import with_metric
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
 
@@ -37,7 +38,8 @@ class StudyView:
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
-        return trial_rows(self._trials())
+        trials = self._trials()
+        return with_metric(trial_rows(trials), trials, self._study)
 
     def summary(self) -> StudySummary:
         """Return the progress of the study."""
