@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_search.results.certainty import certainty_of
+from lora_search.results.confirmation import read_confirmation
 from lora_search.results.confirmed import verdicts
 from lora_search.results.costs import costs
 from lora_search.results.findings import facts, hints, how_sure
@@ -14,7 +15,6 @@ from lora_search.results.importance import importances
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
 from lora_search.results.verdict import metric_base, metric_name, metric_text, state_of
-from lora_search.study.confirmation import read_confirmation
 from lora_search.study.results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 

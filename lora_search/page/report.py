@@ -10,6 +10,7 @@ from lora_search.files.atomic import write_file
 from lora_search.page.charts import kind_of, learning_curves, parameter_chart
 from lora_search.page.diagrams import importance_chart, length_chart, parallel, timeline
 from lora_search.results.certainty import certainty_of
+from lora_search.results.confirmation import read_confirmation
 from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
 from lora_search.results.costs import costs
 from lora_search.results.findings import facts, hints, how_sure, share_saved, tiles
@@ -28,7 +29,6 @@ from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
 from lora_search.results.verdict import metric_base, metric_name, metric_text, split_keys, state_of
 from lora_search.study.about import LENGTHS
-from lora_search.study.confirmation import read_confirmation
 from lora_search.trial import TrialRow
 
 KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")

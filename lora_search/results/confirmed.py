@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from lora_search.results.confirmation import Confirmation, Duel, Fresh
 from lora_search.results.formatting import percent_places, show_difference, show_perplexity
 from lora_search.results.ranking import best_of
 from lora_search.results.verdict import OUT_OF_REACH, rows_in_words
-from lora_search.study.confirmation import Confirmation, Duel, Fresh
 from lora_search.trial import TrialRow
 
 MANY_SEEDS = 100  # that nobody trains

@@ -17,10 +17,10 @@ from lora_search.errors import StudyError
 from lora_search.files.lock import alone
 from lora_search.files.row_scores import read_scores
 from lora_search.output.terminal import Progress
+from lora_search.results.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
 from lora_search.service.duels import duels_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.schema import SweepConfig
-from lora_search.study.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
 from lora_search.study.view import StudyView
 from lora_search.training import train_all
 from lora_search.trial import Measurement, RowScores, TrialRun, TrialSettings, draw_seed

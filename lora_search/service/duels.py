@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from lora_search.results.certainty import compare
-from lora_search.study.confirmation import Duel
+from lora_search.results.confirmation import Duel
 from lora_search.trial import RowScores
 
 LEVEL = 0.05  # the chance to call any tied rival worse

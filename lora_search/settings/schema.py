@@ -233,8 +233,7 @@ class StudyConfig:
                 "Try sqlite:///runs/lora_search.db")  # fmt: skip
         for key, least, most in (
             ("heartbeat_seconds", 1, DAY), ("patience_seconds", 0, 365 * DAY), ("max_retries", 0, 1000),
-            ("max_failures_in_a_row", 1, 100_000), ("keep_gib", 0, 1_000_000),
-            ("sample_answers", 0, 20),
+            ("max_failures_in_a_row", 1, 100_000), ("keep_gib", 0, 1_000_000), ("sample_answers", 0, 20),
         ):  # fmt: skip
             require_range(f"study.{key}", getattr(self, key), least, most)
 
@@ -252,13 +251,12 @@ class StudyConfig:
         if self.n_trials is not None:
             remedy = "Use null if study.max_hours or another budget ends the sweep"
             require_range("study.n_trials", self.n_trials, 1, 100_000, remedy)
-        has_end = any(
-            limit is not None for limit in (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
+        limits = (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
+        rule, remedy = (
+            "must be a number if no budget is set",
+            "Set it, or study.max_hours or study.max_tokens",
         )
-        rule = "must be a number if no budget is set"
-        require(
-            has_end, "study.n_trials", self.n_trials, rule, "Set it, or study.max_hours or study.max_tokens"
-        )
+        require(any(x is not None for x in limits), "study.n_trials", self.n_trials, rule, remedy)
 
     @property
     def most_trials(self) -> int:

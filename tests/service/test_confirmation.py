@@ -15,10 +15,10 @@ import pytest
 from peft import PeftModel
 
 from lora_search import confirm, status
+from lora_search.results.confirmation import Confirmation, read_confirmation
 from lora_search.results.confirmed import verdicts
 from lora_search.results.ranking import ranked
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.confirmation import Confirmation, read_confirmation
 from lora_search.study.study import SweepStudy
 from tests.engine.test_engine import plain_perplexity
 from tests.test_answer import examples_of, plain_base
@@ -112,7 +112,7 @@ def test_killed_anywhere_it_goes_on_and_gives_the_same_numbers(
 def forget(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take what other tests have confirmed out of a copy of the study."""
     monkeypatch.chdir(place)
-    from lora_search.study.confirmation import store_confirmation
+    from lora_search.results.confirmation import store_confirmation
 
     store_confirmation(STUDY, Confirmation())
 

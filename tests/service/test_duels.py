@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lora_search.results.confirmation import Confirmation, Duel, Repeat
 from lora_search.results.confirmed import verdicts
 from lora_search.service.duels import critical_value, duels_of
-from lora_search.study.confirmation import Confirmation, Duel, Repeat
 from lora_search.trial import RowScores, TrialRow
 
 DUEL = Duel(
