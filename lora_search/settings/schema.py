@@ -252,10 +252,7 @@ class StudyConfig:
             remedy = "Use null if study.max_hours or another budget ends the sweep"
             require_range("study.n_trials", self.n_trials, 1, 100_000, remedy)
         limits = (self.n_trials, self.max_hours, self.max_tokens, self.max_cost)
-        rule, remedy = (
-            "must be a number if no budget is set",
-            "Set it, or study.max_hours or study.max_tokens",
-        )
+        rule, remedy = "must be a number if no budget is set", "Set it, study.max_hours or study.max_tokens"
         require(any(x is not None for x in limits), "study.n_trials", self.n_trials, rule, remedy)
 
     @property
