@@ -209,6 +209,29 @@ class StoredRows(Sequence[R]):
     __hash__ = None  # type: ignore[assignment]
 
 
+class JoinedRows(Sequence[Example]):
+    """The rows of several splits, one after the other, each created on access."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+        self.lengths: Numbers = np.concatenate([lengths_of(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.starts, index, "right")) - 1
+        return self.parts[number][index - int(self.starts[number])]
+
+
 def keep_within_limit(folder: Path) -> None:
     """Mark the folder as used, and delete the least recently used ones."""
     os.utime(folder)
@@ -232,21 +255,9 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def lengths_of(rows: Sequence[Example]) -> Numbers:
     """Return the number of tokens of each row, without creating the rows if the lengths are known."""
-    if isinstance(rows, StoredRows):
+    if isinstance(rows, StoredRows | JoinedRows):
         return rows.lengths
     return np.array([len(row.input_ids) for row in rows], dtype=np.int64)
-
-
-def joined(parts: Sequence[Sequence[Example]], most: int) -> StoredRows[Example]:
-    """Return the rows of several splits, one after the other; none is made before it is asked for."""
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def make(index: int) -> Example:
-        number = int(np.searchsorted(starts, index, "right")) - 1
-        return parts[number][index - int(starts[number])]
-
-    lengths = np.concatenate([lengths_of(part) for part in parts])
-    return StoredRows(np.arange(int(starts[-1])), make, lengths, most)
 
 
 def longest_rows(rows: Sequence[Example], count: int) -> list[Example]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_search.data.rows import Splits
-from lora_search.data.store import joined
+from lora_search.data.store import JoinedRows
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
 from lora_search.errors import StudyError
@@ -70,7 +70,7 @@ def train_final(
 def with_more(splits: Splits, names: Sequence[str]) -> Splits:
     """Return splits whose training rows are those of all these; the validation rows stay, as measured."""
     parts = [getattr(splits, name) for name in names]
-    return replace(splits, train=joined(parts, splits.max_length))
+    return replace(splits, train=JoinedRows(parts))
 
 
 def runs_for(
