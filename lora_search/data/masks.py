@@ -14,12 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from lora_search.data.rows import Pair
 from lora_search.data.serving import serving_template
 from lora_search.data.templates import FAULTS, Renderer, dated_template
+from lora_search.data.thinking import (
+    EMPTY,
+    ENDS,
+    has_thinking,
+    opened_thinking,
+    thinking_of,
+    without_thinking,
+)
 from lora_search.errors import ConfigError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 MARK = "7031948265000031"  # digits have no capitals, no white space, nothing to escape
-THINKING_ENDS = "</think>"
 DROPPED = "answers whose thinking the template leaves out"
 Turns = Sequence[dict[str, Any]]
 
@@ -37,14 +44,29 @@ class ConversationRenderer:
         turns, learnt = self._turns(row)
         asker = _Asker(self.tokenizer, row, self.specials)
         whole = asker.render(turns)
-        self._check_texts(turns, whole, row.source)
+        opening = asker.opening(turns, whole) if learnt[-1] == len(turns) - 1 else ""
+        self._check_texts(turns, whole, row.source, is_last_kept=bool(opening))
         spans = [asker.span(turns, whole, index) for index in learnt]
-        text, start = whole[: spans[-1][1]], spans[0][0]
+        text, spans = self._after_thinking(turns[-1], opening, whole, spans)
+        start = spans[0][0]
         masked = [(a[1] - start, b[0] - start) for a, b in zip(spans, spans[1:], strict=False)]
         completion = text[start:]
         if learnt[-1] == len(turns) - 1:  # a template may omit the end token of the last turn only
             completion = self.ended(completion)
         return Pair(text[:start], completion, tuple(masked))
+
+    def _after_thinking(
+        self, turn: dict[str, Any], opening: str, whole: str, spans: list[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text up to the end of the last answer, which goes on from the thinking that its prompt
+        opens, and where each answer is."""
+        start, end = spans[-1]
+        if not opening:
+            return whole[:end], spans
+        self.counts[EMPTY] += not has_thinking(turn)
+        said = thinking_of(turn, opening) + whole[start:end].lstrip()
+        start += len(opening)
+        return whole[: spans[-1][0]] + opening + said, [*spans[:-1], (start, start + len(said))]
 
     def _turns(self, row: Row) -> tuple[list[dict[str, Any]], list[int]]:
         """Return the messages, with the system prompt if there is one, and the indices of the learnt ones."""
@@ -55,7 +77,7 @@ class ConversationRenderer:
         learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] > 0]
         return turns, learnt[-1:] if self.loss_on == "last_turn" else learnt
 
-    def _check_texts(self, turns: Turns, whole: str, source: str) -> None:
+    def _check_texts(self, turns: Turns, whole: str, source: str, *, is_last_kept: bool) -> None:
         """Raise ConfigError if the template loses a text; count thinking that it leaves out."""
         place = 0
         for turn in turns:
@@ -63,10 +85,13 @@ class ConversationRenderer:
             if role == "tool" or not text:
                 continue
             start = 0 if role == "system" else place
-            if (found := whole.find(text, start)) < 0 and role == "assistant" and THINKING_ENDS in text:
-                text = text.rpartition(THINKING_ENDS)[2].strip()
-                found = whole.find(text, start)
-                self.counts[DROPPED] += found >= 0
+            found = whole.find(text, start)
+            if role == "assistant" and ENDS in text:
+                answer = without_thinking(text).strip()
+                alone = whole.find(answer, start)
+                if found < 0 or (answer and alone < found):  # a later turn may hold all of it
+                    text, found = answer, alone
+                    self.counts[DROPPED] += found >= 0 and not (is_last_kept and turn is turns[-1])
             if found < 0:
                 what = f"loses or changes a message of the {role} ({source}: {text[:40]!r})"
                 rule = f"the tokenizer's chat template {what}"
@@ -74,8 +99,9 @@ class ConversationRenderer:
                     "template.name", self.template.name, rule, "Fix the tokenizer's chat_template."
                 )
             place = place if role == "system" else found + len(text)
+        dropping = turns[:-1] if is_last_kept else turns
         thoughts = [
-            turn[key].strip() for turn in turns for key in ("reasoning_content", "thinking") if key in turn
+            turn[key].strip() for turn in dropping for key in ("reasoning_content", "thinking") if key in turn
         ]
         self.counts[DROPPED] += sum(thought not in whole for thought in thoughts)
 
@@ -86,6 +112,7 @@ class _Asker:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Row, specials: tuple[str, ...]) -> None:
         self.tokenizer, self.source, self.specials = tokenizer, row.source, specials
         self.tools, self.chat_template = row.offered_tools, dated_template(tokenizer)
+        self._asked: dict[int, str] = {}
 
     def render(self, turns: Turns, *, ask: bool = False) -> str:
         try:
@@ -101,16 +128,27 @@ class _Asker:
             raise self._fault(f"refuses the conversation: {reason}") from None
         return str(text)
 
+    def asked(self, turns: Turns, index: int) -> str:
+        """Return what the model is asked with before a turn."""
+        if index not in self._asked:
+            self._asked[index] = self.render(turns[:index], ask=True)
+        return self._asked[index]
+
     def span(self, turns: Turns, whole: str, index: int) -> tuple[int, int]:
         """Return the span of an assistant's turn in the whole text, with its end token."""
-        asked = self.render(turns[:index], ask=True)
+        asked = self.asked(turns, index)
         answered = self.render(turns[: index + 1])
+        asked = asked.removesuffix(opened_thinking(asked, answered))
         if not answered.startswith(asked):
             raise self._fault("does not continue the generation prompt with the answer")
         said = self._without_tail(answered[len(asked) :])
         if whole.startswith(asked + said):
             return len(asked), len(asked) + len(said)
         return self._marked_span(turns, whole, index, asked)
+
+    def opening(self, turns: Turns, whole: str) -> str:
+        """Return the thinking that the last answer's prompt opens and the template leaves out."""
+        return opened_thinking(self.asked(turns, len(turns) - 1), whole)
 
     def _marked_span(self, turns: Turns, whole: str, index: int, asked: str) -> tuple[int, int]:
         marked = [*turns]

@@ -15,6 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.dates import dated
 from lora_search.data.rows import Pair
+from lora_search.data.thinking import (
+    EMPTY,
+    ENDS,
+    has_thinking,
+    opened_thinking,
+    opening_of,
+    thinking_of,
+    without_thinking,
+)
 from lora_search.errors import ConfigError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
@@ -40,6 +49,11 @@ class Frame:
     prompt: str
     whole: str
     marks: tuple[str, ...]
+
+    @property
+    def said(self) -> str:
+        """Return what the template writes as an answer."""
+        return self.whole[len(self.prompt) - len(opened_thinking(self.prompt, self.whole)) :]
 
     def fill(self, text: str, contents: Sequence[str]) -> str:
         for mark, content in zip(self.marks, contents, strict=True):
@@ -93,7 +107,12 @@ class Renderer:
         frame = self._frame(messages, whole, source)
         self._check_prompt(frame, prompt, messages[:-1], source)
         self._check_beginning(prompt, whole, source)
-        return Pair(prompt, self._completion(frame, whole[len(prompt) :], messages[-1]["content"], source))
+        answer = messages[-1]["content"]
+        opening = opening_of(prompt) if ENDS in answer else opened_thinking(prompt, whole)
+        if opening:
+            seen = without_thinking(whole[len(prompt) - len(opening) :])
+            return Pair(prompt, self._after_thinking(messages[-1], opening, seen, source))
+        return Pair(prompt, self._completion(frame, whole[len(prompt) :], answer, source))
 
     def _frame(self, messages: Sequence[Message], whole: str, source: str) -> Frame:
         """Return the frame, rendered once. Raises ConfigError if a text has no place in it."""
@@ -116,12 +135,12 @@ class Renderer:
         if turns != sorted(turns):
             raise self._fault("user", f"puts the messages in another order ({seen})")
         self._check_beginning(prompt, whole, "")
-        if marked[-1]["content"] not in whole[len(prompt) :]:
+        if marked[-1]["content"] not in whole:
             raise self._fault("assistant", f"leaves the answer out ({seen})")
 
     def _check_beginning(self, prompt: str, whole: str, source: str) -> None:
         """Raise ConfigError unless the whole begins with the prompt at inference."""
-        if not whole.startswith(prompt):
+        if not whole.startswith(prompt) and not opened_thinking(prompt, whole):
             place = _difference(prompt, whole, "when asked", "when answered")
             rule = "needs a template in which the answer follows the generation prompt"
             where = f"{source}: " if source else ""
@@ -148,7 +167,7 @@ class Renderer:
 
     def _completion(self, frame: Frame, seen: str, answer: str, source: str) -> str:
         """Return the answer as given, with the template's text before it, and an end token."""
-        before, _, after = frame.whole[len(frame.prompt) :].rpartition(frame.marks[-1])
+        before, _, after = frame.said.rpartition(frame.marks[-1])
         if seen != before + answer + after:
             is_around = seen.startswith(before) and seen.endswith(after)
             if is_around and seen[len(before) : len(seen) - len(after)].strip() == answer.strip():
@@ -161,6 +180,18 @@ class Renderer:
         if before.strip():
             self.counts[f"answers that follow {before!r}, which the template inserts"] += 1
         return before + answer + self.ended(after.rstrip())
+
+    def _after_thinking(self, turn: Message, opening: str, seen: str, source: str) -> str:
+        """Return the answer as given, after the thinking that the prompt opens."""
+        answer = without_thinking(turn["content"])
+        place = seen.find(answer.strip())
+        if place < 0 or seen[:place].strip():
+            difference = _difference(answer, seen, "given", "the model would see")
+            raise self._fault("assistant", f"changes the answer ({source}: {difference})")
+        self.counts[EMPTY] += not has_thinking(turn)
+        given = answer.lstrip() if has_thinking(turn) else answer
+        after = seen[place + len(answer.strip()) :].rstrip()
+        return thinking_of(turn, opening) + given + self.ended(after)
 
     def _fault(self, role: str, what: str) -> ConfigError:
         """Return the error for a template that changes a text."""
