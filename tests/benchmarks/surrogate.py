@@ -1,0 +1,121 @@
+"""Validation curves of settings between the recorded ones: a Gaussian process over (lr, rank, batch size).
+
+Fitted to the log NLL of every rung, all rungs with one kernel. A task is one fit to the recorded curves with
+a residual of each drawn anew, as large as what the fit misses of a curve that it has not seen.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+FOLDER = Path(__file__).parent
+KEYS = ("optim.lr", "lora.r", "train.batch_size")
+WORST = 4.0  # NLL of a diverged trial: how far it went tells nothing
+SEED_NOISE = 0.0025  # sd of a perplexity between two seeds, relative; measured on SmolLM2
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recorded curves of one data set: settings, and log NLL at every rung."""
+
+    name: str
+    rates: tuple[float, float]  # learning rates that were recorded
+    params: tuple[Mapping[str, float], ...]
+    curves_NK: np.ndarray
+
+    @property
+    def num_rungs(self) -> int:
+        return int(self.curves_NK.shape[1])
+
+
+def families(*names: str) -> list[Family]:
+    """Return what is recorded: all, or the families of these names."""
+    faq = json.loads((FOLDER / "curves.json").read_text())["trials"]
+    docs = json.loads((FOLDER / "curves_docs.json").read_text())["trials"]
+    faq_nll = [[math.log(value) for value in trial["perplexities"]] for trial in faq]
+    docs_nll = [trial["losses"] for trial in docs]
+    known = [
+        Family("faq", (5e-5, 5e-3), _params(faq), np.log(faq_nll)),
+        Family("docs", (5e-5, 2e-2), _params(docs), np.log(np.minimum(docs_nll, WORST))),
+    ]
+    return [family for family in known if not names or family.name in names]
+
+
+def _params(trials: Sequence[Mapping[str, object]]) -> tuple[Mapping[str, float], ...]:
+    return tuple(t["params"] for t in trials)  # type: ignore[misc]
+
+
+def features(params: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Return settings as points: natural logarithms."""
+    return np.log([[float(p[key]) for key in KEYS] for p in params])
+
+
+class Surrogate:
+    """The fit to one family."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.x_ND = family, features(family.params)
+        self.mean_K, self.scale = family.curves_NK.mean(axis=0), float(family.curves_NK.std(axis=0).mean())
+        self.y_NK = (family.curves_NK - self.mean_K) / self.scale
+        start = np.log([1.0, 1.0, 1.0, 0.1])
+        self.theta = minimize(self._cost, start, method="Nelder-Mead", options={"maxiter": 300}).x
+
+    @cached_property
+    def factor(self) -> tuple[np.ndarray, bool]:
+        return self._factor(self.theta)
+
+    @cached_property
+    def left_out_NK(self) -> np.ndarray:
+        """What the fit misses, in log NLL, of each curve where it is fitted without that curve."""
+        inverse = cho_solve(self.factor, np.eye(len(self.x_ND)))
+        return self.scale * (inverse @ self.y_NK) / np.diag(inverse)[:, None]
+
+    def task(self, seed: int) -> "Task":
+        """Return curves that may be true as well."""
+        rng = np.random.default_rng(seed)
+        spread = 1.48 * np.median(np.abs(self.left_out_NK))  # a normal's standard deviation, by its median
+        level_N = rng.normal(0, spread, (len(self.x_ND), 1))
+        return Task(self, cho_solve(self.factor, self.y_NK + level_N / self.scale), seed)
+
+    def _kernel(self, a_ND: np.ndarray, b_MD: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        distances = ((a_ND[:, None, :] - b_MD[None, :, :]) / np.exp(theta[:3])) ** 2
+        return np.asarray(np.exp(-0.5 * distances.sum(axis=2)))
+
+    def _factor(self, theta: np.ndarray) -> tuple[np.ndarray, bool]:
+        noise = np.exp(2 * theta[3]) + 1e-6
+        return cho_factor(self._kernel(self.x_ND, self.x_ND, theta) + noise * np.eye(len(self.x_ND)))
+
+    def _cost(self, theta: np.ndarray) -> float:
+        """Return the negative log likelihood, the scale of each rung fitted."""
+        if np.abs(theta).max() > 6:
+            return math.inf
+        factor = self._factor(theta)
+        fit_K = (self.y_NK * cho_solve(factor, self.y_NK)).sum(axis=0)
+        num, num_rungs = self.y_NK.shape
+        return float(num_rungs * np.log(np.diag(factor[0])).sum() + 0.5 * num * np.log(fit_K).sum())
+
+
+class Task:
+    """One search's truth."""
+
+    def __init__(self, surrogate: Surrogate, weights_NK: np.ndarray, seed: int) -> None:
+        self.surrogate, self.weights_NK, self.seed = surrogate, weights_NK, seed
+
+    def curves(self, params: Sequence[Mapping[str, float]]) -> np.ndarray:
+        """Return the perplexities of settings at every rung, without noise."""
+        s = self.surrogate
+        kernel = s._kernel(features(params), s.x_ND, s.theta)
+        return np.asarray(np.exp(np.exp(s.mean_K + s.scale * kernel @ self.weights_NK)))
+
+    def seen(self, params: Mapping[str, float], number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return one trial's curve without and with the noise of its seed."""
+        (true_K,) = self.curves([params])
+        rng = np.random.default_rng([self.seed, number])
+        return true_K, true_K * math.exp(rng.normal(0, SEED_NOISE))

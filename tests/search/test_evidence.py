@@ -1,0 +1,63 @@
+"""What docs/pruning.md rests on: the surrogate of recorded curves, and searches replayed on it."""
+
+import numpy as np
+import optuna
+import pytest
+from scipy.linalg import cho_solve
+
+from lora_search.database.storage import quieten_optuna
+from tests.benchmarks.search import BUDGETS, CONTENDERS, best_possible, search
+from tests.benchmarks.surrogate import Surrogate, families
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    quieten_optuna()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture(scope="module", params=["faq", "docs"])
+def surrogate(request: pytest.FixtureRequest) -> Surrogate:
+    return Surrogate(*families(request.param))
+
+
+def test_the_surrogate_misses_a_curve_that_it_has_not_seen_by_less_than_a_percent_in_the_median(
+    surrogate: Surrogate,
+) -> None:
+    assert np.median(np.abs(surrogate.left_out_NK)) < 0.01
+
+
+def test_what_it_says_to_miss_is_what_a_fit_without_the_curve_misses(surrogate: Surrogate) -> None:
+    x_ND, y_NK, theta = surrogate.x_ND, surrogate.y_NK, surrogate.theta
+    noise = np.exp(2 * theta[3]) + 1e-6
+    covariance = surrogate._kernel(x_ND, x_ND, theta) + noise * np.eye(len(x_ND))
+    for left_out in (0, 5, 17):
+        others = np.delete(np.arange(len(x_ND)), left_out)
+        weights = np.linalg.solve(covariance[np.ix_(others, others)], y_NK[others])
+
+        predicted_K = covariance[left_out, others] @ weights
+
+        missed_K = surrogate.scale * (y_NK[left_out] - predicted_K)
+        np.testing.assert_allclose(surrogate.left_out_NK[left_out], missed_K, atol=1e-8)
+
+
+def test_without_new_residuals_a_task_gives_the_recorded_curves_back(surrogate: Surrogate) -> None:
+    task = surrogate.task(0)
+    task.weights_NK = cho_solve(surrogate.factor, surrogate.y_NK)
+
+    given_NK = np.log(np.log(task.curves(surrogate.family.params)))
+
+    assert np.median(np.abs(given_NK - surrogate.family.curves_NK)) < 0.01
+
+
+@pytest.mark.parametrize("name", ["ours: tpe, first trials, asha", "tpe, hyperband"])
+def test_a_replayed_search_is_the_same_again_and_never_better_than_the_best(
+    surrogate: Surrogate, name: str
+) -> None:
+    task = surrogate.task(3)
+
+    found = search(CONTENDERS[name], task, 3)
+
+    assert found == search(CONTENDERS[name], task, 3)
+    assert len(found) == len(BUDGETS)
+    assert min(found) >= 0.995 * best_possible(task)  # of a grid of rates
