@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_search.study.view import StudyView
 
 LOGS = "workers"  # the folder of their logs, in the study's
+SQLITE_WORKERS = 8  # without training between their writes 8 got through, of 32 many failed
 LOOK_SECONDS = 1.0  # between two polls of the workers and the study
 ENDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
@@ -63,6 +64,13 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
         "Lower it, or set engine.device=cpu",
     )
     count = workers or num_gpus or 1
+    require(
+        count <= SQLITE_WORKERS or not config.study.storage.startswith("sqlite"),
+        "launcher.workers",
+        count,
+        f"must be at most {SQLITE_WORKERS} with SQLite, which lets one worker write at a time",
+        "Give study.storage=postgresql+psycopg://user@host/database (pip install 'lora-search[postgres]')",
+    )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
     threads = str(max(1, num_cores() // count))

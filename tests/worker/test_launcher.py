@@ -68,6 +68,19 @@ def test_more_workers_than_gpus_and_a_device_for_all_are_refused() -> None:
         LauncherConfig(workers=2)
 
 
+def test_more_workers_than_sqlite_can_hold_are_refused_and_a_server_takes_them() -> None:
+    many = make_config("cpu", 9)
+    with pytest.raises(
+        ConfigError, match=r"launcher.workers: must be at most 8 with SQLite, .*, got 9. .*postgres"
+    ):
+        plan_workers(many, 0, {})
+    with pytest.raises(ConfigError, match="launcher.workers: must be at most 8 with SQLite"):
+        plan_workers(make_config(), 16, {})
+    many.study.storage = SECRET
+
+    assert len(plan_workers(many, 0, {})) == 9
+
+
 def test_a_workers_command_line_holds_no_setting_and_its_environment_holds_all_in_order() -> None:
     own = ("lora.r=8", f"study.storage={SECRET}", "++study.storage='mysql://u:hunter2@h/d'")
     command = Command(sweep="smoke", config_dir=Path("/mine"), overrides=own)
