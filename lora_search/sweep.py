@@ -72,6 +72,7 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Run worker processes, then conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude, conclude_so_far
+    from lora_search.output.dashboard_note import note_result
     from lora_search.output.tracking_study import track_study
     from lora_search.service.metrics import check_metric
     from lora_search.settings.space import parse_space
@@ -96,7 +97,9 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
         raise
     found = SweepStudy.read(config.study)
     conclude(*found, config, progress)
-    track_study(config, *found, Path(config.runs_dir) / config.study.name)
+    folder = Path(config.runs_dir) / config.study.name
+    note_result(config.study, *found, folder)
+    track_study(config, *found, folder)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
@@ -106,6 +109,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude, conclude_so_far
     from lora_search.output.copies import bring_results
+    from lora_search.output.dashboard_note import note_result
     from lora_search.output.tracking import make_tracker
     from lora_search.output.tracking_study import track_study, tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
@@ -156,6 +160,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
         if study.is_finished:
             keep_samples(config, study.identity.commit, found[0], pairs, progress)
         conclude(*found, config, progress)
+        note_result(config.study, *found, study.folder)
         track_study(config, *found, study.folder)
 
 

@@ -20,6 +20,8 @@ from lora_search.trial import StudySummary
 LENGTHS = "length_histogram"
 PEAK = "peak_memory_bytes"
 BUCKETS = 24
+KEPT = "lora_search:about"  # system attribute: all that optuna-dashboard need not show
+SHOWN = ("command", "base_model_name", "git_commit", "data.train", "data.validation", "data.test")
 LIBRARIES = ("torch", "transformers", "peft", "optuna", "hydra-core", "datasets", "wandb", "sqlalchemy")
 
 
@@ -72,17 +74,28 @@ def _git_commit() -> str:
 
 
 def attributes_of(study: optuna.Study) -> dict[str, str]:
-    return {key: str(value) for key, value in study.user_attrs.items()}
+    """Return what people see of the study, and what is kept out of their sight; an older study has it all in
+    sight."""
+    known = study.user_attrs | _kept(study)
+    return {key: str(value) for key, value in known.items()}
+
+
+def _kept(study: optuna.Study) -> dict[str, str]:
+    kept = study._storage.get_study_system_attrs(study._study_id).get(KEPT)
+    return {key: str(value) for key, value in kept.items()} if isinstance(kept, dict) else {}
 
 
 def describe(study: optuna.Study, attributes: Mapping[str, str]) -> None:
     """Store the attributes that are new or have changed."""
     if study.metric_names is None:
         study.set_metric_names(["validation perplexity"])
-    stored = study.user_attrs
+    stored, kept = study.user_attrs, _kept(study)
     for key, value in attributes.items():
-        if stored.get(key) != value:
+        if key in SHOWN and stored.get(key) != value:
             study.set_user_attr(key, value)
+    wanted = kept | {key: value for key, value in attributes.items() if key not in SHOWN}
+    if wanted != kept:
+        study._storage.set_study_system_attr(study._study_id, KEPT, wanted)
 
 
 def standing(summary: StudySummary, is_finished: bool) -> str:

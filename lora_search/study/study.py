@@ -75,7 +75,7 @@ class SweepStudy:
         self.held = self.trials.last_rungs  # a trial at its last rung is no longer judged
         study_id = storage.get_study_id_from_name(study.study_name)
         self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
-        epoch_tokens = number_of(study.user_attrs, "data.train_tokens")
+        epoch_tokens = number_of(attributes_of(study), "data.train_tokens")
         self.budget = Budget(config, self.account, self.ledger, epoch_tokens)
         self.draws = Draws(config, space, study, self.table, self.ledger)
         pauses = Pauses(config.study, self.table, self.ledger, self.trials_folder)
@@ -336,7 +336,7 @@ class SweepStudy:
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}
 
     def _enqueue_first(self) -> None:
-        width = number_of(self.study.user_attrs, BASE_WIDTH)
+        width = number_of(attributes_of(self.study), BASE_WIDTH)
         self.table.enqueue_first(first_points(self.config, self.space, width))
 
     def _end(self, number: int, state: TrialState, reason: str, value: float | None = None) -> str:
