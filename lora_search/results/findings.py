@@ -41,7 +41,8 @@ def how_sure(
         )
     said += over_default(rows, attributes, certainty, best)
     test = read_test_score(attributes)
-    said.append(f"{line_of_test(test, best)}." if test else "The test split has not been scored.")
+    line = line_of_test(test, best) if test else ""
+    said.append(f"{line[0].upper()}{line[1:]}." if test else "The test split has not been scored.")
     if answers := metric_line(rows):
         said.append(f"{answers}.")
     said += [f"{line[0].upper()}{line[1:]}." for line in map(line_of_final, read_finals(attributes))]

@@ -41,7 +41,7 @@ class HeldTrials:
             if not self.has(trial.seen):
                 return None
             settings = trial_settings(self.config, trial.seen.params)
-            text = json.dumps(asdict(settings))
+            text = json.dumps(asdict(settings), indent=1)  # optuna-dashboard shows lines as they are
             if was_changed(text_of(trial.seen, "settings"), text):
                 trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
                 return None

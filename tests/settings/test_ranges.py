@@ -16,7 +16,7 @@ COUNTS = [
     "data.demo_validation_examples", "data.max_length", "engine.slots", "engine.tokens_per_pass", "lora.r",
     "launcher.workers", "launcher.worker", "launcher.max_restarts", "pruner.first_rung", "pruner.n_startup_trials",
     "pruner.patience", "pruner.reduction_factor", "sampler.n_startup_trials", "study.heartbeat_seconds",
-    "study.max_failures_in_a_row", "study.max_retries", "study.n_trials", "study.patience_seconds",
+    "study.max_failures_in_a_row", "study.max_retries", "study.n_trials", "study.patience_seconds", "study.sample_answers",
     "train.batch_size", "train.early_stopping_patience", "train.epochs", "train.evals_per_epoch",
     "train.gradient_accumulation_steps", "train.seed", "study.max_tokens",
 ]  # fmt: skip
