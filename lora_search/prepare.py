@@ -36,12 +36,13 @@ from lora_search.output.terminal import Progress
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Loaded
 from lora_search.results.formatting import show_seconds
-from lora_search.settings.schema import ModelConfig, SweepConfig, require
+from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import LENGTHS, attributes, length_histogram
 from lora_search.study.adoption import check_adoptable
 from lora_search.study.fingerprint import (
+    DATA_COMMIT,
     check_fingerprint,
     known_so_far,
     refuse_changes,
@@ -73,6 +74,11 @@ def check_places(config: SweepConfig) -> Identity | None:
     if config.artifacts.uri is not None:
         check_uri(config.artifacts.uri)
     return identity
+
+
+def commits_of(identity: Identity | None, config: DataConfig) -> dict[str, str]:
+    """Return the commits of hub data sets that the study was started with."""
+    return identity.commits_of(config) if identity is not None else {}
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
@@ -157,6 +163,7 @@ def read_inputs(
     used = used_tokens(splits.parts)
     check_vocabulary(config.model.path, used, tokenizer, num_embeddings)
     content = content_before_loading(config, source, model, tokenizer, splits)
+    content |= {f"{DATA_COMMIT}{path}": commit for path, commit in rows.revisions.items()}
     return Inputs(source, model, tokenizer, splits, content, width)
 
 
@@ -198,7 +205,7 @@ def prepare_sweep(
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
     identity = check_places(config)
-    rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
+    rows = load_rows(config.data, None, knows_rows, progress.watch, commits_of(identity, config.data))
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")

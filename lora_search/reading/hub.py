@@ -51,14 +51,14 @@ def load_saved(folder: Path, key: str) -> Mapping[str, Any]:
     return saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
 
 
-def load_hub(path: str, config: DataConfig, key: str) -> tuple[Mapping[str, Any], str]:
+def load_hub(path: str, config: DataConfig, key: str, revision: str | None) -> tuple[Mapping[str, Any], str]:
     """Return split -> table of a hub data set, and its commit; offline, from the cache."""
     datasets = library()
     try:
         if _hub_answers(datasets.config.HF_ENDPOINT):
-            found = datasets.load_dataset(path, name=config.subset, revision=config.revision)
+            found = datasets.load_dataset(path, name=config.subset, revision=revision)
         else:
-            found = _from_cache(path, config, datasets)
+            found = _from_cache(path, config.subset, revision, datasets)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(_not_there(path, key, str(error))) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -73,14 +73,14 @@ def load_hub(path: str, config: DataConfig, key: str) -> tuple[Mapping[str, Any]
     return found, Path(first.cache_files[0]["filename"]).parent.name if first.cache_files else ""
 
 
-def _from_cache(path: str, config: DataConfig, datasets: Any) -> Any:
+def _from_cache(path: str, subset: str | None, revision: str | None, datasets: Any) -> Any:
     from datasets.packaged_modules.cache.cache import Cache
 
-    pinned = config.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.revision)
-    version = {"version": "0.0.0", "hash": config.revision} if pinned else {"version": "auto", "hash": "auto"}
+    pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
+    version = {"version": "0.0.0", "hash": revision} if pinned else {"version": "auto", "hash": "auto"}
     name = path.partition("/")[2]
     try:
-        subset = config.subset or ("default" if pinned else None)
+        subset = subset or ("default" if pinned else None)
         builder = Cache(dataset_name=name, repo_id=path, config_name=subset, **version)
         builder.download_and_prepare()
         return builder.as_dataset()

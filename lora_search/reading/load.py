@@ -2,7 +2,7 @@
 nothing is dropped silently."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -23,12 +23,14 @@ def load_rows(
     found: Found | None = None,
     is_known: Callable[[DataConfig, str], bool] | None = None,
     watch: Watch = unwatched,
+    commits: Mapping[str, str] | None = None,
 ) -> Loaded:
     """Return the usable rows, with counts of rows read and skipped. DataError: file, line, remedy.
 
     If ``is_known`` recognises the digest of the files, the rows are read only when needed.
+    ``commits``: those at which hub data sets are read, whatever their branches say today.
     """
-    found = found or find_sources(config)
+    found = found or find_sources(config, commits)
     if is_known is not None and is_known(config, found.digest):
         reread = partial(load_rows, config, found, watch=watch)
         return Loaded([], digest=found.digest, revisions=found.revisions, reread=reread)

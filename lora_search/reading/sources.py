@@ -51,7 +51,8 @@ class Found:
 
     sources: list[Source] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    revisions: dict[str, str] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)  # hub data set -> the commit to read
+    revisions: dict[str, str] = field(default_factory=dict)  # and the one that was read
     heeded: set[str] = field(default_factory=set)  # settings that apply to some source
 
     @property
@@ -61,9 +62,9 @@ class Found:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def find_sources(config: DataConfig) -> Found:
+def find_sources(config: DataConfig, commits: Mapping[str, str] | None = None) -> Found:
     """Return every source, checked but not read. DataError: a missing file, or one that its name belies."""
-    found = Found()
+    found = Found(commits=commits or {})
     for path, weight in zip(config.paths, config.weights or [1.0] * len(config.paths), strict=True):
         found.sources += _find(path, "data.path", "", weight, config, found)
     for split in ("validation", "test"):
@@ -97,7 +98,7 @@ def _find(path: str, key: str, split: str, weight: float, config: DataConfig, fo
         ]
     local = _local(path, key)
     if local is None:
-        tables, commit = load_hub(path, config, key)
+        tables, commit = load_hub(path, config, key, found.commits.get(path, config.revision))
         found.revisions[path] = commit
         found.heeded |= {"subset", "revision"}
         return _tables(tables, path, commit, key, config, split, weight, found)

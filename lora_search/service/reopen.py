@@ -14,7 +14,7 @@ from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_of
 from lora_search.engine.engine import Engine
 from lora_search.model.loading import load_base
-from lora_search.prepare import Inputs, read_inputs
+from lora_search.prepare import Inputs, commits_of, read_inputs
 from lora_search.reading.load import load_rows
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.fingerprint import check_fingerprint
@@ -50,7 +50,9 @@ def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int 
 def read_again(config: SweepConfig) -> Inputs:
     """Return rows, tokenizer and template of the study. Raises FingerprintError if they have changed."""
     identity = find_identity(config.study)
-    inputs = read_inputs(config, load_rows(config.data, is_known=knows_rows), identity)
+    inputs = read_inputs(
+        config, load_rows(config.data, None, knows_rows, commits=commits_of(identity, config.data)), identity
+    )
     stored = identity.fingerprint if identity is not None else {}
     known = [key for key in inputs.content if key in stored]
     wanted = {key: inputs.content[key] for key in known}

@@ -27,6 +27,7 @@ FREE_SECTIONS = (  # the space has its own rule
     "study", "engine", "tracker", "launcher", "artifacts", "metric", "runs_dir", "space",
 )  # fmt: skip
 SPACE, CONTENT = "space.", "content."
+DATA_COMMIT = "content.commit of "  # a hub data set's name follows
 FREE = (
     "Free to change: study.* except its name, engine.* except its dtype, tracker, launcher, artifacts, "
     "metric, runs_dir, and the place of the same rows. A range in the space may widen (not narrow), and "
@@ -128,7 +129,7 @@ def refuse_changes(study_name: str, changes: list[str]) -> None:
 def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Return whether the key only says where rows come from, and the rows are the same."""
     is_cap = key in CAPS and "content.train" in stored
-    if key not in READS_ROWS and not key.startswith(COLUMNS) and not is_cap:
+    if key not in READS_ROWS and not key.startswith((COLUMNS, DATA_COMMIT)) and not is_cap:
         return False
     contents = [k for k in ("data_hash", *EFFECTS) if k in stored]
     return bool(contents) and all(stored[k] == wanted.get(k) for k in contents)

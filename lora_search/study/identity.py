@@ -14,8 +14,8 @@ from optuna.storages import RDBStorage
 from lora_search.database.once import write_once
 from lora_search.database.outline import outline_of
 from lora_search.database.storage import explained_errors, open_storage
-from lora_search.settings.schema import StudyConfig
-from lora_search.study.fingerprint import ATTRIBUTE
+from lora_search.settings.schema import DataConfig, StudyConfig
+from lora_search.study.fingerprint import ATTRIBUTE, DATA_COMMIT
 
 ID, OLDER = "study_id", "begun_without_id"
 ID_DIGITS = 12  # 48 bits
@@ -34,6 +34,17 @@ class Identity:
     def commit(self) -> str | None:
         """The commit that a hub id was resolved to at the first start."""
         return self.fingerprint.get("content.commit")
+
+    def commits_of(self, config: DataConfig) -> dict[str, str]:
+        """Return hub data set -> the commit that it had when the study was started, unless the settings name
+        another revision now."""
+        if self.fingerprint.get("data.revision", "None") != str(config.revision):
+            return {}
+        return {
+            key.removeprefix(DATA_COMMIT): commit
+            for key, commit in self.fingerprint.items()
+            if key.startswith(DATA_COMMIT)
+        }
 
 
 def read_identity(attributes: Mapping[str, Any]) -> Identity:
