@@ -19,7 +19,7 @@ COMMANDS = {  # name of the module in lora_search -> purpose
     "status": "show one study, or all of a storage: trials, best, workers, slots",
     "list": "list the studies of a storage",
     "delete": "delete a study, its folder and its W&B runs; asks first",
-    "report": "write runs/<study>/report.html anew, also while the sweep runs",
+    "report": "rewrite runs/<study>/report.html, also during the sweep",
 }
 USAGE = "usage: lora-search COMMAND ... (lora-search COMMAND --help shows its arguments)"
 

@@ -1,6 +1,6 @@
 """`python -m lora_search.confirm study.name=NAME confirm.top=3 confirm.seeds=3`: is the winner luck?
 
-Retrains the best trials with fresh seeds and compares them. Imports torch once it is going to train.
+Retrains the best trials with fresh seeds and compares them. Imports torch only to train.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Retrain, compare, say what came out, and write the report anew."""
+    """Retrain, compare, show the results, and rewrite the report."""
     own = take(arguments, OWN)
     top, seeds = (whole_number(key, own[key]) for key in OWN)
     found = find_study(arguments)
@@ -54,7 +54,7 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
 
 
 def best_trials(rows: list[TrialRow], top: int, seeds: int) -> list[int]:
-    """Return the best trials that ran to their end. Raises ConfigError where there are not so many."""
+    """Return the best complete trials. Raises ConfigError if there are too few."""
     if seeds < 2:
         remedy = "One seed has no spread: give 2 or more"
         raise ConfigError("confirm.seeds", seeds, "must be at least 2", remedy)
@@ -65,7 +65,7 @@ def best_trials(rows: list[TrialRow], top: int, seeds: int) -> list[int]:
     if top > len(complete):
         rule = f"must be at most the number of complete trials, {len(complete)}"
         raise ConfigError(
-            "confirm.top", top, rule, f"Give confirm.top={len(complete)}, or let the sweep go on."
+            "confirm.top", top, rule, f"Give confirm.top={len(complete)}, or continue the sweep."
         )
     if top * seeds > MOST_RUNS:
         raise ConfigError("confirm.top x confirm.seeds", top * seeds, f"must be at most {MOST_RUNS}")

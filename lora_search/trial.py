@@ -61,7 +61,7 @@ class TrialRun:
     last_rung: int | None = None  # ends there, and keeps the adapter of that rung whatever it measures
 
     def kept_rung(self, known: Mapping[int, float]) -> int:
-        """Return the rung whose adapter counts, of those with these perplexities; 0 where there is none."""
+        """Return the rung whose adapter counts, of those with these perplexities; 0 if there is none."""
         if self.last_rung is not None:
             return max(known, default=0)
         return min(known, key=lambda rung: (known[rung], rung), default=0)

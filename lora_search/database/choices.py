@@ -1,7 +1,7 @@
-"""Choices are added to a study that has trials.
+"""Adds choices to a study that has trials.
 
-Optuna keeps a choice as its place in the list of them, beside that list, and takes no other list later. So
-the lists and places of all trials are written anew, together with what the study says of itself.
+Optuna stores a choice as its index in the list of choices, with that list, and accepts no other list later.
+So the lists and indices of all trials are rewritten, together with the study's attribute.
 """
 
 import json
@@ -50,7 +50,7 @@ def write_choices(
 
 
 def _running(session: Session, study_id: int) -> list[int]:
-    """Return the numbers of trials that a worker trains; a paused one is nobody's."""
+    """Return the numbers of the trials that a worker trains; paused ones have no worker."""
     trials = session.query(TrialModel).filter_by(study_id=study_id, state=TrialState.RUNNING)
     return [
         int(trial.number)
@@ -60,7 +60,7 @@ def _running(session: Session, study_id: int) -> list[int]:
 
 
 def _write_anew(session: Session, study_id: int, name: str, distribution: CategoricalDistribution) -> None:
-    """Give the trials the new list of choices, and what each chose its place there."""
+    """Give the trials the new list of choices, and each choice its index there."""
     new, row = distribution_to_json(distribution), TrialParamModel
     trials = select(TrialModel.trial_id).where(TrialModel.study_id == study_id)
     mine = session.query(row).filter(row.param_name == name, row.trial_id.in_(trials))

@@ -38,7 +38,7 @@ Manifest = dict[str, Any]  # {"rung": int, "files": {path in the trial's folder:
 
 
 class ArtifactError(LoraSearchError):
-    """artifacts.uri takes or gives no file."""
+    """A file at artifacts.uri cannot be written or read."""
 
     def __init__(self, uri: str, cause: str) -> None:
         super().__init__(
@@ -51,7 +51,7 @@ class Artifacts:
     """The files of one study's trials, at ``uri``/``study``."""
 
     def __init__(self, uri: str, study: str) -> None:
-        """Raises ConfigError where no file system takes the URI."""
+        """Raises ConfigError if no file system supports the URI."""
         self.uri = uri
         self.files, root = _connect(uri)
         self.root = f"{root}/{study}"
@@ -60,11 +60,11 @@ class Artifacts:
         self._known: dict[int, tuple[Path, int]] = {}  # folder and last rung of the trials that were put
 
     def close(self) -> None:
-        """Return when all uploads that were begun are through."""
+        """Wait until all started uploads are finished."""
         self._uploads.shutdown()
 
     def put(self, trial: int, folder: Path, rung: int) -> None:
-        """Let the trial's files go up as they are now. An upload that has not begun gives way to this one."""
+        """Upload the trial's files as they are now. This replaces an upload that has not started."""
         if trial in self._last:
             upload, sent = self._last[trial]
             if upload.cancel():
@@ -74,13 +74,13 @@ class Artifacts:
         self._last[trial] = self._uploads.submit(self._upload, trial, folder, staged, rung), staged
 
     def put_end(self, trial: int) -> None:
-        """Let the files go up that a trial leaves for good: without its checkpoint, if that is gone here."""
+        """Upload the final files of a trial, without its checkpoint if that is deleted here."""
         if trial in self._known:
             self.put(trial, *self._known.pop(trial))
             self._known.pop(trial)
 
     def settle(self, trial: int) -> None:
-        """Wait until what was put last is up. Raises ArtifactError."""
+        """Wait until the last upload is finished. Raises ArtifactError."""
         if trial not in self._last:
             return
         upload, _ = self._last.pop(trial)
@@ -121,7 +121,7 @@ class Artifacts:
             raise ArtifactError(self.uri, cause_of(error)) from None
 
     def delete(self) -> None:
-        """Remove all that the study has here. Raises ArtifactError."""
+        """Remove all of the study's files here. Raises ArtifactError."""
         try:
             if self.files.exists(self.root):
                 self.files.rm(self.root, recursive=True)
@@ -129,7 +129,7 @@ class Artifacts:
             raise ArtifactError(self.uri, cause_of(error)) from None
 
     def _upload(self, trial: int, folder: Path, staged: Path, rung: int) -> None:
-        """Send the files that are not there yet, then the manifest; then remove what it does not name."""
+        """Upload the missing files, then the manifest; then remove the files that it does not name."""
         try:
             sums = {path.relative_to(staged).as_posix(): sha256(path) for path in _files(staged)}
             there = set(self._names(f"{self._place(trial)}/files"))
@@ -161,7 +161,7 @@ class Artifacts:
             self.files.rm_file(f"{place}/files/{name}")
 
     def _bring(self, trial: int, manifest: Manifest, folder: Path, suffix: str) -> bool:
-        """Put the files of a manifest into the folder; return False where one is not as it was sent."""
+        """Download the files of a manifest to the folder; return False if one is damaged."""
         contents = {}
         for name, digest in manifest["files"].items():
             if not name.endswith(suffix):
@@ -194,14 +194,14 @@ class Artifacts:
         return found if is_whole else None
 
     def _content(self, path: str) -> bytes:
-        """Return an object; nothing where it is missing, as another worker may have removed it."""
+        """Return an object; None if it is missing, since another worker may have removed it."""
         try:
             return bytes(self.files.cat_file(path))
         except FileNotFoundError:
             return b""
 
     def _names(self, place: str) -> list[str]:
-        """Return the names below a folder; none where there is no such folder."""
+        """Return the names below a folder; empty if the folder does not exist."""
         self.files.invalidate_cache()
         try:
             return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self.files.ls(place, detail=False)]
@@ -215,18 +215,18 @@ class Artifacts:
         self._write(to, path.read_bytes())
 
     def _write(self, to: str, content: bytes) -> None:
-        """Write one object. Only object stores put it there whole: readers compare its digest."""
+        """Write one object. Only object stores do so atomically, so readers compare its digest."""
         _make_folder(self.files, to.rsplit("/", 1)[0])
         self.files.pipe_file(to, content)
 
 
 def place_of(study: str, study_id: str | None) -> str:
-    """Return the name of a study's folder at artifacts.uri: a study made anew under a name has another."""
+    """Return the name of a study's folder at artifacts.uri; a new study of the same name gets another."""
     return f"{study}-{study_id}" if study_id else study
 
 
 def check_uri(uri: str) -> None:
-    """Raise ConfigError unless files can be written there, read and removed."""
+    """Raise ConfigError unless files can be written, read and removed there."""
     files, root = _connect(uri)
     probe, text = f"{root}/.probe-{uuid.uuid4().hex}", b"lora_search"
     try:
@@ -241,7 +241,7 @@ def check_uri(uri: str) -> None:
 
 
 def _make_folder(files: Any, path: str) -> None:
-    """Make a folder where a file system has any; in an object store this would make a bucket."""
+    """Create a folder, if the file system has folders; in an object store this would create a bucket."""
     protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
     if not protocols & OBJECT_STORES:
         files.makedirs(path, exist_ok=True)
@@ -264,7 +264,7 @@ REMEDY = (
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the first line of what a file system says, or its kind."""
+    """Return the first line of a file system's error, or its type."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
@@ -275,13 +275,13 @@ def sha256(path: Path) -> str:
 
 
 def remove_staged(folder: Path) -> None:
-    """Remove what a process that was killed had meant to send."""
+    """Remove the pending uploads of killed processes."""
     for left in folder.glob(f"{STAGED}-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _stage(folder: Path) -> Path:
-    """Return a folder of hard links to the files that go up: the originals are replaced, never changed."""
+    """Return a folder of hard links to the files to upload: the originals are replaced, never changed."""
     staged = folder / f"{STAGED}-{uuid.uuid4().hex}"
     for path in [*folder.glob(SCORES), *(file for part in PARTS for file in _files(folder / part))]:
         target = staged / path.relative_to(folder)
@@ -299,7 +299,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _rung_of(folder: Path) -> int | None:
-    """Return the last rung that the trial's files here are of; None where there are none."""
+    """Return the last rung of the trial's local files; None if there are none."""
     names = [path.stem.removeprefix("rung-") for path in (folder / "checkpoint").glob("rung-*.safetensors")]
     rungs = [int(name) for name in names if name.isdigit()]
     with suppress(OSError, ValueError, KeyError, TypeError):

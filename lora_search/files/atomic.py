@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 
 
 def refused_writing(folder: Path) -> str | None:
-    """Return why no file can be made in a folder, or the folder not be made; None where it can. Leaves
+    """Return why no file can be made in a folder, or the folder not be made; None if it can. Leaves
     nothing."""
     place = folder.absolute()
     while not os.path.lexists(place):

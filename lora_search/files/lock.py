@@ -1,4 +1,4 @@
-"""One process at a time in a folder; the operating system lets go when the process dies. No torch."""
+"""One process at a time in a folder; the operating system unlocks it when the process dies. No torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from doing the same in the folder. Raises StudyError where one does already."""
+    """Keep other processes from doing the same in the folder. Raises StudyError if one already does."""
     with explained_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

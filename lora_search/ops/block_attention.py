@@ -31,7 +31,7 @@ class Block:
     queries: slice
     keys: slice
     num_keys: int
-    mask_QLK: torch.Tensor  # [1, Q * L, K]: 0 where a query may look, -inf elsewhere
+    mask_QLK: torch.Tensor  # [1, Q * L, K]: 0 if a query may look, -inf elsewhere
 
 
 @dataclass(frozen=True)

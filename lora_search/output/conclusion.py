@@ -1,4 +1,4 @@
-"""The end of a sweep, or where it stands: leaderboard, best adapter, report, what to type next. No torch."""
+"""The conclusion of a sweep: leaderboard, best adapter, report, next commands. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def conclude(
     *,
     is_interrupted: bool = False,
 ) -> None:
-    """Show the leaderboard, write report and best adapter, and say what to type next. Raises WriteError."""
+    """Show the leaderboard, write report and best adapter, show the next commands. Raises WriteError."""
     folder = Path(config.runs_dir) / config.study.name
     with shared_results(config, attributes, rows, folder, progress):
         _conclude(rows, attributes, config, progress, folder, is_interrupted)
@@ -75,7 +75,7 @@ def _conclude(
 
 
 def edges_of_best(rows: Sequence[TrialRow], config: SweepConfig) -> list[str]:
-    """Return where the best trial lies at the edge of what was searched."""
+    """Return notes on best values at the edge of the searched ranges."""
     best = best_of(rows)
     return [] if best is None else edge_notes(config, parse_space(config), best.params)
 
@@ -83,7 +83,7 @@ def edges_of_best(rows: Sequence[TrialRow], config: SweepConfig) -> list[str]:
 def conclude_so_far(
     find: Callable[[], tuple[list[TrialRow], dict[str, str]]], config: SweepConfig, progress: Progress
 ) -> None:
-    """Conclude a sweep that is leaving: whatever cannot be read or written is one message, and no error."""
+    """Conclude an interrupted sweep: anything that cannot be read or written is a message, not an error."""
     try:
         rows, attributes = find()
         if "base_perplexity" in attributes:
@@ -93,6 +93,6 @@ def conclude_so_far(
 
 
 def one_at_a_time(folder: Path) -> BaseFileLock:
-    """Wait for other invocations on the same study: they often come to its end at the same moment."""
+    """Wait for other starts on the same study, which often finish at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")

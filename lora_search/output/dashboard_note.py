@@ -1,4 +1,4 @@
-"""The note that optuna-dashboard shows with a study: what the figures mean and how to go on."""
+"""The note that optuna-dashboard shows for a study: the meaning of the figures and the next steps."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ Lower is better: validation perplexity of **{base}** without an adapter is **{pe
 
 - A step is a *rung*: step k is k/{evals_per_epoch} epochs of training examples seen, at every batch size.
 - A trial's value is its lowest validation perplexity. `reason` says why one was pruned, stopped or failed.
-- Stopping the sweep loses nothing: the same command goes on. A higher `study.n_trials` adds trials.
+- Stopping the sweep loses nothing: the same command continues it. A higher `study.n_trials` adds trials.
 
 Searched:
 
@@ -47,7 +47,7 @@ MOST_TRIALS = 20  # of the best, with a note: each is written into the study
 def write_note(
     study: optuna.Study, config: SweepConfig, space: Space, command: str, base_perplexity: float
 ) -> None:
-    """Write the study's note. It takes the place of what people wrote there: write it to a new study only."""
+    """Write the study's note. It replaces any note of the user: use it only for a new study."""
     searched = "\n".join(f"- `{key}`: {text}" for key, text in space.expressions.items())
     save_note(
         study,

@@ -23,7 +23,7 @@ def forecast_lines(
     memory_bytes: int,
     adapter_bytes: int,
 ) -> list[str]:
-    """Return the forecast, one line for each thing that people ask."""
+    """Return the forecast, one line per question."""
     passes = found.trial_tokens / max(1, _tokens_per_pass(config, found))
     price = config.study.price_per_hour
     trials = "a budget alone ends it" if config.study.n_trials is None else f"{shape.num_trials} trials"
@@ -63,7 +63,7 @@ def _driver(found: Forecast) -> str:
 def _budget_lines(
     config: SweepConfig, shape: Shape, probe: Probe, found: Forecast, share: float
 ) -> list[str]:
-    """Return how many trials each budget that is set is enough for."""
+    """Return the number of trials that each budget covers."""
     study, lines = config.study, []
     if study.max_hours is not None:
         count = trials_within(study.max_hours * 3600, shape, probe, share, found.trial_seconds)
@@ -79,7 +79,7 @@ def _budget_lines(
 
 
 def write_forecast(found: Forecast, config: SweepConfig) -> None:
-    """Keep the forecast beside the study's folder. Raises WriteError."""
+    """Write the forecast next to the study's folder. Raises WriteError."""
     kept = {**asdict(found), "n_trials": config.study.n_trials}
     with explained_writing(Path(config.runs_dir)):
         write_file(

@@ -1,4 +1,4 @@
-"""The leaderboard in a terminal: every column whole at any width, and who is tied with the best."""
+"""The leaderboard in a terminal: complete columns at any width, with ties."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,7 +38,7 @@ def leaderboard(
     width: int,
     limit: int = 20,
 ) -> RenderableType:
-    """Return the base model and the best ``limit`` trials, lowest perplexity first, with what was searched.
+    """Return the base model and the best ``limit`` trials, lowest perplexity first, with their settings.
 
     Settings that all trials share are said once. Where the others do not fit beside the results they follow
     in a table of their own, a row each.
@@ -99,13 +99,13 @@ def _cells(
 
 
 def same_line(same: Mapping[str, object]) -> str:
-    """Return what all trials share, in one line; nothing where that is nothing."""
+    """Return the settings that all trials share, in one line; empty if there are none."""
     listed = ", ".join(f"{key} {show_value(value)}" for key, value in same.items())
     return f"the same in all trials: {listed}" if listed else ""
 
 
 def _settings_tables(best: Sequence[TrialRow], keys: Sequence[str], width: int) -> list[RenderableType]:
-    """Return settings as rows and trials as columns, as many as the width holds: at least one."""
+    """Return settings as rows and trials as columns, as many as fit the width, at least one."""
     for count in range(len(best), 0, -1):
         table = _table(f"Settings of the best {count}" if count > 1 else "Settings of the best")
         table.add_column("", no_wrap=True)

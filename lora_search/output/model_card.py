@@ -63,7 +63,7 @@ VLLM = """
 With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER`
 """
 SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
-VLLM_RANK = 16  # what vLLM allows without being told
+VLLM_RANK = 16  # vLLM's default limit
 
 
 def model_card(
@@ -138,7 +138,7 @@ def score_lines(
     test: TestScore | None,
     merged: tuple[float, str] | None,
 ) -> list[str]:
-    """Return what is known of its quality, with intervals."""
+    """Return its quality, with intervals."""
     lines = [f"validation perplexity {row.perplexity:.4f}; base {float(attributes['base_perplexity']):.4f}"]
     if to_base is not None:
         low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))

@@ -1,4 +1,4 @@
-"""What `status` and `list` show: a line for each study, and one study in full."""
+"""The output of `status` and `list`: one line per study, and one study in full."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -42,13 +42,13 @@ def studies_table(views: Sequence[StudyView]) -> Table:
 
 
 def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
-    """Return finished trials of those asked for: 7/12."""
+    """Return finished and requested trials: 7/12."""
     finished = sum(row.state in ("COMPLETE", "PRUNED") for row in rows)
     return f"{finished}/{recorded_values(attributes).get('study.n_trials', '?')}"
 
 
 def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Table:
-    """Return what the fresh seeds of each trial gave, the best mean first."""
+    """Return the results of each trial's fresh seeds, the best mean first."""
     table = Table(
         title="Confirmation", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
     )
@@ -76,7 +76,7 @@ def seconds_left(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> flo
 
 
 def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
-    """Return one study: its line, who trains what, leaderboard and test score."""
+    """Return one study: its line, running trials, leaderboard and test score."""
     rows, attributes, slots = view.rows(), view.attributes(), view.slots()
     workers = view.workers()
     parts: list[RenderableType] = [studies_table([view]), ""]

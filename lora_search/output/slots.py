@@ -1,4 +1,4 @@
-"""What the slots train, a row each: the settings that are searched, as many as the width holds."""
+"""The table of busy slots: the searched settings, as many as fit the width."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ BAR = 9  # columns, at least
 
 
 def slot_table(slots: Sequence[SlotView], searched: Sequence[str] = (), width: int = 80) -> RenderableType:
-    """Return one row per busy slot, with the settings that are searched, or else the usual ones."""
+    """Return one row per busy slot, with the searched settings, or the common ones."""
     keys = [key for key in searched or USUAL if _field(key) in TrialSettings.__dataclass_fields__]
     for count in range(len(keys), -1, -1):
         table = _table(slots, keys[:count], [] if count == len(keys) else keys)
@@ -62,7 +62,7 @@ def _shown(settings: TrialSettings, key: str, keys: Sequence[str]) -> str:
 
 
 def _field(key: str) -> str:
-    """Return what a searched key is called among a trial's settings."""
+    """Return the name of a searched key in a trial's settings."""
     return key.rpartition(".")[2]
 
 

@@ -29,7 +29,7 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a message that fits on a screen: its middle is left out, with a count."""
+    """Return a message that fits on a screen; a count replaces its middle."""
     lines = text.splitlines()
     if len(lines) > MAX_LINES:
         left_out = len(lines) - MAX_LINES
@@ -77,7 +77,7 @@ class Outlet(io.TextIOBase):
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """Write to nowhere from now on."""
+        """Discard everything written from now on."""
         self.loss = self.loss or error
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""What a person sees: a live view in a terminal, plain lines elsewhere; what to type next.
+"""The output for people: a live view in a terminal, plain lines elsewhere; the next commands.
 
-The program prints here and nowhere else.
+No other module prints.
 """
 
 import io
@@ -58,7 +58,7 @@ def open_console() -> Console:
 
 
 class CleanPrints(RenderHook):
-    """Lets no control sequence of a name, a message or a row of data through to the terminal."""
+    """Escapes control sequences in names, messages and data."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [Clean(renderable) for renderable in renderables]
@@ -108,7 +108,7 @@ class Progress:
             self._live = None
 
     def event(self, text: str) -> None:
-        """Print a line that stays: a step of the set-up, a trial pruned, ended, failed."""
+        """Print a permanent line: a step of the set-up, a trial that was pruned, finished or failed."""
         elapsed = Text(f"[{show_seconds(self._clock() - self._started):>5}] ", style="dim")
         self.log.write(f"{elapsed}{text}")
         self.console.print(
@@ -121,7 +121,7 @@ class Progress:
         self.console.print(Text(clean(shorten(redact(str(error)))), style="red"), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a text that stays."""
+        """Print a table or a text permanently."""
         self.console.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
         plain = Console(file=io.StringIO(), width=PLAIN_WIDTH, force_terminal=False, highlight=False)
         plain.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
@@ -129,7 +129,7 @@ class Progress:
         self.log.write(plain.file.getvalue())
 
     def wait(self, text: str) -> None:
-        """Print why nothing happens here, now and then."""
+        """Print at intervals why nothing happens."""
         if self._clock() - self._drawn >= LINE_SECONDS:
             self._drawn = self._clock()
             self.event(text)
@@ -145,7 +145,7 @@ class Progress:
             bar.close()
 
     def update(self, slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float) -> None:
-        """Show where the sweep stands. Cheap enough for every pass: it draws only now and then."""
+        """Show the progress of the sweep. Cheap enough for every pass: it draws only at intervals."""
         now = self._clock()
         if now - self._drawn < (LINE_SECONDS if self._live is None else LIVE_SECONDS):
             return
@@ -240,13 +240,13 @@ def heading(
 
 
 def trials_done(summary: StudySummary) -> str:
-    """Return how many trials are done of how many, and what is spent of each limit."""
+    """Return finished and requested trials, and how much of each limit is spent."""
     total = "" if summary.n_trials is None else f"/{summary.n_trials}"
     return ", ".join([f"{summary.finished}{total} trials", *(str(limit) for limit in summary.limits)])
 
 
 def share_done(summary: StudySummary) -> float:
-    """Return how much of what ends the sweep first is behind it."""
+    """Return the progress toward the limit that ends the sweep first."""
     trials = [] if summary.n_trials is None else [summary.finished / summary.n_trials]
     return min(1.0, max([*trials, *(limit.share for limit in summary.limits)], default=0.0))
 
@@ -262,7 +262,7 @@ def best_line(summary: StudySummary) -> Text:
 def status_line(
     slots: Sequence[SlotView], summary: StudySummary, tokens_per_second: float, seconds_left: float | None
 ) -> str:
-    """Return where the sweep stands in one plain line."""
+    """Return the progress of the sweep in one plain line."""
     parts = [trials_done(summary), f"{summary.pruned} pruned"]
     if summary.failed:
         parts.append(f"{summary.failed} failed")
@@ -282,9 +282,9 @@ def rung_of(slot: SlotView) -> str:
 
 
 def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None = None) -> str:
-    """Return where the results lie and the commands to type next, as they work in this shell.
+    """Return the paths of the results and the next commands, as they work in this shell.
 
-    ``go_on`` is how a sweep that has not come to its end goes on; None where only higher limits let it.
+    ``go_on`` is how to continue an unfinished sweep; None if it needs higher limits.
     """
     own = "data=jsonl data.path=my.jsonl study.name=mine"
     runs = shlex.quote(str(folder))
@@ -304,13 +304,13 @@ def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None =
 
 
 def higher_limits(study: StudyConfig) -> list[str]:
-    """Return overrides that let a sweep go on which has come to its end."""
+    """Return overrides that let a finished sweep continue."""
     keys = [key for key in LIMITS if getattr(study, key) is not None]
     return [f"study.{key}={getattr(study, key) * 2}" for key in keys]
 
 
 def program(name: str) -> str:
-    """Return how to call a program that is installed beside this Python: its name, or else its path."""
+    """Return how to call a program from this Python's folder: its name if that works, else its path."""
     beside = Path(sys.executable).parent / name
     if not beside.exists() or shutil.which(name) == str(beside):
         return name

@@ -1,7 +1,7 @@
 """Curves in Weights & Biases: one run per trial, against examples seen. The one home of wandb.
 
 A tracker watches and never decides. When the first run cannot be opened, the sweep stops before it trains;
-whatever fails later is counted and logged once, and training goes on. Command lines (they may
+whatever fails later is counted and logged once, and training continues. Command lines (they may
 hold a password), code, packages and machine statistics are not collected. Cost: about 3 ms per logged rung;
 opening a run takes a third of a second, in a thread of its own while its trial trains.
 """
@@ -34,13 +34,13 @@ OPENING_TIMEOUT_SECONDS = 30.0  # nor than this: a worker that is silent for lon
 
 
 class Tracker(Protocol):
-    """Who hears about every trial. `log` and `finish` never raise on account of the tracking service."""
+    """Receives the curves of every trial. `log` and `finish` never raise because of the tracking service."""
 
     def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None:
         """Hear where every trial starts, and what is said in all of their runs."""
 
     def start(self, run: TrialRun) -> None:
-        """Open the trial's curves, or go on with them if the trial was resumed."""
+        """Open the trial's curves, or continue them if the trial was resumed."""
 
     def log(self, measurement: Measurement) -> None:
         """Record one rung and the optimizer steps that led to it."""
@@ -91,7 +91,7 @@ class WandbTracker:
         check_usable(self._config.name)
         self._opener.submit(start_service, self._config.name == "wandb")
         self._errors = wandb_errors()
-        # wandb keeps logs beside its runs: on a full disk each of their lines would be a traceback.
+        # wandb keeps logs with its runs: on a full disk each of their lines would be a traceback.
         logging.raiseExceptions = False
 
     def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None:
@@ -113,7 +113,7 @@ class WandbTracker:
         self._has_started = True
 
     def _opened(self, trial_number: int) -> "Run | None":
-        """Return the trial's run once it is open; None where it could not be opened, which is told once."""
+        """Return the trial's run once it is open; None if it could not be opened, which is reported once."""
         opening = self._runs.get(trial_number)
         if opening is None:
             return None
@@ -214,7 +214,7 @@ class WandbTracker:
         except self._errors as error:
             self._failures += 1
             if self._failures == 1:
-                logger.warning("W&B failed while %s: %s. Training goes on.", what, first_line(error))
+                logger.warning("W&B failed while %s: %s. Training continues.", what, first_line(error))
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""A study in Weights & Biases: a run of the base model as reference, and one that sums the study up.
+"""A study in Weights & Biases: a run of the base model as reference, and one with the study's summary.
 
 The summary holds the leaderboard as a table, importance, test score and costs; every number is the study's.
-Written once the study is through, in less than two seconds; what goes wrong is told and ends nothing.
+Written once the study is finished, in less than two seconds; a failure is reported and ends nothing.
 """
 
 import json
@@ -52,7 +52,7 @@ Again: {command}"""
 def track_study(
     config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
 ) -> None:
-    """Write both runs, unless nothing is tracked or the study is not through."""
+    """Write both runs, unless tracking is off or the study is not finished."""
     if config.tracker.name == "none" or not is_final(rows, attributes):
         return
     try:
@@ -132,7 +132,7 @@ def open_run(config: SweepConfig, attributes: Mapping[str, str], folder: Path, k
 
 
 def tracked_facts(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Return what every run should say of code and data: the commit, and the counts of the rows."""
+    """Return the facts on code and data for every run: the commit, and the counts of the rows."""
     kept = {key: value for key, value in attributes.items() if key.startswith("data.")}
     return {"git_commit": attributes.get("git_commit", ""), **kept}
 
@@ -154,7 +154,7 @@ def leaderboard_cells(
 
 
 def figures(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> dict[str, object]:
-    """Return what the study came to."""
+    """Return the results of the study."""
     best, base, test = best_of(rows), base_of(attributes), read_test_score(attributes)
     found: dict[str, object] = {
         "base_perplexity": base,

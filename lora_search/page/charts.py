@@ -12,7 +12,7 @@ from lora_search.trial import TrialRow
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-MAX_CATEGORIES = 6  # a number with at most so many values is drawn as choices
+MAX_CATEGORIES = 6  # numbers with up to this many values are drawn as choices
 LOG_RATIO = 5.0  # values that spread further than this get a log axis
 WIDE, NARROW, HIGH, LOW = 1040, 420, 400, 260
 MOST_TEXTS = 150
@@ -188,7 +188,7 @@ def chart(
 
 
 def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    """Return a picture; ``label``: what a screen reader says."""
+    """Return a picture; ``label``: for screen readers."""
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
     return head + "".join(parts) + "</svg>"
 
@@ -204,7 +204,7 @@ def line(points: Sequence[tuple[float, float]], kind: str) -> str:
 
 
 def mark(px: float, py: float, kind: str, text: str, size: float = 5.0) -> str:
-    """Return a mark whose shape says the same as its colour, and its text for pointer and screen reader."""
+    """Return a mark whose shape repeats its colour's meaning, with its text for pointer and screen reader."""
     s = size
     shapes = {
         "pruned": f'<path d="M{-s} {-s}L{s} {s}M{-s} {s}L{s} {-s}"/>',

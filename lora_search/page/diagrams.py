@@ -120,7 +120,7 @@ def importance_chart(found: Sequence[Importance]) -> str:
 
 
 def in_words(one: Importance) -> str:
-    """Return an importance as a screen reader says it."""
+    """Return an importance as text for screen readers."""
     return f"{one.key} {one.share:.0%}, 95 % interval {one.low:.0%} to {one.high:.0%}"
 
 

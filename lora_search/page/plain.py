@@ -1,4 +1,4 @@
-"""What the report says, for programs and as Markdown. Imports no torch."""
+"""The content of the report as JSON and as Markdown. Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from lora_search.trial import TrialRow
 def report_facts(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, folder: Path
 ) -> dict[str, object]:
-    """Return what the report says, for programs: numbers unrounded; what is not finite is None."""
+    """Return the report's content for programs: unrounded numbers; None for values that are not finite."""
     best, certainty = best_of(rows), certainty_of(rows, folder)
 
     def of_trial(row: TrialRow) -> dict[str, object]:
@@ -62,7 +62,7 @@ def finite(value: float) -> float | None:
 def report_markdown(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, folder: Path
 ) -> str:
-    """Return what the report says as Markdown."""
+    """Return the report's content as Markdown."""
     best, certainty, keys = best_of(rows), certainty_of(rows, folder), searched_keys(rows)
     places = certainty.decimals(best.perplexity) if best and best.perplexity else None
     metric = [name] if (name := metric_name(rows)) else []

@@ -78,7 +78,7 @@ def write_report(
 def pictures(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], base_perplexity: float, best: TrialRow | None
 ) -> dict[str, object]:
-    """Return what is drawn, by its name on the page; empty where there is nothing to draw."""
+    """Return the charts by their names on the page; empty ones if there is nothing to draw."""
     keys, mattered, lanes = searched_keys(rows), importances(rows), lanes_of(rows, attributes)
     epoch_rungs = attributes.get("setting/sweep.train.evals_per_epoch", "")
     return {

@@ -1,4 +1,4 @@
-"""How sure a ranking is: paired standard errors from the NLL of each validation row.
+"""The certainty of a ranking: paired standard errors from the NLL of each validation row.
 
 Two trials see the same rows, so their difference varies far less than either value. A mean over tokens is a
 ratio of sums over rows; its standard error is the linearised one, with rows as clusters (Cochran, Sampling
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the difference lies within two standard errors."""
+        """Whether the difference is within two standard errors."""
         return abs(self.difference) <= SURE * self.error
 
     @property
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def rows_needed(self) -> int | None:
-        """How many rows like these would separate the two if the difference is real; None where it is 0."""
+        """How many such rows would separate the two if the difference is real; None if it is 0."""
         if self.difference == 0 or self.error == 0:
             return None
         return math.ceil(self.num_rows * (SURE * self.error / self.difference) ** 2)
@@ -67,7 +67,7 @@ def compare(scores: RowScores, reference: RowScores) -> Comparison | None:
 
 @dataclass(frozen=True)
 class Certainty:
-    """What the rows say about a study's ranking. Empty where no row scores are here, as of an older study."""
+    """The certainty of a study's ranking. Empty if there are no row scores, as in an older study."""
 
     against_best: Mapping[int, Comparison] = field(default_factory=dict)  # trial -> with the best trial
     against_base: Mapping[int, Comparison] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Certainty:
 
 
 def certainty_of(rows: Sequence[TrialRow], folder: Path) -> Certainty:
-    """Return how sure the ranking is, from the files in the study's folder. About 0.5 ms a trial."""
+    """Return the certainty from the files in the study's folder. About 0.5 ms per trial."""
     found = {row.number: scores for row in rows if (scores := _scores_of(row, folder)) is not None}
     best, base = best_of(rows), read_scores(folder, BASE)
     to_best = found.get(best.number) if best is not None else None
@@ -101,7 +101,7 @@ def certainty_of(rows: Sequence[TrialRow], folder: Path) -> Certainty:
 
 
 def _scores_of(row: TrialRow, folder: Path) -> RowScores | None:
-    """Return the scores that belong to the value in the study: a folder may hold another study's files."""
+    """Return the scores if they match the value in the study: the folder may have another study's files."""
     found = read_scores(folder / "trials" / str(row.number)) if row.perplexity is not None else None
     if found is None or row.perplexity is None or found[1] != row.best_rung:
         return None

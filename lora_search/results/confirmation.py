@@ -1,6 +1,6 @@
-"""What a confirmation found, kept with its study as JSON in one attribute.
+"""The results of a confirmation, stored with its study as JSON in one attribute.
 
-Each retraining is stored as it ends, the comparison of the settings at the end of all. Knows no torch.
+Each retraining is stored as it ends, the comparison of the settings at the end of all. Imports no torch.
 """
 
 import json
@@ -22,7 +22,7 @@ class Repeat:
 
     trial: int
     seed: int  # 1 for the first fresh seed, and so on: the same rows in the same order for all trials
-    perplexity: float | None  # the best over its rungs, as a trial's; None where it diverged
+    perplexity: float | None  # the best over its rungs, as a trial's; None if it diverged
     rung: int
     train_tokens: int
     train_seconds: float
@@ -66,7 +66,7 @@ class Duel:
 
     @property
     def rows_needed(self) -> int | None:
-        """How many rows would make the two differ if the difference is real; None: rows alone never will."""
+        """How many rows would separate the two if the difference is real; None if rows alone cannot."""
         return _needed(self.num_rows, self.row_error, self._wanted - self.seed_error**2)
 
     @property
@@ -85,7 +85,7 @@ def _needed(number: int, error: float, allowed: float) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """What one trial's fresh seeds gave. ``mean`` is geometric, of the perplexities that are finite."""
+    """The results of one trial's fresh seeds. ``mean`` is the geometric mean of the finite perplexities."""
 
     trial: int
     perplexities: tuple[float, ...]
@@ -107,27 +107,27 @@ class Fresh:
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """All retrainings so far, and how the leader compares with the others."""
+    """All retrainings so far, and the comparisons of the leader with the others."""
 
     repeats: tuple[Repeat, ...] = ()
     duels: tuple[Duel, ...] = ()
     confirmed_at: str = ""  # ISO 8601, UTC; empty until all that was asked for has been trained
 
     def fresh(self) -> list[Fresh]:
-        """Return what each trial's seeds gave, the best mean first; who diverged comes after who did not."""
+        """Return the results of each trial's seeds, the best mean first, diverged ones last."""
         found = [fresh_of(number, self.repeats) for number in dict.fromkeys(r.trial for r in self.repeats)]
         return sorted(found, key=lambda fresh: (fresh.num_diverged > 0, fresh.mean, fresh.trial))
 
 
 def fresh_of(trial: int, repeats: Sequence[Repeat]) -> Fresh:
-    """Return what one trial's seeds gave."""
+    """Return the results of one trial's seeds."""
     own = [repeat.perplexity for repeat in repeats if repeat.trial == trial]
     finite = tuple(perplexity for perplexity in own if perplexity is not None)
     return Fresh(trial=trial, perplexities=finite, num_diverged=len(own) - len(finite))
 
 
 def read_confirmation(attributes: Mapping[str, str]) -> Confirmation:
-    """Return the confirmation that the study holds; an empty one where it holds none."""
+    """Return the study's confirmation; an empty one if it has none."""
     stored = json.loads(attributes.get(ATTRIBUTE, "{}"))
     return Confirmation(
         repeats=tuple(Repeat(**repeat) for repeat in stored.get("repeats", ())),
@@ -137,5 +137,5 @@ def read_confirmation(attributes: Mapping[str, str]) -> Confirmation:
 
 
 def store_confirmation(config: StudyConfig, confirmation: Confirmation) -> None:
-    """Put it into the study, in the place of what it held."""
+    """Store the confirmation in the study, replacing an older one."""
     store_result(config, ATTRIBUTE, asdict(confirmation))

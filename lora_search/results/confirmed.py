@@ -1,4 +1,4 @@
-"""What a confirmation says, in words and as cells of a table: for terminal, report and Markdown. Pure."""
+"""The results of a confirmation in words and as cells of a table, for terminal, report and Markdown. Pure."""
 
 from collections.abc import Sequence
 
@@ -52,7 +52,7 @@ def _places(fresh: Fresh) -> int | None:
 
 
 def verdicts(confirmation: Confirmation, rows: Sequence[TrialRow]) -> list[str]:
-    """Return what follows from it, a sentence each; nothing where nothing was confirmed."""
+    """Return the conclusions, one sentence each; empty without a confirmation."""
     fresh = confirmation.fresh()
     if not fresh:
         return []
@@ -63,7 +63,7 @@ def verdicts(confirmation: Confirmation, rows: Sequence[TrialRow]) -> list[str]:
         if one.num_diverged
     ]
     if not confirmation.confirmed_at:
-        said.append("The confirmation has not come to its end: the same command goes on.")
+        said.append("The confirmation is not finished: run the same command to continue.")
     return [*said, *_about_the_best(fresh, confirmation.duels, rows)]
 
 

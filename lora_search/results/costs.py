@@ -1,4 +1,4 @@
-"""What a search cost, beside what pruning saved and what was forecast. Pure, but for the forecast's file."""
+"""The cost of a search, the savings of pruning, and the forecast. Pure, except for the forecast's file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from lora_search.trial import TrialRow
 
 
 def costs(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return what was spent, by name; only what is known."""
+    """Return the known costs by name."""
     trained = sum(row.train_tokens for row in rows)
     found = {
         "wall time at work": _hours(attributes.get("hours over all starts")),
@@ -27,12 +27,12 @@ def costs(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path)
 
 
 def forecast_file(folder: Path) -> Path:
-    """Return where `plan` keeps its forecast: beside the study's folder."""
+    """Return the file of `plan`'s forecast, next to the study's folder."""
     return folder.parent / f"{folder.name}.plan.json"
 
 
 def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the forecast beside the truth; nothing where none was made, or for another number of trials."""
+    """Return the forecast with the actual figures; nothing without a forecast for this number of trials."""
     n_trials = recorded_values(attributes).get("study.n_trials")
     try:
         kept = json.loads(forecast_file(folder).read_text(encoding="utf-8"))

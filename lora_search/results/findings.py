@@ -1,4 +1,4 @@
-"""What a report says of a study, in words: how sure, what may help, what it knows about itself. Pure."""
+"""The findings of a report in words: certainty, possible improvements, facts about the study. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ HIDDEN = (  # the settings say the same; shown elsewhere
 def how_sure(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow | None
 ) -> list[str]:
-    """Return what the rows say for and against the winner, a sentence each."""
+    """Return the evidence of the rows for and against the winner, one sentence each."""
     if best is None:
         return []
     said: list[str] = []
@@ -52,14 +52,14 @@ def how_sure(
     elif certainty.against_best:
         said.append("No other complete trial is within two standard errors of it.")
     else:
-        said.append("How the trials compare row by row is not known here, so neither is who is tied.")
+        said.append("This folder has no row scores, so ties are unknown.")
     return said
 
 
 def over_default(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow
 ) -> list[str]:
-    """Return what the search won over the settings it was given, where a trial has trained those."""
+    """Return the gain over the given settings, if a trial has trained those."""
     settings, keys = recorded_values(attributes), best.params
     given = [row for row in rows if all(plain(row.params.get(key)) == settings.get(key) for key in keys)]
     default = next((row for row in given if row.perplexity is not None), None)
@@ -116,7 +116,7 @@ def at_edge(rows: Sequence[TrialRow], best: TrialRow, key: str) -> list[tuple[st
 
 
 def wider(low: float, high: float, *, is_low: bool) -> str:
-    """Return a range that goes on where this one ends; of logarithms where it spans a decade."""
+    """Return a range that continues where this one ends; a log range if it spans a decade."""
     if low > 0 and high / low >= 10:
         ends = (low / 3, high) if is_low else (low, high * 3)
         return f"tag(log, interval({show_value(ends[0])}, {show_value(ends[1])}))"
@@ -147,7 +147,7 @@ def share_saved(rows: Sequence[TrialRow]) -> tuple[int, int] | None:
 
 
 def facts(attributes: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return what the study knows about itself, in groups: title -> name -> value."""
+    """Return the study's attributes in groups: title -> name -> value."""
     groups: dict[str, dict[str, str]] = {"Run": {}, "Data": {}, "Versions": {}, "Settings": {}}
     prefixes = {"version/": "Versions", "setting/sweep.": "Settings", "data.": "Data", "data/": "Data"}
     for key, value in sorted(attributes.items()):

@@ -1,4 +1,4 @@
-"""How values are written: one answer for screen, report and files. Pure."""
+"""The formatting of values, the same for screen, report and files. Pure."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def show_perplexity(perplexity: float | None, places: int | None = None) -> str:
 
 
 def show_value(value: object) -> str:
-    """Return a setting as people write it: 2.1e-4, 16; layers in short: q,v for q_proj and v_proj."""
+    """Return a setting for display: 2.1e-4, 16; layers abbreviated: q,v for q_proj and v_proj."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Which searched setting mattered: the share of the ranking that it explains alone, and how sure that is.
+"""The importance of each searched setting: the share of the ranking that it explains alone, with certainty.
 
 Pruned trials count in full: all trials are compared at the last rung that every one of them reached, by the
 best value until there. Ranks, so that a diverged trial is the last one and no more. The share is the adjusted
@@ -42,7 +42,7 @@ class Importance:
 
 
 def importances(rows: Sequence[TrialRow]) -> list[Importance]:
-    """Return every setting that differs between trials, most important first; none for too few trials."""
+    """Return the settings that differ between trials, most important first; empty with too few trials."""
     measured = [row for row in rows if row.perplexities]
     if len(measured) < FEWEST_TRIALS:
         return []
@@ -68,7 +68,7 @@ def groups_of(values: Sequence[object]) -> np.ndarray:
 
 
 def explained(ranks: np.ndarray, groups: np.ndarray) -> float:
-    """Return the adjusted share of the ranks' variance that lies between the groups, at least 0."""
+    """Return the adjusted share of the ranks' variance between the groups, at least 0."""
     counts = np.bincount(groups)
     sums, counts = np.bincount(groups, ranks)[counts > 0], counts[counts > 0]
     num_trials, num_groups = len(ranks), len(counts)

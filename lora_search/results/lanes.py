@@ -1,4 +1,4 @@
-"""Who trained when: trials laid into slots, over the time that anybody was at work.
+"""When each trial trained: trials in lanes, over the time in which any worker was running.
 
 Which slot a trial had is not recorded: a lane holds trials that do not overlap, so that there are as many
 lanes as trials ran at once. Pure.
@@ -24,7 +24,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lanes:
-    """``seconds``: that anybody was at work; ``breaks``: when a later start begins."""
+    """``seconds``: in which any worker was running; ``breaks``: starts after the first."""
 
     lanes: list[list[Bar]]
     seconds: float
@@ -49,7 +49,7 @@ class Lanes:
 
 
 def lanes_of(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> Lanes | None:
-    """Return the lanes; None where no trial's time is known."""
+    """Return the lanes; None if no trial has times."""
     timed = [(row.began, row) for row in rows if row.began is not None]
     worked = spans_of(attributes)
     if not timed or not worked:
@@ -65,7 +65,7 @@ def lanes_of(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> Lanes |
 
 
 def spans_of(attributes: Mapping[str, str]) -> list[Span]:
-    """Return when anybody was at work, in epoch seconds."""
+    """Return the spans in which any worker was running, in epoch seconds."""
     return [(float(begin), float(end)) for begin, end in json.loads(attributes.get("worked", "[]"))]
 
 

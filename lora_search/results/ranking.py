@@ -1,4 +1,4 @@
-"""Which trial is better, and how values are written: one answer for screen, report and export. Pure."""
+"""The ranking of trials, the same for screen, report and export. Pure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ def ranked(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
-    """Return the study's best: of lowest perplexity among the trials that are complete or may still be.
+    """Return the best trial: the lowest perplexity among trials that are complete or may still become so.
 
-    Where the study chooses by a metric, the complete trial with the highest score, once answers are scored.
-    Where there are none, the best that was pruned; None where nothing has been measured.
+    If the study selects by a metric: the complete trial with the highest score, once answers are scored.
+    Without such trials, the best pruned one; None if nothing has been measured.
     """
     measured = [row for row in rows if row.state != "FAIL" and sortable(row.perplexity) < math.inf]
     hopeful = [row for row in measured if row.state != "PRUNED"]
@@ -37,7 +37,7 @@ def merit(row: TrialRow) -> tuple[bool, float, float, int]:
 
 
 def is_final(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> bool:
-    """Return whether the study is through, as far as its last start asked for: all else is "so far"."""
+    """Return whether the study is finished, by the limits of its last start; else results are "so far"."""
     if any(row.state in UNFINISHED for row in rows):
         return False
     wanted = attributes.get("setting/sweep.study.n_trials", "")
@@ -51,7 +51,7 @@ def progress_note(row: TrialRow) -> str:
 
 
 def base_of(attributes: Mapping[str, str]) -> float:
-    """Return the base model's perplexity. Raises StudyError where the study does not have it."""
+    """Return the base model's perplexity. Raises StudyError if the study does not have it."""
     try:
         return float(attributes["base_perplexity"])
     except (KeyError, ValueError):

@@ -13,7 +13,7 @@ FILE = "samples.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, the answer in the data, and what base and trial say greedily."""
+    """One question with the answer in the data and the greedy answers of base and trial."""
 
     question: str
     reference: str
@@ -22,14 +22,14 @@ class Sample:
 
 
 def write_samples(folder: Path, trial: TrialRow, max_tokens: int, samples: Sequence[Sample]) -> None:
-    """Keep the answers beside the study. Raises WriteError."""
+    """Write the answers to the study's folder. Raises WriteError."""
     of_trial = {"trial": trial.number, "rung": trial.best_rung, "max_tokens": max_tokens}
     kept = {**of_trial, "samples": [asdict(sample) for sample in samples]}
     write_file(folder / FILE, json.dumps(kept, indent=1, ensure_ascii=False).encode())
 
 
 def read_samples(folder: Path, trial: TrialRow | None) -> list[Sample]:
-    """Return the answers of this trial at its best rung; none where they are another's, or not here."""
+    """Return the answers of this trial at its best rung; empty if the file is missing or another trial's."""
     try:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
         is_its = trial is not None and (kept["trial"], kept["rung"]) == (trial.number, trial.best_rung)

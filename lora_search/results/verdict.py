@@ -1,4 +1,4 @@
-"""The verdict in words: who is tied with the best, how the test split went, which settings differ. Pure."""
+"""The verdict in words: ties with the best, the test score, the settings that differ. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ def split_keys(rows: Sequence[TrialRow]) -> tuple[list[str], dict[str, object]]:
 
 
 def state_of(row: TrialRow, certainty: Certainty) -> str:
-    """Return the state as people read it: a complete trial may be tied with the best."""
+    """Return the state for display: a complete trial may be tied with the best."""
     return f"{row.state.lower()}, tied" if certainty.is_tied(row) else row.state.lower()
 
 
 def tied_line(rows: Sequence[TrialRow], certainty: Certainty) -> str:
-    """Return who is as good as the best, and how many rows would tell; nothing where nobody is."""
+    """Return the trials tied with the best, and how many rows would separate them; empty without ties."""
     tied, best = certainty.tied(ranked(rows)), best_of(rows)
     if not tied or best is None:
         return ""

@@ -1,5 +1,5 @@
-"""Where a search begins: the settings outside `space`, then learning rates around what other models learned
-best at. Pure: no study, no I/O."""
+"""The first points of a search: the settings outside `space`, then learning rates that worked best for other
+models. Pure: no study, no I/O."""
 
 import math
 from collections.abc import Iterator
@@ -15,11 +15,10 @@ APART = 1.5  # rates nearer to each other than this tell little
 
 
 def first_points(config: SweepConfig, space: Space, base_width: float | None) -> list[dict[str, object]]:
-    """Return what is tried before the sampler draws, at most n_trials points: the settings outside `space` as
-    they are (study.first_trial_is_default), then with other learning rates (study.first_trials).
+    """Return the points to try before the sampler draws, at most n_trials: the settings outside `space`
+    (study.first_trial_is_default), then the same with other learning rates (study.first_trials).
 
-    A rate outside the searched range is moved to its end. A setting that lies outside its range is left out,
-    and drawn.
+    A rate outside the searched range is moved to its end. A setting outside its range is drawn instead.
     """
     default, given = space.default_params(config), space.given_params(config)
     points = [default] if default is not None and config.study.first_trial_is_default else []
@@ -45,7 +44,7 @@ def prior_rates(base_width: float) -> tuple[float, float, float]:
 
 
 def nearest(distribution: BaseDistribution, wanted: float) -> float | None:
-    """Return the rate of the distribution that is nearest, by its ratio; None where it has no rates."""
+    """Return the nearest rate of the distribution, by ratio; None if it has no rates."""
     if isinstance(distribution, CategoricalDistribution):
         rates = [c for c in distribution.choices if isinstance(c, float | int) and c > 0]
         return min(rates, key=lambda c: abs(math.log(c / wanted)), default=None)

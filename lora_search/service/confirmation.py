@@ -1,8 +1,8 @@
 """Retrains the best trials with fresh seeds, packed over the one base, and compares them.
 
 A seed decides adapter init, dropout and the order of the rows; the same fresh seed gives all trials the same
-order. Splits, schedule and rungs are the search's. Killed at any moment, a second start goes on from the last
-rung of each run. Imports torch.
+order. Splits, schedule and rungs are the search's. After a kill at any moment, the next start resumes each
+run at its last rung. Imports torch.
 """
 
 import math
@@ -26,13 +26,13 @@ from lora_search.training import train_all
 from lora_search.trial import Measurement, RowScores, TrialRun, TrialSettings, draw_seed
 
 FOLDER = "confirm"
-ORDERS = 2**32 - 1  # stands where a trial's number does, for the order of the rows
+ORDERS = 2**32 - 1  # in place of a trial's number, for the order of the rows
 SAME_VALUE = 1e-6  # relative: the value stored, and the sum of its rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run that is wanted: whose settings, and which fresh seed."""
+    """One requested run: a trial's settings and a fresh seed."""
 
     trial: int
     seed: int
@@ -40,7 +40,7 @@ class Plan:
     folder: Path  # absolute
 
     def run(self, number: int, config: SweepConfig, study_id: str) -> TrialRun:
-        """Return it as the engine trains it, under a number of its own."""
+        """Return the run for the engine, with its own number."""
         return TrialRun(
             number=number,
             seed=draw_seed(config.seed, self.trial, self.seed),
@@ -59,9 +59,9 @@ def confirm(
     num_seeds: int,
     progress: Progress,
 ) -> Confirmation:
-    """Train what is lacking, store each run as it ends, compare all; return what the study holds then.
+    """Train the missing runs, store each as it ends, compare all; return the confirmation.
 
-    Raises StudyError where another process confirms in this folder, or where a run failed.
+    Raises StudyError if another process confirms in this folder, or if a run failed.
     """
     place = folder.resolve() / FOLDER
     plans = plans_for(view, place, trials, num_seeds)
@@ -76,7 +76,7 @@ def confirm(
 
 
 def plans_for(view: StudyView, place: Path, trials: Sequence[int], num_seeds: int) -> list[Plan]:
-    """Return the runs, seed by seed: one that is interrupted has compared all trials by some seeds."""
+    """Return the runs, seed by seed, so that an interrupted confirmation can compare all trials."""
     settings = {number: view.settings_of(number) for number in trials}
     return [
         Plan(number, seed, settings[number], place / f"{number}-{seed}")
@@ -86,21 +86,21 @@ def plans_for(view: StudyView, place: Path, trials: Sequence[int], num_seeds: in
 
 
 class Holder:
-    """The confirmation as the study holds it, and the row scores beside it."""
+    """The confirmation stored in the study, with the row scores in its folder."""
 
     def __init__(self, view: StudyView, place: Path) -> None:
         self.config, self.place = view.config, place
         self.confirmation = read_confirmation(view.attributes())
 
     def find(self, plan: Plan) -> Repeat | None:
-        """Return the run's result; None where it is not known, or its row scores are not in this folder."""
+        """Return the run's result; None if it is unknown, or its row scores are not in this folder."""
         known = (r for r in self.confirmation.repeats if (r.trial, r.seed) == (plan.trial, plan.seed))
         repeat = next(known, None)
         is_whole = repeat is not None and (repeat.perplexity is None or self.scores(repeat) is not None)
         return repeat if is_whole else None
 
     def add(self, repeat: Repeat) -> None:
-        """Store a run that has ended, in the place of an older one."""
+        """Store a finished run, replacing an older one."""
         key = (repeat.trial, repeat.seed)
         others = [r for r in self.confirmation.repeats if (r.trial, r.seed) != key]
         repeats = tuple(sorted([*others, repeat], key=lambda r: (r.trial, r.seed)))
@@ -108,7 +108,7 @@ class Holder:
         store_confirmation(self.config, self.confirmation)
 
     def scores(self, repeat: Repeat) -> RowScores | None:
-        """Return how the run's adapter predicts each validation row."""
+        """Return the run's scores of the validation rows."""
         found = read_scores(self.place / f"{repeat.trial}-{repeat.seed}")
         if found is None or repeat.perplexity is None or found[1] != repeat.rung:
             return None
@@ -116,7 +116,7 @@ class Holder:
         return found[0] if is_same else None
 
     def compare(self) -> None:
-        """Compare all trials that have been retrained, and store that."""
+        """Compare all retrained trials, and store the result."""
         leader = self.confirmation.fresh()[0].trial
         found = {(r.trial, r.seed): self.scores(r) for r in self.confirmation.repeats}
         scores = {key: one for key, one in found.items() if one is not None}
@@ -129,7 +129,7 @@ class Holder:
 def train(
     config: SweepConfig, view: StudyView, plans: Sequence[Plan], held: Holder, progress: Progress
 ) -> None:
-    """Train the runs packed. Raises StudyError at the end where some failed."""
+    """Train the runs packed. Raises StudyError at the end if some failed."""
     slots = config.engine.slots
     num_slots = min(slots, len(plans)) if isinstance(slots, int) else slots
     opened = reopen(config, [plan.settings for plan in plans], num_slots)
@@ -169,7 +169,7 @@ def ended(
 
 
 def repeat_of(plan: Plan, end: Measurement, seconds: float) -> Repeat:
-    """Return the run's result as the study keeps it."""
+    """Return the run's result for the study."""
     diverged = end.ended == "diverged" or not math.isfinite(end.best_perplexity)
     return Repeat(
         trial=plan.trial,

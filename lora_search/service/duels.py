@@ -1,4 +1,4 @@
-"""Who is better beyond doubt when settings were trained with several seeds: paired over rows and over seeds.
+"""Significant differences between settings trained with several seeds: paired over rows and seeds.
 
 Both trials of a pair see the same rows and, seed by seed, the same order of rows. The difference of their
 mean NLL has two independent sources of error: which rows were drawn, and which seeds. Their variances add;

@@ -1,6 +1,6 @@
 """Sample answers for the report: base and best trial answer the same few validation questions, greedily.
 
-In plain transformers, so what is shown is what a service would say. The base is loaded once more. Imports
+In plain transformers, so the answers are those of a served model. The base is loaded once more. Imports
 torch.
 """
 
@@ -32,8 +32,8 @@ def keep_samples(
     pairs: Sequence[Pair],
     progress: Progress,
 ) -> None:
-    """Let base and best trial answer the first study.sample_answers questions, and keep that beside the
-    study; not again if it is there. What goes wrong is told and ends nothing."""
+    """Answer the first study.sample_answers questions with base and best trial, and write that to the
+    study's folder, unless it exists. A failure is reported and ends nothing."""
     folder, best = Path(config.runs_dir) / config.study.name, best_of(rows)
     chosen = [pair for pair in pairs if len(pair.prompt) <= LONGEST_PROMPT][: config.study.sample_answers]
     if best is None or best.state != "COMPLETE" or not chosen:
@@ -50,7 +50,7 @@ def keep_samples(
 
 
 def answers(answerer: Answerer, trial: int, chosen: Sequence[Pair], pairs: Sequence[Pair]) -> list[Sample]:
-    """Return what base and trial say to the prompts as they were trained."""
+    """Return the answers of base and trial to the prompts as trained."""
     prompts = [pair.prompt for pair in chosen]
     base, best = (answerer.complete(prompts, number) for number in (None, trial))
     questions = without_frame(prompts, [pair.prompt for pair in pairs])
@@ -59,7 +59,7 @@ def answers(answerer: Answerer, trial: int, chosen: Sequence[Pair], pairs: Seque
 
 
 def without_frame(prompts: Sequence[str], all_prompts: Sequence[str]) -> list[str]:
-    """Return the prompts without what the chat template writes before and after each of them."""
+    """Return the prompts without the text that the chat template adds around each."""
     if len(set(all_prompts)) < 2:
         return list(prompts)
     before = os.path.commonprefix(list(all_prompts))

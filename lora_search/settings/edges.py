@@ -22,7 +22,7 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
     for key, distribution in space.distributions.items():
         value = params.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or key == "train.seed":
-            continue  # no seed lies beyond another
+            continue  # seeds have no order
         if isinstance(distribution, CategoricalDistribution):
             notes += _choice_note(config, key, [*distribution.choices], value)
         elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):
@@ -59,12 +59,12 @@ def _choice_note(config: SweepConfig, key: str, choices: list[object], value: fl
     end, word = ("largest", "larger") if value == numbers[-1] else ("smallest", "smaller")
     new = _next_choice(numbers if word == "larger" else numbers[::-1])
     if new in numbers or not _is_allowed(config, key, new):
-        return []  # nothing lies beyond
+        return []  # no valid value beyond
     listed = [*numbers, new] if word == "larger" else [new, *numbers]
     wide = f"choice({','.join(map(str, listed))})"
     return [
-        f"{key}={value} is the {end} choice: a {word} one may be better. To go on there in the same study: "
-        f"'space.{key}={wide}'"
+        f"{key}={value} is the {end} choice: a {word} one may be better. To extend the choices in the same "
+        f"study: 'space.{key}={wide}'"
     ]
 
 

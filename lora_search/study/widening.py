@@ -1,4 +1,4 @@
-"""A study goes on with wider ranges, with more choices, or with its rows elsewhere."""
+"""Continues a study with wider ranges, more choices, or its rows in another place."""
 
 from collections.abc import Mapping
 
@@ -20,9 +20,9 @@ def take_changes(
     identity: Identity,
     wanted: Mapping[str, str],
 ) -> None:
-    """Store the fingerprint where it has changed, and with new choices what the trials drew of the old ones.
+    """Store a changed fingerprint, and with new choices the trials' parameters in the new lists.
 
-    Raises FingerprintError where choices are new and trials run: their workers know the old ones only.
+    Raises FingerprintError if choices are new while trials run: their workers know only the old ones.
     """
     if identity.fingerprint == wanted:
         return

@@ -291,7 +291,7 @@ print("trained to the end")
 
     assert (done.returncode, done.stdout) == (0, "trained to the end\n")
     first, last = done.stderr.splitlines()
-    assert "Training goes on" in first
+    assert "Training continues" in first
     assert "calls failed and 1 run files are not whole" in last
     assert "the study and the report are complete" in last
 
