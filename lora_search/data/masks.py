@@ -47,6 +47,9 @@ class ConversationRenderer:
         opening = asker.opening(turns, whole) if learnt[-1] == len(turns) - 1 else ""
         self._check_texts(turns, whole, row.source, is_last_kept=bool(opening))
         spans = [asker.span(turns, whole, index) for index in learnt]
+        _check_tools(
+            row, [(turns[i], whole[slice(*span)]) for i, span in zip(learnt, spans, strict=True)], whole
+        )
         text, spans = self._after_thinking(turns[-1], opening, whole, spans)
         start = spans[0][0]
         masked = [(a[1] - start, b[0] - start) for a, b in zip(spans, spans[1:], strict=False)]
@@ -104,6 +107,19 @@ class ConversationRenderer:
             turn[key].strip() for turn in dropping for key in ("reasoning_content", "thinking") if key in turn
         ]
         self.counts[DROPPED] += sum(thought not in whole for thought in thoughts)
+
+
+def _check_tools(row: Row, said: Sequence[tuple[dict[str, Any], str]], whole: str) -> None:
+    """Raise ConfigError if the template leaves out tools on offer, or calls that are learnt."""
+    offered = [tool.get("function", tool).get("name", "") for tool in row.offered_tools or ()]
+    called = [(call["function"]["name"], text) for turn, text in said for call in turn.get("tool_calls", ())]
+    lost = [("the tools on offer", name) for name in offered if str(name) not in whole]
+    lost += [("the tool calls", name) for name, text in called if name not in text]
+    if lost:
+        what, name = lost[0]
+        rule = f"the tokenizer's chat template leaves out {what} ({row.source}: {name!r})"
+        remedy = "Choose a base whose template writes tools; data.columns.tools=null leaves out the list."
+        raise ConfigError("template.name", "chat", rule, remedy)
 
 
 class _Asker:

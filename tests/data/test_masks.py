@@ -272,3 +272,14 @@ def test_the_text_says_what_bears_no_loss() -> None:
 
     parts = [pair.completion[start:stop] for start, stop in pair.masked]
     assert parts == ["\n<|im_start|>user\nAnd when it rains?<|im_end|>\n<|im_start|>assistant\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools", "what"),
+    [(TOOL_TURNS, None, "the tool calls"), ([USER, ANSWER], OFFER, "the tools on offer")],
+)
+def test_a_template_that_knows_no_tools_is_refused_where_rows_hold_them(
+    turns: list[object], tools: object, what: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"template leaves out {what} \(chat.jsonl:1: 'area'\)"):
+        tokenized("chatml", turns, tools=tools)
