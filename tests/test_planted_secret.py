@@ -77,7 +77,8 @@ def test_no_password_is_in_a_file_or_a_command_line(tmp_path: Path) -> None:
         data = f"http://bob:{SECRETS['the rows']}@127.0.0.1:{port}/faq.jsonl?{query}"
         own = ["study.n_trials=2", "launcher=local", "launcher.workers=1", "engine.device=cpu", "data=jsonl"]
         given = ["study.storage='${oc.env:PLANTED_URL}'", "data.path='${oc.env:PLANTED_DATA}'"]
-        planted = {"PLANTED_URL": storage, "PLANTED_DATA": data}
+        planted = {"PLANTED_URL": storage, "PLANTED_DATA": data, "HF_HOME": f"{tmp_path}/hub",
+                   "LORA_SEARCH_CACHE": f"{tmp_path}/cache"}  # fmt: skip
         with (tmp_path / "log.txt").open("w") as log:
             process = subprocess.Popen([*MODULE, "-cn", "smoke", *given, *own], cwd=tmp_path,
                                        env={**os.environ, **planted}, stdout=log, stderr=log)  # fmt: skip
@@ -90,6 +91,7 @@ def test_no_password_is_in_a_file_or_a_command_line(tmp_path: Path) -> None:
     assert len(seen) >= 2  # the launcher and its worker
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"report.html", "study.json", "settings.json"} <= {path.name for path in files}
+    assert any("downloads" in path.parts for path in files)
     for what, secret in SECRETS.items():
         assert not [line for line in seen if secret.encode() in line], what
         assert not [path for path, content in files.items() if secret.encode() in content], what

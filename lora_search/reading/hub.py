@@ -134,13 +134,23 @@ def fetch(url: str, key: str) -> Path:
     datasets = library()
     try:
         with contextlib.redirect_stderr(None):
-            return Path(datasets.DownloadManager().download(url))
+            path = Path(datasets.DownloadManager().download(url))
     except ImportError as error:
         remedy = "Install what it names, or download the file yourself."
         raise DataError(f"{key}: {redact(url)} cannot be downloaded: {error}. {remedy}") from None
     except Exception as error:  # noqa: BLE001 (each of fsspec's services raises errors of its own)
         said = f"{_cause(error, url)}. Check the address, or download the file yourself"
         raise DataError(f"{key}: {redact(url)} cannot be downloaded: {said}.") from None
+    _hide_address(path.with_name(f"{path.name}.json"))
+    return path
+
+
+def _hide_address(note: Path) -> None:
+    """Take the password out of the address that the library keeps beside a download."""
+    with contextlib.suppress(OSError):
+        kept = note.read_text(encoding="utf-8")
+        if redact(kept) != kept:
+            note.write_text(redact(kept), encoding="utf-8")
 
 
 def _cause(error: BaseException, url: str) -> str:

@@ -72,7 +72,7 @@ def test_a_file_behind_a_url_is_downloaded_and_read(tmp_path: Path, monkeypatch:
         thread = Thread(target=server.serve_forever)
         thread.start()
         try:
-            found = fetch(f"http://127.0.0.1:{server.server_port}/faq.jsonl", "data.path")
+            found = fetch(f"http://127.0.0.1:{server.server_port}/faq.jsonl?token=s3cret", "data.path")
             with pytest.raises(DataError, match=r"data.path: http://.*/none.jsonl cannot be downloaded: "):
                 fetch(f"http://127.0.0.1:{server.server_port}/none.jsonl", "data.path")
         finally:
@@ -80,6 +80,9 @@ def test_a_file_behind_a_url_is_downloaded_and_read(tmp_path: Path, monkeypatch:
             thread.join()
 
     assert "Ten metres." in found.read_text()
+    kept = [path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(kept) >= 2  # the rows, and where they came from
+    assert not any("s3cret" in text for text in kept)
 
 
 @pytest.mark.wrong_input
