@@ -23,7 +23,13 @@ from lora_search.data.store import knows_rows, token_counts, used_tokens
 from lora_search.data.tokens import LENGTH, check_vocabulary
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
-from lora_search.engine.effects import check_outline, check_rates, warn_of_few, warn_of_untrained
+from lora_search.engine.effects import (
+    check_outline,
+    check_rates,
+    note_left_out,
+    warn_of_few,
+    warn_of_untrained,
+)
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.files.artifacts import Artifacts, check_uri, place_of
@@ -218,6 +224,8 @@ def prepare_sweep(
     for line in warn_of_untrained(
         base, control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
     ):
+        progress.event(line)
+    for line in note_left_out(base.model, room.targets):
         progress.event(line)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, room, base, inputs.splits, content)

@@ -4,12 +4,15 @@ lacks, too few rows to tell trials apart."""
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from transformers import PreTrainedModel
+
 from lora_search.data.order import DataAxis
 from lora_search.engine.optim import learning_rate
-from lora_search.errors import ConfigError
+from lora_search.errors import ConfigError, ModelError
+from lora_search.files.peft import fault_in_peft
 from lora_search.model.loading import Base, load_outline, untrained_ids
-from lora_search.model.targets import target_layers
-from lora_search.settings.schema import ModelConfig, SweepConfig
+from lora_search.model.targets import exact_targets, left_out, target_layers
+from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
 from lora_search.trial import TrialSettings
 
@@ -28,10 +31,32 @@ def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, 
     the base is incomplete or a layer that a trial may adapt does not exist."""
     outline = load_outline(source, model)
     for names in targets:
-        target_layers(outline, names)
+        _check_carriers(outline, names)
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
     shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]
     return min(vocabulary for vocabulary, _ in shapes), shapes[-1][-1]
+
+
+def _check_carriers(outline: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Raise ModelError where PEFT would put the adapters elsewhere, or could not load them."""
+    layers = target_layers(outline, targets)
+    exact = exact_targets(list(layers), [name for name, _ in outline.named_modules()])
+    fault = fault_in_peft(outline, layers, exact)
+    if fault:
+        kind, named = f"a {outline.config.model_type} model", ", ".join(targets)
+        raise ModelError(
+            f"lora.target_modules: an adapter on {named} of {kind} could not be loaded in PEFT ({fault}). "
+            "Choose other layers, such as q_proj and v_proj, or another base."
+        )
+
+
+def note_left_out(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a line where all-linear is searched and means fewer layers than PEFT's."""
+    names = ", ".join(left_out(model)) if (ALL_LINEAR,) in targets else ""
+    if not names:
+        return []
+    why = "routers and experts carry no adapters here, nor do layers whose names PEFT takes for experts"
+    return [f"all-linear leaves out {names}: {why}"]
 
 
 def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:

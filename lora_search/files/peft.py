@@ -1,10 +1,11 @@
 """Adapters in PEFT's format: written atomically with a checksum, and read back."""
 
+import copy
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.files.tensors import read_sealed, write_sealed
@@ -68,6 +70,36 @@ def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return weights and note as `export_peft` wrote them. Raises DamagedFileError."""
     weights, note = read_sealed(folder / WEIGHTS_NAME)
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()}, note
+
+
+def taken_by_experts(model: Any, names: Collection[str]) -> set[str]:
+    """Return the last names of layers that PEFT takes for the experts of a mixture-of-experts model. It means
+    the names that their projections had in transformers 4; a dense layer of that name, or a shared expert,
+    then gets no adapter."""
+    taken = set()
+    for name in names:
+        config = PeftLoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it wants the other half of a fused pair too
+            taken.add(name)
+        if config.target_modules != {name}:
+            taken.add(name)
+    return taken
+
+
+def fault_in_peft(outline: Any, layers: Mapping[str, Any], targets: Sequence[str] | str) -> str:
+    """Return what goes wrong where plain PEFT loads an adapter on these layers, "" where nothing does.
+    ``outline``: the model on the meta device."""
+    settings = PeftLoraConfig(r=1, target_modules=targets if isinstance(targets, str) else list(targets))
+    try:
+        model = get_peft_model(copy.deepcopy(outline), settings, low_cpu_mem_usage=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return str(error).strip().partition("\n")[0]
+    named = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    carriers = {name.removeprefix(PEFT_PREFIX) for name in named}
+    strange = sorted(carriers ^ layers.keys())
+    return f"{strange[0]} has an adapter in one of the two only" if strange else ""
 
 
 def merge_adapter(base: Any, adapter: Path, to: Path) -> None:

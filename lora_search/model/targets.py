@@ -8,25 +8,58 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_search.errors import ModelError
+from lora_search.files.peft import taken_by_experts
 from lora_search.settings.schema import ALL_LINEAR
 
 
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for target names as in PEFT; the output head carries no
-    adapter."""
+    """Return full name -> layer, in model order, for names as PEFT takes them. The output head carries no
+    adapter, nor do routers and what PEFT would give to other layers."""
     modules = dict(model.named_modules())
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    linear = _plain_linear(model)
     if not linear:
         raise ModelError(
             f"lora.target_modules: adapters go on linear layers, and this {model.config.model_type} model "
             f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
         )
+    taken = taken_by_experts(model, {_last(name) for name in linear})
     if tuple(target_modules) == (ALL_LINEAR,):
-        return linear
+        return {name: layer for name, layer in linear.items() if _last(name) not in taken}
     for target in target_modules:
         _check_target(target, modules, linear)
+        if _last(target) in taken:
+            what = f"in PEFT {target!r} of a {model.config.model_type} model means its experts"
+            left = ", ".join(sorted({_last(name) for name in linear} - taken))
+            raise ModelError(
+                f"lora.target_modules: {what}, which have no linear layers: an adapter trained here "
+                f"could not be loaded there. Choose among: {left}; or all-linear."
+            )
     return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
+
+
+def left_out(model: PreTrainedModel) -> list[str]:
+    """Return the last names of linear layers that all-linear leaves out, though PEFT's has them."""
+    linear = _all_linear(model)
+    return sorted({_last(name) for name in linear} - {_last(n) for n in target_layers(model, (ALL_LINEAR,))})
+
+
+def _all_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def _plain_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Leave out what a model made of a linear layer, as Phi-MoE its router, which returns more than x W."""
+    own = "transformers.models."
+    return {
+        name: layer
+        for name, layer in _all_linear(model).items()
+        if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith(own)
+    }
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def matches(name: str, target_modules: Sequence[str]) -> bool:

@@ -57,7 +57,8 @@ def rows_attention(
         return kernel(query, key, value, bounds, longest, scaling, sliding_window), None
     lengths, key_lengths = (tuple(bounds.diff().tolist()) for bounds in (cu_seq_lens_q, cu_seq_lens_k))
     is_plain = softcap is None and (sliding_window is None or max_length_k <= sliding_window)
-    if is_plain and not query.is_cuda and max_length_k <= LONGEST_ROW:
+    is_square = query.shape[-1] == value.shape[-1]  # not so in DeepSeek's latent attention
+    if is_plain and is_square and not query.is_cuda and max_length_k <= LONGEST_ROW:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, lengths, key_lengths, scale), None  # type: ignore[no-untyped-call]
     keys = (key.split(key_lengths, 2), value.split(key_lengths, 2))

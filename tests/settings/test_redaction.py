@@ -4,10 +4,10 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lora_search.settings.secrets import redact, remember
+from lora_search.settings.secrets import WORDS, redact, remember
 
 S = "s3cr3tx"
 HOLES = [  # text -> what is left of it
@@ -70,6 +70,7 @@ def test_a_password_that_is_an_ordinary_word_does_not_hide_that_word_elsewhere()
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=8, max_size=30))
 def test_no_password_survives_once_its_url_was_remembered(password: str) -> None:
+    assume(not any(password in word for word in WORDS))  # "localhos": hiding it would hide ordinary words
     url = f"postgresql://user:{password.replace('%', '%25').replace('@', '%40')}@host.example/db"
     remember(url)
 
