@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
+from lora_search.model.packing_check import bend_of
 from lora_search.ops.dropout import threshold, token_keys
 from lora_search.ops.fused import fuse
 from lora_search.ops.lora import Plan
@@ -80,8 +81,8 @@ class PackedModel:
         self.bank, self.device, self.dtype = bank, model.device, model.dtype
         self.language_model = model
         self.decoder: nn.Module = model.base_model
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.head = Head(model.get_output_embeddings(), softcap)
+        bend = bend_of(model)
+        self.head = Head(model.get_output_embeddings(), bend.softcap, bend.scale)
         fuse(model)
 
     def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ a small model, in two short passes on a large one. The weights are not copied.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from lora_search.errors import ModelError
 from lora_search.ops.attention import NAME as ATTENTION
 
 ROW_TOKENS, NUM_ROWS = 8, 2
-SHORT_WINDOW = 3  # tokens; windows and chunks are shortened to it, so that they affect short rows
+SHORT_WINDOW = 3  # tokens; long windows and chunks are cut to it, so that a short row feels them
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of logits; Granite divides
 WINDOWS = ("sliding_window", "attention_chunk_size")
 LOOSEST_QUARTER = 0.75  # rounding in bfloat16 may route single tokens to other experts; most must agree
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, per token
@@ -24,13 +26,31 @@ REMEDY = "Choose a decoder-only model with standard attention, such as Llama, Qw
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
+@dataclass(frozen=True)
+class Bend:
+    """What a model does to the logits of its head: scale them, then cap them."""
+
+    scale: float = 1.0  # Granite, Cohere
+    softcap: float | None = None  # Gemma 2
+
+
+def bend_of(model: PreTrainedModel) -> Bend:
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in MULTIPLIERS:
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale *= divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
+    return Bend(scale, getattr(config, "final_logit_softcapping", None))
+
+
 def output_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from hidden states to logits; Gemma 2 caps them."""
+    """Return the function from hidden states to logits."""
     output: nn.Module = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap is None:
-        return output
-    return lambda hidden: torch.tanh(output(hidden) / softcap) * softcap
+    scale, cap = bend_of(model).scale, bend_of(model).softcap
+    if cap is None:
+        return lambda hidden: output(hidden) * scale
+    return lambda hidden: torch.tanh(output(hidden) * scale / cap) * cap
 
 
 def check_packing(model: PreTrainedModel, path: str) -> None:

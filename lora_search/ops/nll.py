@@ -15,10 +15,11 @@ CUDA_ROWS = (1024, 256)  # 1024 x 128k logits in bfloat16 are 263 MB
 
 
 class Head:
-    """The frozen output layer, with the cap that Gemma 2 puts on its logits."""
+    """The frozen output layer, with the cap that Gemma 2 puts on its logits and the scale of Granite's."""
 
-    def __init__(self, output: nn.Linear, softcap: float | None = None) -> None:
+    def __init__(self, output: nn.Linear, softcap: float | None = None, scale: float = 1.0) -> None:
         self.weight_VD, self.bias_V, self.softcap = output.weight, output.bias, softcap
+        self.scale = scale
         rows, block_rows = CUDA_ROWS if output.weight.is_cuda else CPU_ROWS
         self.logits_NV = torch.empty(
             rows, len(self.weight_VD), dtype=output.weight.dtype, device=output.weight.device
@@ -47,6 +48,8 @@ class Head:
     def _block(self, logits: torch.Tensor, target_N: torch.Tensor, with_grad: bool) -> torch.Tensor:
         """Return NLL [N]; with_grad turns the logits into its gradient: softmax minus one-hot."""
         z = self.block_NV[: len(logits)].copy_(logits)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
         bent = None if self.softcap is None else (z / self.softcap).tanh_()
         if bent is not None and self.softcap is not None:
             torch.mul(bent, self.softcap, out=z)
@@ -55,7 +58,9 @@ class Head:
         total = z.sub_(top).exp_().sum(1, keepdim=True)
         if with_grad:
             z.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
-            logits.copy_(z if bent is None else z.mul_(1.0 - bent.square_()))
+            if bent is not None:
+                z.mul_(1.0 - bent.square_())
+            logits.copy_(z if self.scale == 1.0 else z.mul_(self.scale))
         return (total.log() + top - chosen)[:, 0]
 
 
