@@ -1,0 +1,158 @@
+"""docs/architectures.md is kept: what it lists trains to the number that plain PEFT gives, or is refused before
+training. Mixtures of experts leave out just the layers that PEFT could not load."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_search.engine.effects import check_outline, note_left_out
+from lora_search.errors import ModelError
+from lora_search.files.peft import fault_in_peft
+from lora_search.model.targets import target_layers
+from lora_search.model.tiny import ARCHITECTURES, make_tiny_tokenizer
+from lora_search.settings.schema import ModelConfig
+from tests.conftest import make_run
+from tests.engine.test_engine import plain_perplexity
+from tests.harness import build_engine, random_splits, train_all
+
+SPLITS = random_splits(num_train=6, num_validation=3)
+TABLE = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+           "first_k_dense_replace": 1, "moe_num_experts": 4, "moe_k": 2}  # fmt: skip
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+          "v_head_dim": 16, "num_key_value_heads": 4}  # fmt: skip
+HUNYUAN = {"moe_topk": [2, 2], "moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1]}
+GRANITE = {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+           "attention_multiplier": 0.125}  # fmt: skip
+GEMMA_3N = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 313, "num_kv_shared_layers": 0,
+            "laurel_rank": 8, "layer_types": ["full_attention"] * 2, "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0, 0.0]}  # fmt: skip
+OWN_SIZES: dict[str, dict[str, object]] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"), EXPERTS | LATENT),
+    **dict.fromkeys(("glm4_moe", "phimoe", "dots1", "exaone_moe", "mixtral", "olmoe", "qwen3_moe"), EXPERTS),
+    **dict.fromkeys(("solar_open", "minimax_m2", "flex_olmo", "minimax", "gpt_oss", "hy_v3"), EXPERTS),
+    **dict.fromkeys(("granitemoehybrid", "qwen3_next", "jamba"), EXPERTS),
+    "ernie4_5_moe": EXPERTS | {"moe_layer_start_index": 1},
+    "hunyuan_v1_moe": EXPERTS | HUNYUAN,
+    "qwen2_moe": EXPERTS | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
+    "granite": GRANITE,
+    "granitemoe": EXPERTS | GRANITE,
+    "cohere": {"logit_scale": 0.0625},
+    "cohere2": {"logit_scale": 0.25},
+    "gemma3n_text": GEMMA_3N,
+}
+MLP = {"down_proj", "gate_proj", "up_proj"}
+LEFT_OUT = {  # of all-linear
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe"), MLP),
+    "phimoe": {"router"},
+    "qwen2_moe": set(),
+    "cohere": set(),
+    "granite": set(),
+}
+
+
+def listed(heading: str) -> list[str]:
+    """Return the architectures under a heading of the table."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", TABLE, re.MULTILINE | re.DOTALL)
+    return [
+        name for row in section.splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row)
+    ]
+
+
+def make_model(folder: Path, architecture: str) -> ModelConfig:
+    tokenizer = make_tiny_tokenizer()
+    sizes = {**SIZES, **OWN_SIZES.get(architecture, {}), "vocab_size": len(tokenizer)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def check_exact(architecture: str, folder: Path) -> torch.nn.Module:
+    """Train all-linear, load the adapter in plain PEFT and compare perplexities; return the plain base."""
+    config = make_model(folder / "model", architecture)
+    check_outline(config.path, config, [("all-linear",)])
+    run = make_run(folder, 0, target_modules=("all-linear",), alpha=6.0, lr=2e-2)
+    curve = train_all(build_engine(folder / "model", SPLITS), [run])[0]
+
+    base = AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation="eager")
+    plain = PeftModel.from_pretrained(base, str(folder / "0" / "adapter"))
+    assert plain_perplexity(plain, SPLITS.validation) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+    return plain.unload()
+
+
+@pytest.mark.parametrize("architecture", LEFT_OUT)
+def test_all_linear_leaves_out_what_peft_could_not_load_and_says_so(
+    architecture: str, tmp_path: Path
+) -> None:
+    base = check_exact(architecture, tmp_path)
+
+    note = " ".join(note_left_out(base, [("all-linear",)]))
+    named = re.search("leaves out (.*?): ", note)
+    assert set(named[1].split(", ") if named else ()) == LEFT_OUT[architecture]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted({*listed("Packed")} - {*LEFT_OUT} - {*ARCHITECTURES}))
+def test_a_listed_architecture_is_exact(architecture: str, tmp_path: Path) -> None:
+    check_exact(architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", listed("Refused"))
+def test_an_architecture_listed_as_refused_is_one_message(architecture: str, tmp_path: Path) -> None:
+    config = make_model(tmp_path / "model", architecture)
+
+    def load() -> None:
+        check_outline(config.path, config, [("all-linear",)])
+        build_engine(tmp_path / "model", SPLITS)
+
+    with pytest.raises(ModelError) as refused:
+        load()
+    assert "\n" not in str(refused.value)
+
+
+def test_the_table_lists_every_architecture_that_the_fast_tests_train() -> None:
+    assert {*LEFT_OUT, *ARCHITECTURES} <= {*listed("Packed")}
+    assert not {*listed("Packed")} & {*listed("Refused")}
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("architecture", "target", "message"),
+    [
+        (
+            "glm4_moe",
+            "gate_proj",
+            "'gate_proj' of a glm4_moe model means its experts, .* Choose among",
+        ),
+        ("phimoe", "router", "router is a PhimoeTopKRouter; adapters go on linear layers"),
+    ],
+)
+def test_a_target_that_peft_could_not_load_is_refused_before_weights_are_read(
+    architecture: str, target: str, message: str, tmp_path: Path
+) -> None:
+    config = make_model(tmp_path / "model", architecture)
+
+    with pytest.raises(ModelError, match=f"lora.target_modules: .*{message}"):
+        check_outline(config.path, config, [(target,)])
+
+
+def test_an_adapter_that_peft_puts_elsewhere_is_refused(tiny_llama: Path) -> None:
+    """As PEFT would: a name that means one layer here and two there."""
+    outline = AutoModelForCausalLM.from_pretrained(tiny_llama, device_map="meta")
+    layers = target_layers(outline, ("layers.1.self_attn.q_proj",))
+
+    assert fault_in_peft(outline, layers, ["q_proj"]).endswith("has an adapter in one of the two only")
+    assert fault_in_peft(outline, layers, ["model.layers.1.self_attn.q_proj"]) == ""
+    assert "not found in the base model" in fault_in_peft(outline, layers, ["nowhere"])
