@@ -1,5 +1,5 @@
-"""docs/architectures.md is kept: what it lists trains to the number that plain PEFT gives, or is refused before
-training. Mixtures of experts leave out just the layers that PEFT could not load."""
+"""docs/architectures.md is kept: what it lists trains to the number that plain PEFT gives, or is refused.
+Mixtures of experts leave out just the layers that PEFT could not load."""
 
 import re
 from pathlib import Path
