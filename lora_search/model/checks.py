@@ -9,6 +9,7 @@ import mmap
 import stat
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lora_search.errors import ModelError
@@ -29,6 +30,7 @@ KINDS = (
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
 )  # fmt: skip
 STRING, ARRAY = 8, 9
+MOST_LAYERS = 1000  # Llama 3.1 405B has 126
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF type -> bytes
 
 
@@ -49,12 +51,28 @@ def check_folder(folder: Path) -> None:
             if path.stat().st_size > LARGEST_JSON:
                 size = path.stat().st_size
                 raise ModelError(f"model.path: {path} has {size:,} bytes, too many for {name}. {DAMAGED}")
+    if (folder / "config.json").is_file():
+        _check_config(folder / "config.json")
     for path in _weight_files(folder):
         check_regular(path)
         if path.suffix == ".safetensors":
             _check_safetensors(path)
         else:
             _check_pickle(path)
+
+
+def _check_config(path: Path) -> None:
+    """Raise ModelError for what is no configuration, or would take minutes to build without its weights."""
+    with suppress(ValueError):  # of no JSON; transformers says it
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ModelError(f"model.path: {path} is no JSON object. {DAMAGED}")
+        for part in (config, config.get("text_config")):
+            layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise ModelError(
+                    f"model.path: {path} asks for {layers:,} layers, more than {MOST_LAYERS:,}. {DAMAGED}"
+                )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_search.errors import ConfigError, ModelError
+from lora_search.errors import ConfigError, LoraSearchError, ModelError
 from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location, pinned
@@ -226,9 +226,11 @@ def _from_pretrained(loader: type, source: str, config: ModelConfig, **options: 
 def _explained(config: ModelConfig, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, *UNREADABLE) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = first.rstrip(".: ")
+    except LoraSearchError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a model's code answers strange files with whatever it runs into)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".: ")
         raise ModelError(
             f"model.path: {config.path} cannot be loaded: {reason}. {_remedy(config, error)}"
         ) from None

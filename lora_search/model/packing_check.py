@@ -17,7 +17,7 @@ from lora_search.errors import ModelError
 from lora_search.ops.attention import NAME as ATTENTION
 
 ROW_TOKENS, NUM_ROWS = 8, 2
-SHORT_WINDOW = 3  # tokens; long windows and chunks are cut to it, so that a short row feels them
+SHORT_WINDOW = 3  # tokens; windows and chunks are shortened to it, so that they affect short rows
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of logits; Granite divides
 WINDOWS = ("sliding_window", "attention_chunk_size")
 LOOSEST_QUARTER = 0.75  # rounding in bfloat16 may route single tokens to other experts; most must agree

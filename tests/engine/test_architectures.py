@@ -62,9 +62,8 @@ LEFT_OUT = {  # of all-linear
 def listed(heading: str) -> list[str]:
     """Return the architectures under a heading of the table."""
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", TABLE, re.MULTILINE | re.DOTALL)
-    return [
-        name for row in section.splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row)
-    ]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
 
 
 def make_model(folder: Path, architecture: str) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +286,31 @@ def test_gigabytes_of_nothing_are_refused_unread(tmp_path: Path) -> None:
 def test_a_revision_of_a_model_on_this_machine_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="model.revision: is for a model of the hub, .* Leave it out"):
         resolve_model(ModelConfig(path=str(folder), revision="main"))
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": "two"}, "cannot be loaded: .*num_hidden_layers.* Check the files in it"),
+        ({"num_hidden_layers": 10**6}, "asks for 1,000,000 layers, more than 1,000"),
+        ({"num_attention_heads": 3}, "cannot be loaded: .*multiple of the number of attention heads"),
+        ({"vocab_size": None}, "cannot be loaded: .*vocab_size"),
+        ({"hidden_act": "nosuch"}, "cannot be loaded: 'nosuch'"),
+        ({"rope_scaling": {"type": "nosuch"}}, "cannot be loaded: 'nosuch'"),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_one_message(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
+    edit_config(folder, **changes)
+
+    assert re.search(message, refusal(lambda: outline_of(folder)))
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize("content", ["3", "[]", "null", '"llama"'])
+def test_a_configuration_that_is_no_object_is_one_message(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+
+    assert "config.json is no JSON object" in refusal(lambda: outline_of(folder))
