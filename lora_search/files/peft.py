@@ -93,7 +93,9 @@ def fault_in_peft(outline: Any, layers: Mapping[str, Any], targets: Sequence[str
     ``outline``: the model on the meta device."""
     settings = PeftLoraConfig(r=1, target_modules=targets if isinstance(targets, str) else list(targets))
     try:
-        model = get_peft_model(copy.deepcopy(outline), settings, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, for what peft calls
+            model = get_peft_model(copy.deepcopy(outline), settings, low_cpu_mem_usage=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return str(error).strip().partition("\n")[0]
     named = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}

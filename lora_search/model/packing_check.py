@@ -6,6 +6,7 @@ a small model, in two short passes on a large one. The weights are not copied.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,10 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
         raise ModelError(f"{kind}, which packed passes cannot run: {reason} {REMEDY}") from None
     tolerance = TOLERANCE.get(model.dtype, 0.1)
-    if not error <= tolerance:  # NaN as well
+    if math.isnan(error):
+        what = "gives logits that are no numbers, or all of them 0"
+        raise ModelError(f"{kind} that {what}: its weights are damaged. Fetch them again.")
+    if not error <= tolerance:
         found = f"logits are off by {error:.2g} (relative; up to {tolerance:g} is rounding)"
         raise ModelError(f"{kind}, which packed passes compute incorrectly: {found}. {REMEDY}")
 
