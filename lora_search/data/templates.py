@@ -249,6 +249,10 @@ class Renderer:
 
 def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokenizer's own chat template, with a fixed date."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "template.name", "chat", "needs a tokenizer with a chat template", "Use template=inst."
+        )
     return dated(tokenizer.get_chat_template())
 
 

@@ -153,7 +153,8 @@ def _public_words(text: str) -> list[str]:
     """Return the public parts of a URL: a password equal to one of them is not hidden elsewhere."""
     try:
         parts = urlsplit(text)
-        return [word for word in (parts.scheme, parts.username, parts.hostname, parts.path) if word]
+        words = (parts.scheme, parts.username, parts.hostname, parts.path)
+        return [word for word in words if word and "@" not in word]  # a password's / begins no path
     except ValueError:
         return []
 

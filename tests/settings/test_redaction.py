@@ -60,6 +60,12 @@ def test_a_remembered_password_is_hidden_in_every_spelling_a_message_may_have() 
     assert redact(said) == '***, ***, ***, "***"'
 
 
+def test_a_password_that_begins_with_a_slash_is_remembered_too() -> None:
+    remember("postgresql://user:/0000000@host.example/db")
+
+    assert redact("cannot connect with /0000000") == "cannot connect with ***"
+
+
 def test_a_password_that_is_an_ordinary_word_does_not_hide_that_word_elsewhere() -> None:
     remember("postgresql://postgres:postgres@localhost/postgres")
 
