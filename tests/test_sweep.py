@@ -168,7 +168,7 @@ BAD_INPUT = [
     (["--package", "x"], "--package: works only with --cfg. Leave it out."),
     (
         ["hydra.run.dir=x"],
-        "hydra.run.dir=x: Hydra only composes the settings here. Leave it out; see",
+        "hydra.run.dir=x: Hydra only composes the settings here. Leave it out; runs_dir",
     ),
     (["hydra/launcher=basic"], "hydra/launcher=basic: Hydra only composes the settings here."),
     (["-m"], "-m: a sweep searches by its `space`"),
