@@ -20,6 +20,7 @@ from tests.processes import postgres_server
 ROOT = Path(__file__).parents[2]
 TYPED = "python -m lora_search.sweep"
 SECRET = "postgresql+psycopg://u:hunter2@h/db"
+SQLITE = "sqlite:///runs/a.db"
 SMOKE = (
     "-cn",
     "smoke",
@@ -69,13 +70,13 @@ def test_more_workers_than_gpus_and_a_device_for_all_are_refused() -> None:
 
 
 def test_more_workers_than_sqlite_can_hold_are_refused_and_a_server_takes_them() -> None:
-    many = make_config("cpu", 9)
+    many = make_config("cpu", 9, storage=SQLITE)
     with pytest.raises(
         ConfigError, match=r"launcher.workers: must be at most 8 with SQLite, .*, got 9. .*postgres"
     ):
         plan_workers(many, 0, {})
     with pytest.raises(ConfigError, match="launcher.workers: must be at most 8 with SQLite"):
-        plan_workers(make_config(), 16, {})
+        plan_workers(make_config(storage=SQLITE), 16, {})
     many.study.storage = SECRET
 
     assert len(plan_workers(many, 0, {})) == 9
@@ -208,7 +209,7 @@ def test_two_workers_share_a_postgresql_and_the_password_stands_on_no_workers_co
     arguments = (f"study.storage='{postgres}'", "tracker=wandb_offline")
     with start_sweep(tmp_path, *arguments) as process:
         assert process.stdout is not None
-        head = next(process.stdout)
+        head = next(line for line in process.stdout if "workers:" in line)
         lines = children_of(process.pid)
         output = head + process.stdout.read()
 
