@@ -70,6 +70,8 @@ def verdicts(confirmation: Confirmation, rows: Sequence[TrialRow]) -> list[str]:
 def _judge(duel: Duel) -> str:
     low, high = (100 * (duel.change + sign * duel.critical * duel.change_error) for sign in (-1, 1))
     places = percent_places(duel.change_error)
+    if duel.is_sure and round(min(abs(low), abs(high)), places) == 0:
+        places += 1  # an end that is not 0 shows that it is not
     amount = f"over {duel.num_seeds} seeds and {duel.num_rows} validation rows"
     higher = show_difference(duel.change, duel.change_error).lstrip("+")
     interval = f"95 % interval {low:+.{places}f} to {high:+.{places}f} %"

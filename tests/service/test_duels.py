@@ -121,6 +121,18 @@ def row(number: int, perplexity: float) -> TrialRow:
     )  # fmt: skip
 
 
+def test_an_interval_that_excludes_0_shows_no_0() -> None:
+    duel = replace(DUEL, difference=0.03, row_error=0.012, seed_error=0.0, critical=2.2)
+    found = Confirmation(
+        repeats=repeats({3: [30.0, 30.2], 7: [31.0, 31.2]}), duels=(duel,), confirmed_at="now"
+    )
+
+    (said, *_) = verdicts(found, [row(3, 29.0), row(7, 29.1)])
+
+    assert duel.is_sure
+    assert "(95 % interval +0.3 to +5.8 %)" in said
+
+
 def test_the_verdict_says_who_is_better_and_what_would_separate_the_tied() -> None:
     found = Confirmation(
         repeats=repeats({3: [30.0, 30.2], 7: [31.0, 31.2], 9: [30.1, None]}),
