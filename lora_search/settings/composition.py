@@ -146,12 +146,22 @@ def as_override(text: str) -> str:
         raise InputError(
             f"{text}: Hydra only composes the settings here. Leave it out; runs_dir is the folder."
         )
+    is_section = key in {known.partition(".")[0] for known in known_keys()} and not (CONF / key).is_dir()
+    if override.is_delete() and is_section:
+        raise InputError(f"~{key}: settings cannot be left out. Give them values; groups can be left out.")
     if override.is_sweep_override():
         key = key if key.startswith("space.") else f"space.{key}"
         return f"++{key}={_quoted(text.partition('=')[2])}"
     if (CONF / key).is_dir() and not override.is_delete():
         _check_choice(text, key, override.value())
     return f"++{text}" if key.startswith("space.") else text
+
+
+def _list_keys() -> list[str]:
+    """Return the dotted keys of the settings that are lists."""
+    defaults = OmegaConf.structured(SweepConfig)
+    keys = [key for key in known_keys() if not key.startswith("space")]
+    return [key for key in keys if OmegaConf.is_list(OmegaConf.select(defaults, key))]
 
 
 def _check_choice(text: str, group: str, choice: object) -> None:
@@ -199,7 +209,7 @@ def _search_path(config_name: str, more: Path | None) -> tuple[Path, list[Path]]
     assert own is not None
     check_groups(more, CONF)
     if os.path.lexists(own):
-        check_sweep_file(own)
+        check_sweep_file(own, _list_keys())
         return more.resolve(), [SWEEPS]  # Hydra searches only the first folder for the primary config
     other = own.with_suffix(".yml")
     if config_name.endswith(".yml") or other.is_file():

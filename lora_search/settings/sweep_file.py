@@ -3,6 +3,7 @@ Reads at most LARGEST bytes."""
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -16,8 +17,8 @@ MOST_NODES = 20_000  # with anchors expanded: ten lines of them can expand to bi
 BEGIN = "Begin it with `defaults: [schema, ...]`, as the files in sweeps/ do"
 
 
-def check_sweep_file(path: Path) -> None:
-    """Raise InputError if the file cannot be a sweep."""
+def check_sweep_file(path: Path, lists: Iterable[str] = ()) -> None:
+    """Raise InputError if the file cannot be a sweep. ``lists`` are the keys whose values are lists."""
     text = read_text(path)
     try:
         root = yaml.compose(text, Loader=get_yaml_loader())
@@ -36,6 +37,7 @@ def check_sweep_file(path: Path) -> None:
         kind = "a list" if isinstance(root, SequenceNode) else "a single value"
         raise InputError(f"{path}, line {root.start_mark.line + 1}: is not a sweep but {kind}. {BEGIN}.")
     _check_defaults(root, path)
+    _check_sections(root, path, lists)
 
 
 def check_groups(folder: Path, groups: Path) -> None:
@@ -48,14 +50,21 @@ def check_groups(folder: Path, groups: Path) -> None:
 
 def line_of(path: Path, key: str) -> int | None:
     """Return the line of a dotted key in a sweep file, None if the file lacks it."""
-    node, line = yaml.compose(read_text(path), Loader=get_yaml_loader()), None
+    found = _entry(yaml.compose(read_text(path), Loader=get_yaml_loader()), key)
+    return None if found is None else found[0]
+
+
+def _entry(root: Node | None, key: str) -> tuple[int, Node] | None:
+    """Return line and value of a dotted key, None if it is not there."""
+    line, node = 0, root
     for name in key.split("."):
         pairs = node.value if isinstance(node, MappingNode) else []
         found = next(((k, v) for k, v in pairs if isinstance(k, ScalarNode) and k.value == name), None)
         if found is None:
             return None
-        node, line = found[1], found[0].start_mark.line + 1
-    return line
+        line, node = found[0].start_mark.line + 1, found[1]
+    assert node is not None
+    return line, node
 
 
 def read_text(path: Path) -> str:
@@ -110,6 +119,19 @@ def _check_defaults(root: MappingNode, path: Path) -> None:
         ):
             line = f"{path}, line {item.start_mark.line + 1}"
             raise InputError(f"{line}: each of the defaults must be NAME or GROUP: CHOICE. {BEGIN}.")
+
+
+def _check_sections(root: MappingNode, path: Path, lists: Iterable[str]) -> None:
+    """Refuse a section of Hydra's own, which would have no effect, and settings where a list must be."""
+    hydra = _entry(root, "hydra")
+    sections = hydra[1].value if hydra is not None and isinstance(hydra[1], MappingNode) else []
+    if hydra is not None and any(key.value != "searchpath" for key, _ in sections):
+        rule = "hydra: Hydra only composes the settings here, so the section has no effect"
+        raise InputError(f"{path}, line {hydra[0]}: {rule}. Leave it out; runs_dir is the folder.")
+    for key in lists:
+        found = _entry(root, key)
+        if found is not None and isinstance(found[1], MappingNode):
+            raise InputError(f"{path}, line {found[0]}: {key}: must be a list, got settings. Write [a, b].")
 
 
 def _count_nodes(node: Node, known: dict[int, int], above: tuple[int, ...]) -> int:

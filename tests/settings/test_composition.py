@@ -90,6 +90,7 @@ BAD = [
         "+data.columns.respond=a",
         "data.columns.respond: there is no such setting. Did you mean data.columns.resp",
     ),
+    ("~optim", "~optim: settings cannot be left out. Give them values"),
     ("~optim.lr", "~optim.lr: a setting cannot be left out. Give it a value"),
     ("~nothing", "nothing: there is no such setting."),
     ("space=null", "space=null: is not a choice of the group space. Leave the group out with ~space."),

@@ -64,6 +64,10 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "an anchor in itself": (SMOKE + "space: &x\n  a: *x\n", "an anchor contains itself"),
     "an unknown section": (SMOKE + "foo: 1\n", "line END: foo: there is no such setting"),
     "a misspelt key": (SMOKE.replace("n_trials", "n_trial"), "line TRIALS: study.n_trial: .* Did you mean study.n_t"),
+    "a section of Hydra's own": (SMOKE + "hydra:\n  run:\n    dir: x\n", "line END: hydra: Hydra only composes"),
+    "settings for a list": (
+        SMOKE + "lora:\n  target_modules: {a: 1}\n", "lora.target_modules: must be a list, got settings",
+    ),
     "a number for hydra": (SMOKE + "hydra: 3\n", "line END: hydra: must be a group of settings"),
     "a variable that is not set": (
         SMOKE.replace(NAMED, "name: ${oc.env:NOPE_1}"),
