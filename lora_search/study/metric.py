@@ -17,6 +17,7 @@ from lora_search.database.trial_table import TrialTable
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_values
 from lora_search.settings.schema import StudyConfig
+from lora_search.study.about import attributes_of
 from lora_search.study.results import store_result
 from lora_search.trial import AnswerScore, TrialRow
 
@@ -74,7 +75,7 @@ def with_metric(
     rows: Sequence[TrialRow], trials: Sequence[FrozenTrial], study: optuna.Study
 ) -> list[TrialRow]:
     """Return the rows with their scores, where answers were scored as the study's settings say now."""
-    attributes = study.user_attrs
+    attributes = attributes_of(study)
     standing = read_standing(attributes)
     if standing is None:
         return list(rows)

@@ -14,7 +14,8 @@ from lora_search.settings.schema import SweepConfig
 COUNTS = [
     "seed", "data.max_train_examples", "data.max_validation_examples", "data.demo_train_examples",
     "data.demo_validation_examples", "data.max_length", "engine.slots", "engine.tokens_per_pass", "lora.r",
-    "launcher.workers", "launcher.worker", "launcher.max_restarts", "pruner.first_rung", "pruner.n_startup_trials",
+    "launcher.workers", "launcher.worker", "launcher.max_restarts", "metric.max_new_tokens",
+    "metric.max_rows", "pruner.first_rung", "pruner.n_startup_trials",
     "pruner.patience", "pruner.reduction_factor", "sampler.n_startup_trials", "study.heartbeat_seconds",
     "study.max_failures_in_a_row", "study.max_retries", "study.n_trials", "study.patience_seconds", "study.sample_answers",
     "train.batch_size", "train.early_stopping_patience", "train.epochs", "train.evals_per_epoch",
