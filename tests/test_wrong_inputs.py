@@ -41,7 +41,7 @@ TEXT = st.one_of(WORDS, st.text(max_size=20), st.integers().map(str), st.floats(
 
 REMEDY = re.compile(  # what is allowed, or what to do about it
     r"\bmust |Did you mean|Its default is|can be searched|See --help|There are: "
-    r"|\b(?:Add|Begin|Break|Change|Check|Choose|Compare|Cut|Delete|Export|Fill|Give|Indent|Join|Keep|Leave|Let|Lower|Make|Mend"
+    r"|\b(?:Add|Begin|Break|Change|Check|Choose|Compare|Cut|Delete|Export|Fill|Fix|Give|Indent|Join|Keep|Leave|Let|Lower|Make|Mend"
     r"|Name|Put|Quote|Raise|Remove|Rename|Repair|Save|Separate|[Ss]et|Shorten|Swap|Take|Try|Unpack|Use|Widen|Write)\b"
 )
 

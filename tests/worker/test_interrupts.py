@@ -66,7 +66,7 @@ def test_two_signals_at_once_leave_at_once_and_the_next_start_finds_the_trials(t
     process = start(tmp_path, "train.epochs=20")
     read_until(process.stdout, "tokens/s")
     process.send_signal(signal.SIGINT)
-    read_until(process.stdout, "once more leaves at once")
+    read_until(process.stdout, "interrupt again to exit at once")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
 
