@@ -77,8 +77,9 @@ def test_best_alone_asks_as_trained_and_ends_its_answers(
         f"model.path={hub_model}",
         f"template={template}",
         f"template.system_prompt={system}",
-        "train.epochs=16",
-        "train.evals_per_epoch=4",
+        "train.epochs=40",
+        "train.evals_per_epoch=1",
+        "optim.lr=0.01",
     )
     adapter = folder / "best/adapter"
     pairs = [json.loads(line) for line in (folder / "data/validation.jsonl").read_text().splitlines()]
