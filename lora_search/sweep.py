@@ -7,8 +7,10 @@ import io
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
 
@@ -33,8 +35,13 @@ from lora_search.settings.composition import (
 )
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact, remember_all
+from lora_search.trial import TrialRow
 from lora_search.worker.command import Command, given_overrides
 from lora_search.worker.launcher import leaving_no_folder, run_workers, told_to_launcher
+
+if TYPE_CHECKING:  # these import torch
+    from lora_search.data.rows import Pair
+    from lora_search.study.study import SweepStudy
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -71,9 +78,7 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
 
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Run worker processes, then conclude once. Imports no torch."""
-    from lora_search.output.conclusion import conclude, conclude_so_far
-    from lora_search.output.dashboard_note import note_result
-    from lora_search.output.tracking_study import track_study
+    from lora_search.output.conclusion import conclude_so_far
     from lora_search.service.metrics import check_metric
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_adoptable, check_study
@@ -95,28 +100,21 @@ def run_together(config: SweepConfig, command: Command, progress: Progress, inte
         reclaim_all(config.study)  # the trials of workers that were killed before the interrupt
         conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
         raise
-    found = SweepStudy.read(config.study)
-    conclude(*found, config, progress)
-    folder = Path(config.runs_dir) / config.study.name
-    note_result(config.study, *found, folder)
-    track_study(config, *found, folder)
+    _finish(SweepStudy.read(config.study), config, progress)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
     """Prepare, search, conclude, also if the search ends early. A launcher's worker leaves the conclusion to
     the launcher."""
-    from lora_search.database.outbox import Outbox
     from lora_search.ops.device import peak_bytes
-    from lora_search.output.conclusion import conclude, conclude_so_far
+    from lora_search.output.conclusion import conclude_so_far
     from lora_search.output.copies import bring_results
-    from lora_search.output.dashboard_note import note_result
     from lora_search.output.tracking import make_tracker
-    from lora_search.output.tracking_study import track_study, tracked_facts
+    from lora_search.output.tracking_study import tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
     from lora_search.service.answering import score_answers_once
     from lora_search.service.metrics import check_metric
-    from lora_search.service.samples import keep_samples
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_study
@@ -151,17 +149,40 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             if is_alone:
                 conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
             raise
+    pairs = engine.splits.pairs.get("validation", ())
+    del engine  # sample answers load the base once more, without packing
     if is_alone:
-        found = Outbox(config.study).insist(lambda: (study.rows(), study.attributes()))
-        if config.metric.name != "none":  # Optuna keeps ended trials as they were before they were scored
-            found = Outbox(config.study).insist(lambda: SweepStudy.read(config.study))
-        pairs = engine.splits.pairs.get("validation", ())
-        del engine  # the base is loaded once more, without packing
-        if study.is_finished:
-            keep_samples(config, study.identity.commit, found[0], pairs, progress)
-        conclude(*found, config, progress)
-        note_result(config.study, *found, study.folder)
-        track_study(config, *found, study.folder)
+        _answer_alone(study, pairs, config, progress)
+
+
+def _answer_alone(
+    study: "SweepStudy", pairs: Sequence["Pair"], config: SweepConfig, progress: Progress
+) -> None:
+    """Keep sample answers to the first of the validation rows, then finish."""
+    from lora_search.database.outbox import Outbox
+    from lora_search.service.samples import keep_samples
+    from lora_search.study.study import SweepStudy
+
+    outbox = Outbox(config.study)
+    if config.metric.name == "none":
+        found = outbox.insist(lambda: (study.rows(), study.attributes()))
+    else:  # Optuna keeps ended trials as they were before they were scored
+        found = outbox.insist(lambda: SweepStudy.read(config.study))
+    if study.is_finished:
+        keep_samples(config, study.identity.commit, found[0], pairs, progress)
+    _finish(found, config, progress)
+
+
+def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, progress: Progress) -> None:
+    """Show the answer, and note it in the dashboard and in W&B. Imports no torch."""
+    from lora_search.output.conclusion import conclude
+    from lora_search.output.dashboard_note import note_result
+    from lora_search.output.tracking_study import track_study
+
+    folder = Path(config.runs_dir) / config.study.name
+    conclude(*found, config, progress)
+    note_result(config.study, *found, folder)
+    track_study(config, *found, folder)
 
 
 def _refuse_unsupported(arguments: Namespace) -> None:

@@ -194,7 +194,7 @@ class Artifacts:
         return found if is_whole else None
 
     def _content(self, path: str) -> bytes:
-        """Return an object; None if it is missing, since another worker may have removed it."""
+        """Return an object's bytes; none if it is missing, since another worker may have removed it."""
         try:
             return bytes(self.files.cat_file(path))
         except FileNotFoundError:
