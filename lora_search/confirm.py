@@ -10,6 +10,7 @@ from lora_search.command_line import find_study, recorded, run, study_parser, ta
 from lora_search.errors import ConfigError
 from lora_search.output.overview import confirmed_table
 from lora_search.output.terminal import Progress
+from lora_search.output.tracking_study import track_confirmation
 from lora_search.page.report import write_report
 from lora_search.results.confirmed import verdicts
 from lora_search.results.ranking import base_of, ranked
@@ -49,8 +50,10 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
     for sentence in verdicts(done, rows):
         progress.console.print(sentence, markup=False, soft_wrap=True)
     path = found.folder / "report.html"
-    write_report(rows, view.attributes(), base, path)
+    known = view.attributes()
+    write_report(rows, known, base, path)
     progress.event(f"wrote {path}")
+    track_confirmation(config, rows, known, found.folder)
 
 
 def best_trials(rows: list[TrialRow], top: int, seeds: int) -> list[int]:

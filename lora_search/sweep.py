@@ -109,7 +109,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude_so_far
     from lora_search.output.copies import bring_results
-    from lora_search.output.tracking import make_tracker
+    from lora_search.output.tracking import facts_of_sweep, make_tracker
     from lora_search.output.tracking_study import tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
@@ -126,8 +126,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     check_metric(config.metric)
     is_alone = config.launcher.worker is None
     progress.searched = list(space.expressions)
-    about = {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
-    with closing(make_tracker(config, about)) as tracker:
+    with closing(make_tracker(config, facts_of_sweep(config))) as tracker:
         for line in describe_search(config, space):
             progress.event(line)
         engine, study = prepare_sweep(config, sweep_name, space, progress)

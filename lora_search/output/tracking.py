@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_search.errors import ConfigError
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.secrets import redact
 from lora_search.trial import Measurement, TrialRun
 
 if TYPE_CHECKING:
@@ -128,23 +129,16 @@ class WandbTracker:
         Path(run.folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder
         is_online = self._config.name == "wandb"
         name = f"{self._study_name}-{run.number}"
-        run_id = f"{self._study_name}-{run.study_id}-{run.number}" if run.study_id else name
         live = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
             dir=run.folder,
-            id=run_id,
+            id=run_id(self._study_name, run.study_id, str(run.number)),
             name=name,
             group=self._study_name,
             job_type="trial",
             tags=["default"] if run.settings == self._default else [],
-            config={
-                **asdict(run.settings),
-                **self._extra,
-                "trial": run.number,
-                "trial_seed": run.seed,
-                "study_id": run.study_id,
-            },
+            config=trial_config(run, self._extra),
             resume="allow" if is_online else None,  # offline the id is enough: `wandb sync` joins the parts
             reinit="create_new",
             settings=quiet_settings(is_online),
@@ -215,6 +209,22 @@ class WandbTracker:
             self._failures += 1
             if self._failures == 1:
                 logger.warning("W&B failed while %s: %s. Training continues.", what, first_line(error))
+
+
+def run_id(study_name: str, study_id: str, part: str) -> str:
+    """Return the id of a run; a second run with it continues the first."""
+    return "-".join(filter(None, [study_name, study_id, part]))
+
+
+def trial_config(run: TrialRun, extra: Mapping[str, object]) -> dict[str, object]:
+    """Return the config of a trial's run."""
+    numbers = {"trial": run.number, "trial_seed": run.seed, "study_id": run.study_id}
+    return {**asdict(run.settings), **extra, **numbers}
+
+
+def facts_of_sweep(config: SweepConfig) -> dict[str, object]:
+    """Return what the config of every run of a sweep says of it, without secrets."""
+    return {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
 
 
 def first_line(error: Exception) -> str:

@@ -1,13 +1,15 @@
-"""A study in Weights & Biases: a run of the base model as reference, and one with the study's summary.
+"""A study in Weights & Biases: a run of the base model as reference, one with the study's summary, one with a
+confirmation; the best trial and those tied with it get a tag.
 
-The summary holds the leaderboard as a table, importance, test score and costs; every number is the study's.
-Written once the study is finished, in less than two seconds; a failure is reported and ends nothing.
+The summary holds the leaderboard as a table, importance, scores and costs; every number is the study's.
+Written once the study is finished, about two seconds and a third for each tag; a failure is reported and ends
+nothing.
 """
 
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +17,24 @@ from lora_search.output.tracking import (
     LOSS,
     PERPLEXITY,
     STEP_METRIC,
+    facts_of_sweep,
     first_line,
     quiet_settings,
+    run_id,
+    trial_config,
     wandb_errors,
 )
 from lora_search.results.certainty import Certainty, certainty_of
+from lora_search.results.confirmation import Confirmation, read_confirmation
+from lora_search.results.confirmed import verdicts
 from lora_search.results.importance import importances
 from lora_search.results.ranking import base_of, best_of, is_final, ranked, searched_keys
-from lora_search.results.verdict import state_of
+from lora_search.results.verdict import metric_name, state_of
+from lora_search.settings.overlay import trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.about import PEAK
 from lora_search.study.results import read_test_score
-from lora_search.trial import TrialRow
+from lora_search.trial import TrialRow, TrialRun
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -43,6 +51,8 @@ HEADS = (
     "train_tokens",
     "train_seconds",
 )
+MOST_TAGGED = 20  # of the trials tied with the best; the leaderboard says it of all
+DUEL_HEADS = ("leader", "other", "change_percent", "standard_error", "is_sure", "seeds", "rows")
 NOTES = """\
 Report: {report}
 Dashboard: optuna-dashboard {storage}
@@ -52,16 +62,38 @@ Again: {command}"""
 def track_study(
     config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
 ) -> None:
-    """Write both runs, unless tracking is off or the study is not finished."""
-    if config.tracker.name == "none" or not is_final(rows, attributes):
+    """Write the base's and the study's run, tag the best trials. Nothing if tracking is off or the study is
+    not finished."""
+    if is_final(rows, attributes):
+        _write((track_base, track_summary, tag_best), config, rows, attributes, folder)
+
+
+def track_confirmation(
+    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
+) -> None:
+    """Write the confirmation's run, unless tracking is off."""
+    _write((track_repeats,), config, rows, attributes, folder)
+
+
+Part = Callable[[SweepConfig, Sequence[TrialRow], Mapping[str, str], Path], None]
+
+
+def _write(
+    parts: Sequence[Part],
+    config: SweepConfig,
+    rows: Sequence[TrialRow],
+    attributes: Mapping[str, str],
+    folder: Path,
+) -> None:
+    if config.tracker.name == "none":
         return
     try:
         import wandb
     except ImportError:
         return
     try:
-        track_base(config, rows, attributes, folder)
-        track_summary(config, rows, attributes, folder)
+        for part in parts:
+            part(config, rows, attributes, folder)
         wandb.teardown()
     except wandb_errors() as error:
         logger.warning("W&B: the study's own runs are missing: %s", first_line(error))
@@ -102,6 +134,97 @@ def track_summary(
     run.finish()
 
 
+def track_repeats(
+    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
+) -> None:
+    """Write each fresh seed's result, the comparisons, and the verdict in words."""
+    import wandb
+
+    found = read_confirmation(attributes)
+    run = open_run(config, attributes, folder, "confirm")
+    heads, cells = confirmation_cells(found)
+    duels = [
+        [d.leader, d.other, 100 * d.change, 100 * d.change_error, d.is_sure, d.num_seeds, d.num_rows]
+        for d in found.duels
+    ]
+    table = wandb.Table(columns=list(DUEL_HEADS), data=duels)
+    run.log({"repeats": wandb.Table(columns=heads, data=cells), "comparisons": table})
+    means = {f"mean_perplexity/trial_{one.trial}": one.mean for one in found.fresh() if one.perplexities}
+    run.summary.update({"verdict": " ".join(verdicts(found, rows)), **means})
+    run.finish()
+
+
+def confirmation_cells(found: Confirmation) -> tuple[list[str], list[list[object]]]:
+    """Return heads and rows of all retrainings, with unrounded numbers."""
+    heads = ["trial", "seed", "perplexity", "rung", "train_tokens", "train_seconds"]
+    return heads, [[getattr(repeat, head) for head in heads] for repeat in found.repeats]
+
+
+def tag_best(
+    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
+) -> None:
+    """Tag the best trial's run, and those of the trials tied with it. They were closed before the best was
+    known, so each is continued under its own id: `wandb sync` joins such parts in order of time."""
+    best = best_of(rows)
+    if best is None or best.state != "COMPLETE":
+        return
+    tied = certainty_of(rows, folder).tied(ranked(rows))[:MOST_TAGGED]
+    for row, tag in [(best, "best"), *((row, "tied") for row in tied)]:
+        run = continue_trial(config, row, attributes, folder, tag)
+        run.summary.update(result_of(row, base_of(attributes)))
+        run.finish()
+
+
+def continue_trial(
+    config: SweepConfig, row: TrialRow, attributes: Mapping[str, str], folder: Path, tag: str
+) -> "Run":
+    """Return the run of an ended trial, opened once more with the tag; it keeps the config that it had."""
+    import wandb
+
+    settings, study_id = trial_settings(config, row.params), attributes.get("study_id", "")
+    place = folder / "trials" / str(row.number)
+    place.mkdir(parents=True, exist_ok=True)  # it was trained on another machine
+    run = TrialRun(
+        number=row.number,
+        seed=trial_seed(config, row.params, row.number),
+        settings=settings,
+        folder=str(place),
+        study_id=study_id,
+    )
+    is_online = config.tracker.name == "wandb"
+    return wandb.init(
+        project=config.tracker.project,
+        entity=config.tracker.entity,
+        dir=run.folder,
+        id=run_id(config.study.name, study_id, str(row.number)),
+        name=f"{config.study.name}-{row.number}",
+        group=config.study.name,
+        job_type="trial",
+        tags=["default", tag] if settings == trial_settings(config, {}) else [tag],
+        config=trial_config(run, facts_of_sweep(config) | tracked_facts(attributes)),
+        resume="allow" if is_online else None,
+        reinit="create_new",
+        settings=quiet_settings(is_online),
+    )
+
+
+def result_of(row: TrialRow, base: float) -> dict[str, object]:
+    """Return the summary of an ended trial, whole: a later part replaces an earlier one's."""
+    found: dict[str, object] = {
+        "state": row.state,
+        "reason": row.reason,
+        "best_perplexity": row.perplexity,
+        "best_rung": row.best_rung,
+        "change_percent": 100 * ((row.perplexity or math.nan) / base - 1),
+        PERPLEXITY: row.perplexity,
+        LOSS: math.log(row.perplexity or math.nan),
+        "train_tokens": row.train_tokens,
+    }
+    if row.metric is not None:
+        found[row.metric.name] = row.metric.score
+    return found
+
+
 def open_run(config: SweepConfig, attributes: Mapping[str, str], folder: Path, kind: str) -> "Run":
     """Return a run of the study itself, in its folder."""
     import wandb
@@ -114,7 +237,7 @@ def open_run(config: SweepConfig, attributes: Mapping[str, str], folder: Path, k
         project=config.tracker.project,
         entity=config.tracker.entity,
         dir=str(folder),
-        id=f"{config.study.name}-{study_id}-{kind}" if study_id else name,
+        id=run_id(config.study.name, study_id, kind),
         name=name,
         group=config.study.name,
         job_type=kind,
@@ -141,16 +264,19 @@ def leaderboard_cells(
     rows: Sequence[TrialRow], certainty: Certainty, base: float
 ) -> tuple[list[str], list[list[object]]]:
     """Return heads and rows of the leaderboard, the base first, with unrounded numbers."""
-    keys = searched_keys(rows)
-    cells: list[list[object]] = [["base", "", base, 0.0, 0, 0, 0, 0.0, *("" for _ in keys)]]
+    keys, metric = searched_keys(rows), metric_name(rows)
+    answers = next((row.metric.base for row in rows if row.metric is not None), None)
+    scored: list[object] = [answers] if metric else []
+    cells: list[list[object]] = [["base", "", base, 0.0, 0, 0, 0, 0.0, *scored, *("" for _ in keys)]]
     best = best_of(rows)
     for row in ranked(rows):
         change = None if row.perplexity is None else 100 * (row.perplexity / base - 1)
         state = "best" if row is best else state_of(row, certainty)
         result = [str(row.number), state, row.perplexity, change, len(row.perplexities), row.best_rung]
         values = [str(row.params.get(key, "")) for key in keys]
-        cells.append([*result, row.train_tokens, row.train_seconds, *values])
-    return [*HEADS, *keys], cells
+        scored = [row.metric.score if row.metric else None] if metric else []
+        cells.append([*result, row.train_tokens, row.train_seconds, *scored, *values])
+    return [*HEADS, *([metric] if metric else []), *keys], cells
 
 
 def figures(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> dict[str, object]:
@@ -169,6 +295,11 @@ def figures(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> dict[str
         found["change_percent"] = 100 * (best.perplexity / base - 1)
     if test is not None:
         found |= {"test_perplexity": test.perplexity, "test_base_perplexity": test.base_perplexity}
+    scored = [row.metric for row in rows if row.metric is not None]
+    if scored:
+        top = max(scored, key=lambda one: one.score)
+        found |= {"metric": top.name, "metric_base": top.base, "metric_best": top.score}
+        found["metric_rows"] = top.num_rows
     if PEAK in attributes:
         found[PEAK] = int(attributes[PEAK])
     return found

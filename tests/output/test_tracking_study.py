@@ -2,14 +2,18 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lora_search.files.row_scores import write_scores
 from lora_search.output.tracking import Tracker, make_tracker
-from lora_search.output.tracking_study import track_study
+from lora_search.output.tracking_study import track_confirmation, track_study
+from lora_search.results.confirmation import Confirmation, Duel, Repeat
 from lora_search.settings.overlay import trial_settings
+from lora_search.trial import AnswerScore, RowScores
 from tests.output.test_tracking import (
     history,
     make_run,
@@ -136,3 +140,83 @@ def test_runs_are_tagged_by_what_they_are(tmp_path: Path, tracker: Tracker) -> N
         for number in (0, 1)
     ]
     assert tags == [["default", "pruned"], []]
+
+
+def test_best_and_tied_trials_are_tagged_and_keep_their_numbers(tmp_path: Path) -> None:
+    tokens, wobble = np.full(40, 25), np.tile([5.0, -5.0], 20)
+    score = AnswerScore(name="rouge_l", score=31.25, base=20.5, num_rows=8, behind=None, chooses=False)
+    near = replace(ENDED[4], perplexity=BEST.perplexity * math.exp(0.2 / 25), metric=score)
+    far = replace(ENDED[3], perplexity=BEST.perplexity * math.exp(9.0 / 25))
+    for row, shift, noise in ((BEST, 0.0, 0.0), (near, 0.2, wobble), (far, 9.0, wobble)):
+        nll = tokens * math.log(BEST.perplexity or 0) + shift + noise
+        write_scores(tmp_path / f"trials/{row.number}", RowScores(nll, tokens), row.best_rung or 0)
+
+    track_study(settings(), [*ENDED[:3], far, near, *ENDED[5:]], KNOWN, tmp_path)
+
+    files = {path.parts[-4]: path for path in tmp_path.glob("trials/*/wandb/offline-run-*/*.wandb")}
+    runs = {number: next(r.run for r in read_records(f) if r.HasField("run")) for number, f in files.items()}
+    assert {number: list(run.tags) for number, run in runs.items()} == {"5": ["best"], "4": ["tied"]}
+    assert runs["4"].run_id == "faq.v2-abc-4"
+    config, stored = values_of(runs["4"].config.update), summary(files["4"])
+    assert (config["trial"], config["r"], config["lr"]) == (4, near.params["lora.r"], near.params["optim.lr"])
+    assert (stored["best_perplexity"], stored["best_rung"], stored["rouge_l"]) == (near.perplexity, 12, 31.25)
+    assert stored["change_percent"] == 100 * ((near.perplexity or 0) / BASE_PERPLEXITY - 1)
+    assert history(files["4"]) == []
+
+
+def test_the_scores_of_answers_are_in_leaderboard_and_summary(tmp_path: Path) -> None:
+    def scored(number: int) -> AnswerScore:
+        return AnswerScore(
+            name="rouge_l", score=30.0 + number / 7, base=20.5, num_rows=8, behind=None, chooses=False
+        )
+
+    rows = [replace(row, metric=scored(row.number)) if row.state == "COMPLETE" else row for row in ENDED]
+
+    track_study(settings(), rows, KNOWN, tmp_path)
+
+    (run,) = [f for f in tmp_path.glob("wandb/*/*.wandb") if "study" in f.name]
+    (table,) = run.parent.glob("files/media/table/leaderboard_*.table.json")
+    found = json.loads(table.read_text())
+    column = {row[0]: row[found["columns"].index("rouge_l")] for row in found["data"]}
+    assert column["base"] == 20.5
+    assert {number: column[str(number)] for number in range(6)} == {n: 30.0 + n / 7 for n in range(6)}
+    assert column["7"] is None
+    stored = summary(run)
+    told = [stored[f"metric{part}"] for part in ("", "_base", "_best", "_rows")]
+    assert told == ["rouge_l", 20.5, 30.0 + 5 / 7, 8]
+
+
+def test_a_confirmation_has_a_run_with_every_seed_and_its_verdict(tmp_path: Path) -> None:
+    repeats = [
+        Repeat(
+            trial=n,
+            seed=seed,
+            perplexity=8.5 + n / 70 + seed / 9,
+            rung=11,
+            train_tokens=70,
+            train_seconds=3.25,
+        )
+        for n in (4, 5)
+        for seed in (1, 2)
+    ]
+    duel = Duel(
+        leader=4, other=5, difference=0.03, row_error=0.001, seed_error=0.002, critical=4.3,
+        num_rows=20, num_seeds=2,
+    )  # fmt: skip
+    stored = Confirmation(repeats=tuple(repeats), duels=(duel,), confirmed_at="2026-11-26T12:00:00+00:00")
+    known = {**KNOWN, "confirmation": json.dumps(asdict(stored))}
+
+    track_confirmation(settings(), ENDED, known, tmp_path)
+
+    (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    tables = run.parent / "files/media/table"
+    (seeds,), (duels,) = tables.glob("repeats_*.json"), tables.glob("comparisons_*.json")
+    assert json.loads(seeds.read_text())["data"] == [
+        [r.trial, r.seed, r.perplexity, 11, 70, 3.25] for r in repeats
+    ]
+    assert json.loads(duels.read_text())["data"] == [
+        [4, 5, 100 * duel.change, 100 * duel.change_error, True, 2, 20]
+    ]
+    told = summary(run)
+    assert "Trial 4 is better than trial 5 beyond doubt" in told["verdict"]
+    assert told["mean_perplexity/trial_4"] == stored.fresh()[0].mean
