@@ -3,6 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 STORAGE ?= sqlite:///runs/lora_search.db
 PORT ?= 8080
+ARTIFACTS ?= runs/.dashboard
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
@@ -47,4 +48,4 @@ bench: $(READY)  ## measure against TRL + PEFT, what pruning and whole searches 
 	@for part in training pruning search study ops data; do $(BIN)/python -m tests.benchmarks.$$part || exit 1; done
 
 dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:8080 or PORT=... (until Ctrl-C)
-	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) $(STORAGE)
+	@$(BIN)/optuna-dashboard --host 127.0.0.1 --port $(PORT) --artifact-dir $(ARTIFACTS) $(STORAGE)

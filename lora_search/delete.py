@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing
+from lora_search.output.dashboard_note import remove_files
 from lora_search.output.terminal import Progress
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import SweepConfig
@@ -43,6 +44,7 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
     delete_study(found.config)
     delete_copies(recorded_config(attributes, found.config), attributes)
     with explained_writing(found.folder):
+        remove_files(found.runs_dir, attributes.get("study_id", found.config.name))
         if found.folder.is_dir():
             shutil.rmtree(found.folder)
     progress.event(f"deleted {what}")

@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyModel, TrialModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+)
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.orm import Session
 
@@ -88,6 +93,12 @@ class LockedTrial:
             self._session.add(table(trial_id=self._id, key=key, value_json=text))
         else:
             found.value_json = text
+
+    def keep(self, key: str, text: str) -> None:
+        """Set a system attribute, which optuna-dashboard does not show."""
+        self._storage._set_trial_attr_without_commit(
+            self._session, TrialSystemAttributeModel, self._id, key, text
+        )
 
     def write(
         self, attributes: Mapping[str, object], state: TrialState | None = None, value: float | None = None

@@ -1,16 +1,29 @@
-"""The note that optuna-dashboard shows for a study: the meaning of the figures and the next steps."""
+"""What optuna-dashboard shows of a study: a note with the meaning of the figures and the result, a plot with
+the base as a reference, and learning curves, best adapter and report as files.
 
+The files are copies in runs/.dashboard: the dashboard serves one folder for all studies of a database.
+"""
+
+import io
+import json
 import logging
+import mimetypes
+import shlex
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
+from optuna.artifacts import ArtifactMeta, FileSystemArtifactStore
+from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 from optuna.storages import BaseStorage
-from optuna_dashboard import get_note, save_note
+from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from lora_search.database.storage import explained_errors, open_storage
 from lora_search.errors import LoraSearchError
+from lora_search.files.atomic import explained_writing
+from lora_search.output.terminal import DASHBOARD_FILES
 from lora_search.results.certainty import certainty_of
 from lora_search.results.findings import how_sure
 from lora_search.results.formatting import show_change, show_perplexity
@@ -42,6 +55,12 @@ Searched:
 
 RESULT = "\n## Result\n"  # what follows is the sweep's; what stands before it, people may change
 MOST_TRIALS = 20  # of the best, with a note: each is written into the study
+MOST_LETTERS = 90  # of a line in the note
+MOST_CURVES = 40  # in the plot, which is kept in the study in pieces of 2 kB
+MOST_BYTES = 256 * 2**20  # of a file that is copied for the dashboard; the note names the folder anyway
+CURVES = "learning_curves.csv"
+FILES = (CURVES, "best/adapter/adapter_model.safetensors", "report.html")
+BASE_NAME = "base model"
 
 
 def write_note(
@@ -57,21 +76,33 @@ def write_note(
             perplexity=show_perplexity(base_perplexity),
             evals_per_epoch=config.train.evals_per_epoch,
             searched=searched or "- nothing",
-            command=command,
+            command=folded(command),
         ),
     )
+
+
+def folded(command: str) -> str:
+    """Return a command over several lines: optuna-dashboard makes its page as wide as the longest."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        is_full = len(lines[-1]) + len(word) > MOST_LETTERS
+        lines.append(word) if is_full else lines.append(f"{lines.pop()} {word}".strip())
+    return " \\\n  ".join(line for line in lines if line)
 
 
 def note_result(
     config: StudyConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
 ) -> None:
-    """Write the result into the study's notes. A database that is gone by now is told of, and no error."""
+    """Write result, plot and files for the dashboard. A database that is gone by now, or a full disk, is told
+    of, and no error."""
     try:
         with explained_errors(config):
             study = optuna.load_study(study_name=config.name, storage=open_storage(config))
             write_result(study, rows, attributes, folder)
+            write_plot(study, rows, base_of(attributes))
+            attach_files(study, rows, attributes, folder)
     except LoraSearchError as error:
-        logger.warning("the dashboard's note lacks the result: %s", error)
+        logger.warning("the dashboard lacks the result: %s", error)
 
 
 def write_result(
@@ -99,6 +130,93 @@ def write_result(
         trial = NotedTrial(study, study._storage, ids[row.number])
         if text not in get_note(trial):
             save_note(trial, f"{text}\n\n{row.reason}".rstrip())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plotly figure as save_plotly_graph_object needs it; the plotly package is not needed to draw one."""
+
+    data: list[dict[str, object]]
+    layout: dict[str, object]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def write_plot(study: optuna.Study, rows: Sequence[TrialRow], base: float) -> None:
+    """Draw the curves of the best trials with the base as a dashed line, in place of an older plot."""
+    best, shown = best_of(rows), [row for row in ranked(rows) if row.perplexities][:MOST_CURVES]
+    lines: list[dict[str, object]] = []
+    for row in shown[::-1]:  # the best is drawn last, over the others
+        is_best = best is not None and row.number == best.number
+        lines.append(
+            {
+                "x": [0, *row.perplexities],
+                "y": [base, *row.perplexities.values()],
+                "name": f"trial {row.number}{', best' if is_best else ''} ({row.state.lower()})",
+                "line": {"width": 4 if is_best else 1.5},
+            }
+        )
+    longest = max((max(row.perplexities) for row in shown), default=1)
+    reference = {"x": [0, longest], "y": [base, base], "name": BASE_NAME, "mode": "lines"}
+    lines.append({**reference, "line": {"dash": "dash", "color": "gray"}})
+    title = (
+        f"Learning curves of the best {len(shown)} trials" if len(rows) > len(shown) else "Learning curves"
+    )
+    axes = {
+        "xaxis": {"title": {"text": "rung"}},
+        "yaxis": {"title": {"text": "validation perplexity"}, "type": "log"},
+    }
+    figure = Figure(lines, {"title": {"text": title}, **axes})
+    save_plotly_graph_object(study, figure, graph_object_id="learning-curves")
+
+
+def artifact_folder(runs_dir: Path) -> Path:
+    """Return the folder for `optuna-dashboard --artifact-dir`."""
+    return runs_dir / DASHBOARD_FILES
+
+
+def artifact_id(study_id: str, name: str) -> str:
+    """Return the id of a study's file: a newer one takes the place of an older one."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"lora_search/{study_id}/{name}"))
+
+
+def attach_files(
+    study: optuna.Study, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
+) -> None:
+    """Copy learning curves, best adapter and report for the dashboard. Raises WriteError."""
+    place, study_id = artifact_folder(folder.parent), attributes.get("study_id", study.study_name)
+    store, known = FileSystemArtifactStore(place), study._storage.get_study_system_attrs(study._study_id)
+    with explained_writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            content = io.BytesIO(curves_as_csv(rows).encode()) if name == CURVES else opened(folder / name)
+            if content is None:
+                continue
+            with content:
+                store.write(artifact_id(study_id, name), content)
+            of_file = mimetypes.guess_type(name)[0] or "application/octet-stream"
+            meta = ArtifactMeta(artifact_id(study_id, name), Path(name).name, of_file, None)
+            key, value = ARTIFACTS_ATTR_PREFIX + meta.artifact_id, json.dumps(asdict(meta))
+            if known.get(key) != value:
+                study._storage.set_study_system_attr(study._study_id, key, value)
+
+
+def opened(path: Path) -> io.BufferedReader | None:
+    """Return the file, if it is there and not too large to be copied."""
+    return path.open("rb") if path.is_file() and path.stat().st_size <= MOST_BYTES else None
+
+
+def curves_as_csv(rows: Sequence[TrialRow]) -> str:
+    """Return a line per trial and rung."""
+    lines = [f"{row.number},{rung},{value}" for row in rows for rung, value in row.perplexities.items()]
+    return "\n".join(["trial,rung,validation_perplexity", *lines]) + "\n"
+
+
+def remove_files(runs_dir: Path, study_id: str) -> None:
+    """Delete the study's files for the dashboard."""
+    for name in FILES:
+        (artifact_folder(runs_dir) / artifact_id(study_id, name)).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

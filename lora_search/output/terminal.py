@@ -45,6 +45,7 @@ LIVE_SECONDS = 0.5  # the live view is drawn at most so often
 LINE_SECONDS = 30.0  # and a plain status line printed at most so often
 PLAIN_WIDTH = 140  # of tables that go to a file
 
+DASHBOARD_FILES = ".dashboard"  # in runs_dir
 LIMITS = ("n_trials", "max_hours", "max_tokens", "max_cost")  # of a study: the first that is reached ends it
 
 
@@ -287,12 +288,13 @@ def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None =
     ``go_on`` is how to continue an unfinished sweep; None if it needs higher limits.
     """
     own = "data=jsonl data.path=my.jsonl study.name=mine"
-    runs = shlex.quote(str(folder))
+    runs, files = shlex.quote(str(folder)), shlex.quote(str(folder.parent / DASHBOARD_FILES))
+    storage = shlex.quote(redact(config.study.storage))
     by_make = "MAKELEVEL" in os.environ  # make sets it for what it starts
     steps = {
         "report": f"{folder}/report.html",
         "best adapter": best,
-        "dashboard": f"{program('optuna-dashboard')} {shlex.quote(redact(config.study.storage))}",
+        "dashboard": " ".join([program("optuna-dashboard"), "--artifact-dir", files, storage]),
         "W&B": f"{program('wandb')} sync {runs}/wandb/offline-run-* {runs}/trials/*/wandb/offline-run-*",
         "more trials": go_on or f"the same command with {' '.join(higher_limits(config.study))}",
         "your own data": f"make sweep ARGS='{own}'" if by_make else f"{python()} -m lora_search.sweep {own}",

@@ -14,6 +14,7 @@ from lora_search.trial import Measurement, TrialRow
 
 # Reasons of trials that ended before they began; counts and reports leave them out.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
+SETTINGS = "lora_search:settings"  # system attribute: what a trial began with, as JSON
 PROGRESS = "progress"  # user attribute: how much a trial has trained so far
 NO_PROGRESS = {
     "best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0,
@@ -61,6 +62,13 @@ def text_of(trial: FrozenTrial, key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def settings_of(trial: FrozenTrial) -> str:
+    """Return the settings that the trial began with, as JSON; "" before it begins. Older versions kept them
+    among the user attributes, where optuna-dashboard shows them in one line that does not wrap."""
+    kept = trial.system_attrs.get(SETTINGS)
+    return kept if isinstance(kept, str) else text_of(trial, "settings")
+
+
 def count_of(trial: FrozenTrial, key: str) -> int:
     """Return a user attribute that is a count; 0 if it is missing or of another type."""
     value = trial.user_attrs.get(key)
@@ -83,7 +91,7 @@ def progress_after(trial: FrozenTrial, measurements: Sequence[Measurement]) -> d
 def _is_untrained(trial: FrozenTrial, measurement: Measurement) -> bool:
     """Return whether all its steps so far had a learning rate of 0: the first of a warm-up has."""
     try:
-        settings = json.loads(text_of(trial, "settings") or "{}")
+        settings = json.loads(settings_of(trial) or "{}")
         first_step = settings["batch_size"] * settings["gradient_accumulation_steps"]
         return bool(settings["warmup_ratio"] > 0 and measurement.examples_seen <= first_step)
     except (ValueError, KeyError, TypeError):

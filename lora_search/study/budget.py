@@ -15,7 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.presence import worker_is_dead
-from lora_search.search.trials import best_until
+from lora_search.search.trials import best_until, settings_of
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.ledger import Ledger
 from lora_search.trial import Limit
@@ -298,5 +298,5 @@ def _place(trial: FrozenTrial) -> tuple[int, float, int]:
 
 
 def _num_rungs(trial: FrozenTrial) -> int:
-    settings = json.loads(trial.user_attrs.get("settings", "{}"))
+    settings = json.loads(settings_of(trial) or "{}")
     return int(settings.get("epochs", 1) * settings.get("evals_per_epoch", 1))

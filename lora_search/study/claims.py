@@ -28,6 +28,7 @@ from lora_search.search.trials import (
     has_run_for,
     is_held_by,
     params_of,
+    settings_of,
     text_of,
 )
 from lora_search.settings.schema import StudyConfig, SweepConfig
@@ -88,7 +89,7 @@ class Draws:
     def _fail_strangers(self) -> bool:
         """Fail the enqueued trials of other programs that are not in the space; return whether there were
         any."""
-        new = [t for t in self.ledger.open if "settings" not in t.user_attrs and not text_of(t, "worker")]
+        new = [t for t in self.ledger.open if not settings_of(t) and not text_of(t, "worker")]
         strangers = {t.number: why for t in new if (why := self.space.refusal({**t.params, **params_of(t)}))}
         for number, why in strangers.items():
             with self.table.locked(number) as trial:
@@ -130,7 +131,7 @@ class Draws:
     def _refusal(self, trial: optuna.Trial) -> str | None:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
         self._wait_for_signatures(before=trial.number)
-        if "settings" in self.ledger.find(trial.number).user_attrs:
+        if settings_of(self.ledger.find(trial.number)):
             return None  # it is resumed
         same = self.ledger.first_with(trial.params, before=trial.number)
         if same is not None:

@@ -16,11 +16,12 @@ from lora_search.database.trial_table import TrialTable
 from lora_search.search.trials import (
     PAUSED,
     PROGRESS,
+    SETTINGS,
     UNSIGNED,
     is_held_by,
     progress_after,
     progress_of,
-    text_of,
+    settings_of,
 )
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
@@ -41,11 +42,12 @@ class HeldTrials:
             if not self.has(trial.seen):
                 return None
             settings = trial_settings(self.config, trial.seen.params)
-            text = json.dumps(asdict(settings), indent=1)  # optuna-dashboard shows lines as they are
-            if was_changed(text_of(trial.seen, "settings"), text):
+            text = json.dumps(asdict(settings))
+            if was_changed(settings_of(trial.seen), text):
                 trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
                 return None
-            trial.write({"settings": text, "reason": ""})
+            trial.keep(SETTINGS, text)
+            trial.write({"reason": ""})
         self.last_rungs[number] = settings.num_rungs
         return settings, trial.seen
 

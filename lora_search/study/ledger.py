@@ -17,6 +17,7 @@ from lora_search.search.trials import (
     never_began,
     point_of,
     progress_of,
+    settings_of,
     settled,
 )
 from lora_search.trial import Limit, StudySummary
@@ -82,7 +83,7 @@ class Ledger:
         """Return the first trial with these parameters that has not failed and either has a lower number or
         has begun: an enqueued trial may be claimed after a later one."""
         identity = point_of(params)
-        rivals = [t for t in self.open if t.number < before or "settings" in t.user_attrs]
+        rivals = [t for t in self.open if t.number < before or settings_of(t)]
         same = [t.number for t in rivals if identity_of(t) == identity]
         if identity in self._tried:
             same.append(self._tried[identity])

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_search.database.presence import worker_is_dead
 from lora_search.database.storage import explained_errors, open_storage, require_database
 from lora_search.errors import ConfigError
-from lora_search.search.trials import progress_of, settled, text_of, trial_rows
+from lora_search.search.trials import progress_of, settings_of, settled, text_of, trial_rows
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.about import attributes_of
 from lora_search.study.adoption import check_adoptable
@@ -86,7 +86,7 @@ class StudyView:
 def _settings(trial: FrozenTrial) -> TrialSettings | None:
     """Return the trial's settings; None before it begins, or if another program has overwritten them."""
     try:
-        settings = json.loads(text_of(trial, "settings"))
+        settings = json.loads(settings_of(trial))
         return TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])})
     except (ValueError, TypeError, KeyError):
         return None

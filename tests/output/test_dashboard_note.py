@@ -4,20 +4,40 @@ import json
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import optuna
 import optuna_dashboard
 import pytest
+from optuna.artifacts import FileSystemArtifactStore
 from optuna_dashboard import get_note, save_note
 
 from lora_search.database.storage import quieten_optuna
-from lora_search.output.dashboard_note import write_note, write_result
+from lora_search.output.dashboard_note import attach_files, remove_files, write_note, write_plot, write_result
 from lora_search.settings.composition import compose
 from lora_search.settings.space import parse_space
 from lora_search.study.about import attributes_of, describe
-from tests.rows import ATTRIBUTES, ROWS
+from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, ROWS
+
+
+@contextmanager
+def served(study: optuna.Study, files: Path | None = None) -> Iterator[str]:
+    """Yield the address of the dashboard's own program, in this process."""
+    store = FileSystemArtifactStore(files) if files else None
+    app = optuna_dashboard.wsgi(study._storage, artifact_store=store)
+    with make_server("127.0.0.1", 0, app, handler_class=SilentHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def fetched(address: str) -> bytes:
+    with urllib.request.urlopen(address) as answer:
+        return bytes(answer.read())
 
 
 class SilentHandler(WSGIRequestHandler):
@@ -30,14 +50,8 @@ def note() -> Iterator[str]:
     study = optuna.create_study(study_name="smoke")
     config = compose("smoke", [])
     write_note(study, config, parse_space(config), "python -m lora_search.sweep -cn smoke", 322.1)
-    app = optuna_dashboard.wsgi(study._storage)
-    with make_server("127.0.0.1", 0, app, handler_class=SilentHandler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/api/studies/0") as answer:
-            yield json.load(answer)["note"]["body"]
-        server.shutdown()
-        thread.join()
+    with served(study) as address:
+        yield json.loads(fetched(f"{address}/api/studies/0"))["note"]["body"]
 
 
 def test_the_dashboard_says_what_the_figures_mean_and_how_to_go_on(note: str) -> None:
@@ -79,6 +93,46 @@ def test_each_of_the_best_trials_says_how_it_ended(study: optuna.Study, tmp_path
     notes = {n: attrs.get(f"dashboard:{study.trials[n]._trial_id}:note_str:0", "") for n in range(len(ROWS))}
     assert notes[5] == "**best**, perplexity 8.500 (-40.1 %)"
     assert notes[7].endswith("rung 3: not among the best 7 of 9")
+
+
+def test_the_plot_has_the_base_as_a_reference_and_every_number_of_the_study(study: optuna.Study) -> None:
+    for _ in range(2):
+        write_plot(study, ROWS, BASE_PERPLEXITY)
+
+    with served(study) as address:
+        plots = json.loads(fetched(f"{address}/api/studies/0"))["plotly_graph_objects"]
+    (figure,) = [json.loads(plot["graph_object"]) for plot in plots]
+    lines = {line["name"]: line for line in figure["data"]}
+    assert lines["base model"]["y"] == [BASE_PERPLEXITY, BASE_PERPLEXITY]
+    assert lines["base model"]["x"] == [0, 12]
+    best = lines["trial 5, best (complete)"]
+    assert best["x"] == [0, *ROWS[5].perplexities]
+    assert best["y"] == [BASE_PERPLEXITY, *ROWS[5].perplexities.values()]
+    assert len(lines) == 1 + sum(bool(row.perplexities) for row in ROWS)
+
+
+def test_curves_adapter_and_report_are_the_study_s_files(study: optuna.Study, tmp_path: Path) -> None:
+    folder = tmp_path / "runs/faq"
+    (folder / "best/adapter").mkdir(parents=True)
+    (folder / "best/adapter/adapter_model.safetensors").write_bytes(b"older")
+    (folder / "report.html").write_text("<h1>faq</h1>")
+
+    attach_files(study, ROWS, ATTRIBUTES, folder)
+    (folder / "best/adapter/adapter_model.safetensors").write_bytes(b"weights")
+    attach_files(study, ROWS, ATTRIBUTES, folder)
+
+    with served(study, tmp_path / "runs/.dashboard") as address:
+        found = json.loads(fetched(f"{address}/api/studies/0"))["artifacts"]
+        files = {one["filename"]: fetched(f"{address}/artifacts/0/{one['artifact_id']}") for one in found}
+    assert sorted(files) == ["adapter_model.safetensors", "learning_curves.csv", "report.html"]
+    assert files["adapter_model.safetensors"] == b"weights"
+    assert files["report.html"] == b"<h1>faq</h1>"
+    curves = files["learning_curves.csv"].decode().splitlines()
+    assert f"5,12,{ROWS[5].perplexities[12]}" in curves
+    assert len(curves) == 1 + sum(len(row.perplexities) for row in ROWS)
+
+    remove_files(tmp_path / "runs", "faq")
+    assert list((tmp_path / "runs/.dashboard").iterdir()) == []
 
 
 def test_a_study_shows_a_dozen_attributes_and_knows_them_all(study: optuna.Study) -> None:

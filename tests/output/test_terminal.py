@@ -203,7 +203,9 @@ def test_next_steps_are_commands_that_can_be_typed(monkeypatch: pytest.MonkeyPat
 
     bin_folder = Path(sys.executable).parent
     assert steps[0] == "  report         runs/faq/report.html"
-    assert steps[2].endswith("/optuna-dashboard 'postgresql://u:***@db/my faq'")
+    assert steps[2].endswith(
+        "/optuna-dashboard --artifact-dir runs/.dashboard 'postgresql://u:***@db/my faq'"
+    )
     assert Path(steps[2].split()[1]).resolve() == bin_folder.resolve() / "optuna-dashboard"
     assert steps[3].endswith("/wandb sync runs/faq/wandb/offline-run-* runs/faq/trials/*/wandb/offline-run-*")
     assert steps[4].endswith("the same command with study.n_trials=10")
