@@ -23,6 +23,7 @@ from lora_search.errors import ConfigError
 from lora_search.files.atomic import write_file
 from lora_search.output.model_card import model_card
 from lora_search.output.terminal import Progress
+from lora_search.page.report import write_report
 from lora_search.results.ranking import base_of
 from lora_search.results.verdict import line_of_final
 from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
@@ -90,6 +91,9 @@ def final(arguments: argparse.Namespace, progress: Progress) -> None:
         add_final(found.config, read_finals(view.attributes()), record)
         training.forget(one)
         progress.event(line_of_final(record))
+    path = found.folder / "report.html"
+    write_report(view.rows(), view.attributes(), base_of(attributes), path)
+    progress.event(f"wrote {path}")
 
 
 def export_one(

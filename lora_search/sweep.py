@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +39,7 @@ from lora_search.worker.command import Command, given_overrides
 from lora_search.worker.launcher import leaving_no_folder, run_workers, told_to_launcher
 
 if TYPE_CHECKING:  # these import torch
-    from lora_search.data.rows import Pair
-    from lora_search.study.study import SweepStudy
+    pass
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -115,6 +113,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.results.ranking import base_of
     from lora_search.service.answering import score_answers_once
     from lora_search.service.metrics import check_metric
+    from lora_search.service.samples import keep_samples_once
     from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_study
@@ -141,6 +140,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                 with interrupts.after_the_pass():
                     bring_results(study.rows(), study.folder, engine.keeper.artifacts)
                     score_answers_once(engine, config, study.folder, progress, interrupts.check)
+                    keep_samples_once(engine, config, study.folder, progress, interrupts.check)
                     score_test_once(engine, config.study, study.folder, interrupts.check)
             engine.close()
         except (KeyboardInterrupt, LoraSearchError):
@@ -148,28 +148,17 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             if is_alone:
                 conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
             raise
-    pairs = engine.splits.pairs.get("validation", ())
-    del engine  # sample answers load the base once more, without packing
     if is_alone:
-        _answer_alone(study, pairs, config, progress)
+        _finish_alone(config, progress)
 
 
-def _answer_alone(
-    study: "SweepStudy", pairs: Sequence["Pair"], config: SweepConfig, progress: Progress
-) -> None:
-    """Keep sample answers to the first of the validation rows, then finish."""
+def _finish_alone(config: SweepConfig, progress: Progress) -> None:
+    """Read what was searched, for as long as it takes, and finish. Optuna keeps ended trials as they were
+    before their answers were scored."""
     from lora_search.database.outbox import Outbox
-    from lora_search.service.samples import keep_samples
     from lora_search.study.study import SweepStudy
 
-    outbox = Outbox(config.study)
-    if config.metric.name == "none":
-        found = outbox.insist(lambda: (study.rows(), study.attributes()))
-    else:  # Optuna keeps ended trials as they were before they were scored
-        found = outbox.insist(lambda: SweepStudy.read(config.study))
-    if study.is_finished:
-        keep_samples(config, study.identity.commit, found[0], pairs, progress)
-    _finish(found, config, progress)
+    _finish(Outbox(config.study).insist(lambda: SweepStudy.read(config.study)), config, progress)
 
 
 def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, progress: Progress) -> None:

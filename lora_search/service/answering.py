@@ -83,12 +83,8 @@ class Asker:
     """The engine with the questions of the validation rows."""
 
     def __init__(self, engine: Engine, config: SweepConfig, after_pass: Callable[[], None]) -> None:
-        source, identity = resolve_model(config.model), find_identity(config.study)
-        commit = identity.commit if identity else None
-        self.tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
         self.engine, self.config, self.after_pass = engine, config, after_pass
-        own = engine.model.language_model.generation_config.to_diff_dict()
-        self.ends = end_tokens(config.template, self.tokenizer, own)
+        self.tokenizer, self.ends = tokenizer_and_ends(engine, config)
         count = min(config.metric.max_rows, len(engine.splits.validation))
         examples = [engine.splits.validation[i] for i in range(count)]
         self.prompts = [list(example.input_ids[: example.num_prompt_tokens]) for example in examples]
@@ -126,6 +122,14 @@ class Asker:
         lines = [{**asdict(one), "score": score} for one, score in zip(answers, scores, strict=True)]
         write_file(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
         return scores
+
+
+def tokenizer_and_ends(engine: Engine, config: SweepConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """Return the study's tokenizer, and the tokens that end an answer."""
+    source, identity = resolve_model(config.model), find_identity(config.study)
+    tokenizer = load_tokenizer(source, pin_model(source, config.model, identity.commit if identity else None))
+    own = engine.model.language_model.generation_config.to_diff_dict()
+    return tokenizer, end_tokens(config.template, tokenizer, own)
 
 
 def reference_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, index: int) -> str:

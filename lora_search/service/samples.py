@@ -1,61 +1,82 @@
 """Sample answers for the report: base and best trial answer the same few validation questions, greedily.
 
-In plain transformers, so the answers are those of a served model. The base is loaded once more. Imports
+Over the packed base that is loaded anyway; the answers are those of plain transformers and PEFT. Imports
 torch.
 """
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from lora_search.data.rows import Pair
+from lora_search.engine.engine import Engine
+from lora_search.engine.generation import generate
 from lora_search.errors import LoraSearchError
 from lora_search.output.conclusion import one_at_a_time
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.results.samples import Sample, read_samples, write_samples
-from lora_search.service.plain import Answerer, open_answerer
+from lora_search.service.answering import decoded, reference_of, tokenizer_and_ends
+from lora_search.service.scoring import adapter_of
 from lora_search.settings.schema import SweepConfig
+from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
 MAX_NEW_TOKENS = 96
 LONGEST_PROMPT = 4096  # characters
 
 
-def keep_samples(
+def keep_samples_once(
+    engine: Engine,
     config: SweepConfig,
-    commit: str | None,
-    rows: Sequence[TrialRow],
-    pairs: Sequence[Pair],
+    folder: Path,
     progress: Progress,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer the first study.sample_answers questions with base and best trial, and write that to the
-    study's folder, unless it exists. A failure is reported and ends nothing."""
-    folder, best = Path(config.runs_dir) / config.study.name, best_of(rows)
-    chosen = [pair for pair in pairs if len(pair.prompt) <= LONGEST_PROMPT][: config.study.sample_answers]
-    if best is None or best.state != "COMPLETE" or not chosen:
-        return
+    study's folder, unless it is there or the adapter is not. A failure is reported and ends nothing."""
+    view, pairs = StudyView(config.study), engine.splits.pairs.get("validation", ())
+    short = (number for number, pair in enumerate(pairs) if len(pair.prompt) <= LONGEST_PROMPT)
+    chosen = list(islice(short, config.study.sample_answers))
+    with one_at_a_time(folder):
+        best = best_of(view.rows())
+        if best is None or best.state != "COMPLETE" or not chosen or not adapter_of(best, folder).is_dir():
+            return
+        if len(read_samples(folder, best)) >= len(chosen):
+            return
+        progress.event(f"base and trial {best.number} answer {len(chosen)} validation questions")
+        try:
+            samples = answers(engine, config, view, best, folder, chosen, after_pass)
+            write_samples(folder, best, MAX_NEW_TOKENS, samples)
+        except (LoraSearchError, OSError, RuntimeError, ValueError) as error:
+            progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
+
+
+def answers(
+    engine: Engine,
+    config: SweepConfig,
+    view: StudyView,
+    best: TrialRow,
+    folder: Path,
+    chosen: Sequence[int],
+    after_pass: Callable[[], None],
+) -> list[Sample]:
+    """Return what base and trial answer to the prompts of these validation rows, as trained."""
+    tokenizer, ends = tokenizer_and_ends(engine, config)
+    examples = [engine.splits.validation[number] for number in chosen]
+    prompts = [list(example.input_ids[: example.num_prompt_tokens]) for example in examples]
+    slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
     try:
-        with one_at_a_time(folder):
-            if len(read_samples(folder, best)) >= len(chosen):
-                return
-            progress.event(f"base and trial {best.number} answer {len(chosen)} validation questions")
-            answerer = open_answerer(config, commit, folder, [best.number], MAX_NEW_TOKENS)
-            write_samples(folder, best, MAX_NEW_TOKENS, answers(answerer, best.number, chosen, pairs))
-    except (LoraSearchError, OSError, RuntimeError, ValueError) as error:
-        progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
-
-
-def answers(answerer: Answerer, trial: int, chosen: Sequence[Pair], pairs: Sequence[Pair]) -> list[Sample]:
-    """Return the answers of base and trial to the prompts as trained."""
-    prompts = [pair.prompt for pair in chosen]
-    base, best = (answerer.complete(prompts, number) for number in (None, trial))
-    questions = without_frame(prompts, [pair.prompt for pair in pairs])
-    references = [plain_text(pair.completion, answerer.tokenizer) for pair in chosen]
-    return [Sample(*texts) for texts in zip(questions, references, base, best, strict=True)]
+        found = generate(
+            engine.model, [None, slot], prompts, ends, MAX_NEW_TOKENS, engine.tokens_per_pass, after_pass
+        )
+    finally:
+        engine.bank.release(slot)
+    of_base, of_best = ([decoded(tokenizer, ids) for ids in own] for own in found)
+    pairs = engine.splits.pairs["validation"]
+    questions = without_frame([pairs[number].prompt for number in chosen], [pair.prompt for pair in pairs])
+    references = [reference_of(engine, tokenizer, number) for number in chosen]
+    return [Sample(*texts) for texts in zip(questions, references, of_base, of_best, strict=True)]
 
 
 def without_frame(prompts: Sequence[str], all_prompts: Sequence[str]) -> list[str]:
@@ -67,9 +88,3 @@ def without_frame(prompts: Sequence[str], all_prompts: Sequence[str]) -> list[st
     begin = max(before.rfind(end) + 1 for end in "\n>]")  # the frame ends with a line or a control token
     end = min((at for mark in "\n<[" if (at := after.find(mark)) >= 0), default=len(after))
     return [text[begin : len(text) - (len(after) - end)].strip() for text in prompts]
-
-
-def plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text without control tokens."""
-    specials = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, specials)), "", text).strip() if specials else text.strip()
