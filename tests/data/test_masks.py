@@ -132,6 +132,14 @@ def test_tokens_are_those_of_plain_transformers(name: str, chat: str) -> None:
     assert list(tokenized(name, turns).input_ids) == expected
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_rendered_at_once_are_rendered_as_each_by_itself(name: str) -> None:
+    renderer = Renderer(TemplateConfig(), tokenizer_for(name))
+    rows = [Row(f"Why {i}?", "", f"{{}} So it is.\n  åäö {i}", f"rows:{i}") for i in range(4)]
+
+    assert renderer.pairs(rows) == [renderer.pair(row) for row in rows]
+
+
 @pytest.mark.parametrize(("name", "chat"), CASES)
 def test_the_loss_is_on_every_answer_and_its_end_token_and_nothing_else(name: str, chat: str) -> None:
     tokenizer, turns = tokenizer_for(name), CHATS[chat]
