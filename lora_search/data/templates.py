@@ -230,7 +230,7 @@ class Renderer:
     def _rendered_at_once(
         self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool
     ) -> list[str] | None:
-        """Render with the template that the library compiled, in a third of the library's time, which converts
+        """Render with the template that the library compiled, in a third of its time: it converts
         each message and copies its globals for each chat. Return None if it renders the first differently."""
         compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
         if compile_template is None:
