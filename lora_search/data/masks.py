@@ -1,8 +1,9 @@
 """The loss mask of conversations: finds the assistant's turns as inference would render them.
 
-The loss is on each of the assistant's turns, with its end token, and on nothing else. A turn begins at the
-end of the generation prompt after the preceding turns. If a template renders an earlier turn differently once
-others follow (without thinking, say), a mark in its place locates it. Costs two renderings per turn.
+The loss is on each of the assistant's turns after the first question, with its end token, and on nothing
+else. A turn begins at the end of the generation prompt after the preceding turns. If a template renders an
+earlier turn differently once others follow (without thinking, say), a mark in its place locates it. Costs two
+renderings per turn.
 """
 
 import copy
@@ -27,6 +28,8 @@ from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
 MARK = "7031948265000031"  # digits have no capitals, no white space, nothing to escape
+GREETING = "messages of the assistant before the first question: read, not learnt"
+NO_SYSTEM = "empty system messages, rendered as given"
 DROPPED = "answers whose thinking the template leaves out"
 Turns = Sequence[dict[str, Any]]
 
@@ -77,7 +80,11 @@ class ConversationRenderer:
         if system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
         weights = [turn.pop("weight", 1) for turn in turns]
-        learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i] > 0]
+        asked = [turn["role"] for turn in turns].index("user")  # nothing asks for what comes before
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        learnt = [i for i in answers if i > asked and weights[i] > 0]
+        self.counts[GREETING] += sum(i < asked for i in answers)
+        self.counts[NO_SYSTEM] += turns[0]["role"] == "system" and not turns[0]["content"].strip()
         return turns, learnt[-1:] if self.loss_on == "last_turn" else learnt
 
     def _check_texts(self, turns: Turns, whole: str, source: str, *, is_last_kept: bool) -> None:
@@ -185,7 +192,7 @@ class _Asker:
 
     def _fault(self, what: str) -> ConfigError:
         rule = f"the tokenizer's chat template {what} ({self.source})"
-        remedy = "Fix the tokenizer's chat_template, or leave such rows out."
+        remedy = "Leave such rows out of the file, or choose a base whose template renders them."
         return ConfigError("template.name", "chat", rule, remedy)
 
 

@@ -1,6 +1,7 @@
 """Converts a list of messages, with tool calls, to one row with the roles that chat templates use.
 
-Reads OpenAI's role/content, ShareGPT's from/value, content in parts, tool calls with JSON text.
+Reads OpenAI's role/content, ShareGPT's from/value, Gemini's role/parts, tool calls with JSON text. Any order
+of turns that some templates render is kept: the template decides when the row is rendered.
 """
 
 import json
@@ -12,14 +13,16 @@ from lora_search.reading.rows import Complaint, Record, Row
 ROLES = {
     "user": "user", "human": "user", "system": "system", "developer": "system", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "bard": "assistant",
-    "bing": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+    "bing": "assistant", "ai": "assistant", "chatbot": "assistant", "prompter": "user",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
     "function_call": "function_call", "tool_call": "function_call",
 }  # fmt: skip
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "weight")
-MAY_FOLLOW = {  # role -> roles that may follow; templates render other orders unpredictably
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
+PART_TYPES = (None, "text", "input_text", "output_text")  # of text; Gemini's parts have no type
+MAY_FOLLOW = {  # role -> roles that may follow; no template renders other orders as one would expect
+    "": ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
+    "user": ("assistant", "user"),
     "assistant": ("user",),
     "call": ("tool",),
     "tool": ("tool", "assistant", "user"),
@@ -33,18 +36,20 @@ class _BrokenTurnError(Exception):
 
 
 def conversation_row(
-    messages: Sequence[object], record: Record, *, system: str | None = None, tools: object = None
+    messages: Sequence[object], record: Record, *, system: object = None, tools: object = None
 ) -> Row | Complaint:
     """Return the row of a conversation, or why it cannot be used. Drops messages after the last answer."""
     try:
         turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
-        if system and (not turns or turns[0]["role"] != "system"):
-            turns.insert(0, {"role": "system", "content": system})
+        said = text_of(system, "its system message")
+        if said and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, {"role": "system", "content": said})
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
         if not turns:
             return Complaint("no answer", f"{record.place} has no message of the assistant to learn from.")
         _check_order(turns)
+        _check_learnable(turns)
         offered = _tools(tools)
     except _BrokenTurnError as error:
         reason, rule = error.args
@@ -66,7 +71,8 @@ def _turn(message: object, number: int) -> Turn:
     if role is None:
         known = "system, user, assistant, tool"
         raise _BrokenTurnError("unknown role", f"message {number} has the role {said!r}; known are {known}.")
-    content = _content(message.get("content", message.get("value")), number)
+    given = next((message[key] for key in ("content", "value", "parts") if key in message), None)
+    content = text_of(given, f"message {number}")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(content, number)]}
     turn: Turn = {"role": role, "content": content}
@@ -79,32 +85,47 @@ def _turn(message: object, number: int) -> Turn:
         del turn["weight"]
     if "tool_calls" in turn:
         turn["tool_calls"] = _calls(turn["tool_calls"], number)
-    if not turn["content"].strip() and not {"tool_calls"} & turn.keys() and role != "tool":
+    elif message.get("function_call"):  # as OpenAI wrote it before tool_calls
+        turn["tool_calls"] = [_call(message["function_call"], number)]
+    if not turn["content"].strip() and "tool_calls" not in turn and role not in ("tool", "system"):
         raise _BrokenTurnError("empty field", f"message {number} ({role}) is empty.")
     return turn
 
 
-def _content(content: object, number: int) -> str:
+def text_of(content: object, what: str) -> str:
     """Return the text of a message; joins text parts and refuses pictures."""
     if content is None:
         return ""
+    if isinstance(content, dict):  # Gemini's systemInstruction
+        content = content.get("parts", content)
     if isinstance(content, list):
-        kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            other = ", ".join(sorted(map(str, kinds - {"text"})))
-            raise _BrokenTurnError(
-                "wrong type", f"message {number} contains {other}; only text can be trained on."
-            )
-        content = "".join(str(part["text"]) for part in content)
+        others = sorted({_kind(part) for part in content if not _is_text(part)})
+        if others:
+            rule = f"{what} contains {', '.join(others)}; only text can be trained on."
+            raise _BrokenTurnError("wrong type", rule)
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
     if not isinstance(content, str):
         kind = type(content).__name__
-        raise _BrokenTurnError("wrong type", f"message {number} has content of type {kind}, not text.")
+        raise _BrokenTurnError("wrong type", f"{what} has content of type {kind}, not text.")
     try:
         content.encode()
     except UnicodeEncodeError:
-        rule = f"message {number} contains half a character (a lone surrogate)."
+        rule = f"{what} contains half a character (a lone surrogate)."
         raise _BrokenTurnError("broken text", rule) from None
     return content
+
+
+def _is_text(part: object) -> bool:
+    if isinstance(part, dict):
+        return isinstance(part.get("text"), str) and part.get("type") in PART_TYPES
+    return isinstance(part, str)
+
+
+def _kind(part: object) -> str:
+    """Return what a part of a message is: its type, or the key of its content (functionCall, inlineData)."""
+    if not isinstance(part, dict):
+        return type(part).__name__
+    return str(part.get("type") or next((key for key, value in part.items() if value is not None), "nothing"))
 
 
 def _calls(calls: object, number: int) -> list[Turn]:
@@ -157,6 +178,17 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(child) for key, child in value.items() if child is not None}
     return [_without_nulls(child) for child in value] if isinstance(value, list) else value
+
+
+def _check_learnable(turns: Sequence[Turn]) -> None:
+    roles = [turn["role"] for turn in turns]
+    if "user" not in roles:
+        raise _BrokenTurnError("no question", "no message is of the user, so the assistant answers nothing.")
+    answers = [turn for turn in turns[roles.index("user") :] if turn["role"] == "assistant"]
+    if not any(turn.get("weight", 1) for turn in answers):
+        raise _BrokenTurnError(
+            "no answer", "all its answers have the weight 0, so none is left to learn from."
+        )
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

@@ -26,6 +26,7 @@ LAYOUTS: tuple[
     ("sharegpt", {"messages": "conversations"}, {}),
     ("messages", {"messages": "conversation"}, {}),
     ("messages", {"messages": "chat"}, {}),
+    ("gemini", {"messages": "contents"}, {}),
     ("prompt_completion", {"instruction": "prompt", "response": "completion"}, {}),
     ("instruction_response", {"instruction": "instruction", "response": "response"}, {"context": "context"}),
     ("alpaca", {"instruction": "instruction", "response": "output"}, {"context": "input"}),
@@ -40,6 +41,7 @@ TEXTUAL = {  # columns that the model should see, unless the user says otherwise
     **dict.fromkeys(CONTEXTS, "context"), "system": "system", "system_prompt": "system", "tools": "tools",
     "functions": "tools", "history": "", "reasoning": "", "thinking": "", "explanation": "", "rationale": "",
 }  # fmt: skip
+EXTRAS = {"system": ("system", "systemInstruction", "system_instruction"), "tools": ("tools",)}
 PROSE, DISTINCT = 60, 0.5  # mean characters and share of distinct values from which a column is text
 PARTS = {"instruction": "question", "response": "answer", "messages": "messages"}
 
@@ -96,7 +98,7 @@ class Layout:
     def _conversation(self, record: Record) -> Row | Complaint:
         content = record.content
         system, tools = (content.get(self.columns.get(part, "")) for part in ("system", "tools"))
-        if system is not None and (complaint := complain(system, f'{record.place}: "system"', False)):
+        if isinstance(system, str) and (complaint := complain(system, f'{record.place}: "system"', False)):
             return complaint
         messages = self._messages(record)
         if isinstance(messages, Complaint):
@@ -206,9 +208,10 @@ def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
 def _extras(keys: Sequence[str], columns: dict[str, str], config: DataConfig) -> dict[str, str]:
     """Return the parts system and tools if columns with exactly these names exist."""
     return {
-        part: part
-        for part in ("system", "tools")
-        if part in keys and part not in columns and getattr(config.columns, part) == AUTO
+        part: key
+        for part, names in EXTRAS.items()
+        for key in names
+        if key in keys and part not in columns and getattr(config.columns, part) == AUTO
     }
 
 

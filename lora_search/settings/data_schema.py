@@ -9,7 +9,8 @@ from lora_search.settings.rules import require, require_choice, require_range
 AUTO = "auto"
 PACKAGED = "construction-faq"  # data.path of the packaged pairs
 FORMATS = (
-    AUTO, "messages", "sharegpt", "prompt_completion", "alpaca", "instruction_response", "question_answer",
+    AUTO, "messages", "sharegpt", "gemini", "prompt_completion", "alpaca", "instruction_response",
+    "question_answer",
 )  # fmt: skip
 MAX_ROWS, MAX_TOKENS = 10**9, 1_048_576  # per file; per row: no model has a longer context
 VALIDATION_ROWS = 1000  # auto: more rows cost time at every rung and separate few more trials

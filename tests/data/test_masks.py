@@ -180,6 +180,61 @@ def test_the_loss_is_where_generation_markers_say(chat: str) -> None:
     assert not any(told["assistant_masks"][len(ours) :])
 
 
+GREETING = {"role": "assistant", "content": "Hello, ask me."}
+UNUSUAL = {
+    "greeting": [GREETING, USER, ANSWER, *MORE],
+    "system, greeting": [SYSTEM, GREETING, USER, ANSWER],
+    "two questions": [USER, MORE[0], ANSWER, USER, USER, MORE[1]],
+    "empty system": [{"role": "system", "content": ""}, USER, ANSWER, *MORE],
+}
+FREE = ("llama 3.1", "chatml", "r1", "with generation markers")  # templates that render turns in any order
+
+
+@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("chat", UNUSUAL)
+def test_turns_in_an_unusual_order_are_learnt_as_the_template_renders_them(name: str, chat: str) -> None:
+    tokenizer, turns = tokenizer_for(name), UNUSUAL[chat]
+    renderer = Renderer(TemplateConfig(), tokenizer)
+    expected = tokenizer(
+        renderer._apply(turns, add_generation_prompt=False).rstrip("\n"), add_special_tokens=False
+    )["input_ids"]
+
+    example = tokenized(name, turns)
+
+    assert list(example.input_ids) == expected
+    end, first = ENDS.get(name, "<|im_end|>"), turns.index(USER)
+    answers = [turn["content"] for turn in turns[first:] if turn["role"] == "assistant"]
+    assert said(example, tokenizer) == [f"{answer}{end}" for answer in answers]
+
+
+def test_a_greeting_and_an_empty_system_message_are_counted() -> None:
+    renderer = Renderer(TemplateConfig(), tokenizer_for("chatml"))
+
+    list(tokenize_rows([row_of(UNUSUAL["greeting"]), row_of(UNUSUAL["empty system"])], renderer))
+
+    assert set(+renderer.counts) == {
+        "messages of the assistant before the first question: read, not learnt",
+        "empty system messages, rendered as given",
+    }
+
+
+ALTERNATING = (  # as Mistral's and Gemma's own templates
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("chat", ["greeting", "two questions"])
+def test_turns_in_an_order_that_a_template_refuses_are_refused_with_their_row(chat: str) -> None:
+    tokenizer = tokenizer_for("gemma")
+    tokenizer.chat_template = ALTERNATING + GEMMA
+
+    with pytest.raises(
+        ConfigError, match=r"conversation: Conversation roles must alternate \(chat.jsonl:1\)"
+    ):
+        next(tokenize_rows([row_of(UNUSUAL[chat])], Renderer(TemplateConfig(), tokenizer)))
+
+
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "area", "arguments": '{"side": 2}'}}]}
 TOOL_TURNS = [USER, CALL, {"role": "tool", "content": "4"}, ANSWER]
 OFFER = [

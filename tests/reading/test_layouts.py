@@ -32,6 +32,19 @@ LAYOUTS = [  # one row each that says the same, and how it is recognised
         "messages: messages",
     ),
     (
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": QA[0]}]},
+                {"role": "model", "parts": [{"text": QA[1]}]},
+            ]
+        },
+        "gemini: contents",
+    ),
+    (
+        {"messages": [{"role": "prompter", "content": [QA[0]]}, {"role": "bot", "content": QA[1]}]},
+        "messages: messages",
+    ),
+    (
         {"conversations": [{"from": "human", "value": QA[0]}, {"from": "gpt", "value": QA[1]}]},
         "sharegpt: conversations",
     ),
@@ -108,6 +121,31 @@ def test_tools_and_their_calls_are_read_as_templates_take_them(tmp_path: Path) -
     assert json.loads(row.tools) == tools
 
 
+def test_a_chat_of_gemini_keeps_its_system_instruction(tmp_path: Path) -> None:
+    turns = [{"role": "user", "parts": [{"text": "What is "}, {"text": "a roof?"}]}]
+    turns += [{"role": "model", "parts": [{"text": QA[1]}]}]
+    row = {"systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]}, "contents": turns}
+
+    loaded = load_rows(write(tmp_path / "vertex.jsonl", row))
+
+    assert loaded.rows[0].turns == CHAT[:3]
+    assert loaded.notes == ("vertex.jsonl: gemini: contents, systemInstruction",)
+
+
+def test_a_call_as_openai_wrote_it_before_tool_calls_is_a_tool_call(tmp_path: Path) -> None:
+    call = {
+        "role": "assistant",
+        "content": None,
+        "function_call": {"name": "area", "arguments": '{"side": 2}'},
+    }
+    told = {"role": "function", "name": "area", "content": "4"}
+
+    (row,) = load_rows(write(tmp_path / "chat.jsonl", {"messages": [USER, call, told, ASSISTANT]})).rows
+
+    assert row.turns[1]["tool_calls"][0]["function"] == {"name": "area", "arguments": {"side": 2}}
+    assert row.turns[2] == {"role": "tool", "name": "area", "content": "4"}
+
+
 def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
     (row,) = load_rows(write(tmp_path / "chat.jsonl", {"messages": [*CHAT, USER]})).rows
 
@@ -117,8 +155,14 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
 BAD_CHATS = [
     ([], "no message of the assistant"),
     ([USER], "no message of the assistant to learn from"),
-    ([ASSISTANT], "message 1 is of the assistant, after the beginning"),
-    ([USER, USER, ASSISTANT], "message 2 is of the user, after one of the user"),
+    ([ASSISTANT], "no message is of the user, so the assistant answers nothing"),
+    ([ASSISTANT, USER], "no message is of the user"),
+    ([ASSISTANT, USER, {**ASSISTANT, "weight": 0}], "all its answers have the weight 0"),
+    ([USER, CHAT[0], ASSISTANT], "message 2 is of the system, after one of the user"),
+    (
+        [USER, {"role": "model", "parts": [{"functionCall": {"name": "area"}}]}],
+        "message 2 contains functionCall; only text",
+    ),
     ([USER, ASSISTANT, ASSISTANT], "message 3 is of the assistant, after one of the assistant"),
     ([USER, {"role": "tool", "content": "4"}, ASSISTANT], "message 2 is of the tool, after one of the user"),
     (
