@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
 from lora_search.files.atomic import write_file
-from lora_search.output.model_card import model_card
+from lora_search.output.model_card import model_card, serving_lines
 from lora_search.output.terminal import Progress
 from lora_search.results.certainty import certainty_of
 from lora_search.service.exporting import adapter_here, check_target, copy_adapter, is_true, merge_to
@@ -51,6 +51,8 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
     card = model_card(row, attributes, to_base, read_test_score(attributes), merged)
     write_file(to / "README.md", card.encode())
     progress.event(f"wrote {to}")
+    lines = serving_lines(row, attributes, to, is_merged=is_merged)
+    progress.show("\n".join(["Serve or share it (docs/serving.md):", *(f"  {line}" for line in lines)]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_search import delete, export, generate, report, score, status, sweep
@@ -22,6 +23,7 @@ from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
 from lora_search.model.loading import load_tokenizer, resolve_model
+from lora_search.output.model_card import rank_option
 from lora_search.results.ranking import best_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.recorded import recorded_config
@@ -131,7 +133,7 @@ def test_a_study_whose_rows_changed_since_is_refused(typed: Callable[..., int]) 
 
 
 def test_an_exported_adapter_serves_in_plain_peft_and_its_card_says_how_good_it_is(
-    typed: Callable[..., int], tmp_path: Path
+    typed: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best, _ = study_now()
 
@@ -145,6 +147,31 @@ def test_an_exported_adapter_serves_in_plain_peft_and_its_card_says_how_good_it_
     assert "test split, 65 rows" in card
     assert "tokenizer.json" in {path.name for path in (tmp_path / "served").iterdir()}
     assert (" --max-lora-rank 32" in card) == (best.params["lora.r"] == 32)
+    said = " ".join(capsys.readouterr().out.split())
+    rank = " --max-lora-rank 32" if best.params["lora.r"] == 32 else ""
+    assert f"--enable-lora{rank} --lora-modules smoke={tmp_path}/served" in said
+
+
+def test_an_exported_adapter_has_what_vllm_asks_for_and_nothing_that_it_refuses(
+    typed: Callable[..., int], tmp_path: Path
+) -> None:
+    assert typed(export.main, f"to={tmp_path}/served") == 0
+
+    config = json.loads((tmp_path / "served/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "served/adapter_model.safetensors")
+    assert (config["peft_type"], config["bias"], config["use_dora"]) == ("LORA", "none", False)
+    assert config["modules_to_save"] is config["trainable_token_indices"] is None
+    names = {re.sub(r"^base_model\.model\.model\.layers\.\d+\.\w+\.", "", name) for name in tensors}
+    assert names == {
+        f"{target}.lora_{side}.weight" for target in config["target_modules"] for side in ("A", "B")
+    }
+
+
+@pytest.mark.parametrize(
+    ("rank", "option"), [(8, ""), (16, ""), (24, " --max-lora-rank 32"), (300, " --max-lora-rank 320")]
+)
+def test_vllm_is_told_of_ranks_above_its_default(rank: int, option: str) -> None:
+    assert rank_option(rank) == option
 
 
 def test_merged_weights_give_the_studys_perplexity_without_peft(

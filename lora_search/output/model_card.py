@@ -1,7 +1,9 @@
 """The model card of an exported adapter or merged model: what it is, how good, how to load it. Pure."""
 
 import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
@@ -63,7 +65,7 @@ VLLM = """
 With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER`
 """
 SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
-VLLM_RANK = 16  # vLLM's default limit
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank; the first is its default
 
 
 def model_card(
@@ -80,9 +82,7 @@ def model_card(
     settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
-    rank = settings.get("lora.r")
-    needs_rank = isinstance(rank, int) and rank > VLLM_RANK
-    serve = VLLM.format(base=base, study=study, rank=f" --max-lora-rank {rank}" if needs_rank else "")
+    serve = VLLM.format(base=base, study=study, rank=rank_option(settings.get("lora.r")))
     kind = "Merged model" if merged else "LoRA adapter"
     facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
     if final:
@@ -105,6 +105,29 @@ def model_card(
         settings="\n".join(f"| `{key}` | {show_value(value)} |" for key, value in shown.items()),
         data="\n".join(f"- {key}: {value}" for key, value in facts.items()) or "- not recorded",
     )
+
+
+def rank_option(rank: object) -> str:
+    """Return vLLM's option for adapters of a rank above its default."""
+    needed = [known for known in VLLM_RANKS if isinstance(rank, int) and known >= rank]
+    return f" --max-lora-rank {needed[0]}" if needed and needed[0] > VLLM_RANKS[0] else ""
+
+
+def serving_lines(
+    row: TrialRow, attributes: Mapping[str, str], folder: Path, *, is_merged: bool
+) -> list[str]:
+    """Return the commands that serve an exported folder."""
+    place, name = shlex.quote(str(folder)), shlex.quote(attributes.get("study", "adapter"))
+    if is_merged:
+        served = [
+            f"vllm serve {place}",
+            f"python convert_hf_to_gguf.py {place} --outtype f16 --outfile {name}.gguf",
+        ]
+    else:
+        rank = rank_option((recorded_values(attributes) | row.params).get("lora.r"))
+        base = shlex.quote(attributes.get("base_model", "BASE"))
+        served = [f"vllm serve {base} --enable-lora{rank} --lora-modules {name}={place}"]
+    return [*served, f"hf upload ME/{name} {place}"]
 
 
 def final_lines(
