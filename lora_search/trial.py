@@ -201,6 +201,7 @@ class TrialRow:
     recovery: str = ""  # which problems its checkpoint had when it was resumed
     began: float | None = None  # epoch seconds; None before it begins
     ended: float | None = None
+    worker: str = ""  # the process that trained it last
     metric: "AnswerScore | None" = None  # None: its answers were not scored
 
 

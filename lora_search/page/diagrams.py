@@ -30,7 +30,8 @@ STEPS = (5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 864
 
 
 def timeline(lanes: Lanes, best: TrialRow | None) -> str:
-    """Return which slot trained which trial when; gaps are idle time, dashed lines later starts."""
+    """Return which slot trained which trial when; gaps are idle time, dashed lines later starts, or between
+    workers."""
     shown, left, foot = lanes.lanes[:MOST_LANES], 40, 34
     bottom = LANE * len(shown)
     x = Axis(0.0, lanes.seconds or 1.0, left, WIDE - 14)
@@ -39,6 +40,7 @@ def timeline(lanes: Lanes, best: TrialRow | None) -> str:
     parts += [text_at(x.at(t), bottom + 16, show_seconds(t)) for t in range(0, int(lanes.seconds) + 1, step)]
     parts += [upright(t_px, 0, bottom, "line base") for t_px in map(x.at, lanes.breaks)]
     parts += [text_at(left - 8, LANE * i + 13, str(i + 1), "end") for i in range(len(shown))]
+    parts += [f'<path class="line base" d="M0 {LANE * i}H{WIDE}"/>' for i in lanes.bounds if i < len(shown)]
     has_titles = sum(map(len, shown)) <= MOST_TITLES
     for i, lane in enumerate(shown):
         for bar in lane:

@@ -32,6 +32,7 @@ from lora_search.study.about import LENGTHS
 from lora_search.trial import TrialRow
 
 KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")
+MOST_COLUMNS = 5  # of settings beside the results, at 1,280 pixels; more become rows of a table of their own
 MOST_ROWS = 200  # of the leaderboard, and of what was stopped: a page of a thousand trials is read by nobody
 
 
@@ -80,17 +81,21 @@ def pictures(
 ) -> dict[str, object]:
     """Return the charts by their names on the page; empty ones if there is nothing to draw."""
     keys, mattered, lanes = searched_keys(rows), importances(rows), lanes_of(rows, attributes)
+    varying, same = split_keys(rows)
+    columns = varying if len(varying) <= MOST_COLUMNS else []
     epoch_rungs = attributes.get("setting/sweep.train.evals_per_epoch", "")
     return {
-        "keys": keys,
-        "heads": short_names(keys),
+        "keys": columns,
+        "heads": short_names(columns),
+        "below": [] if columns else varying,
+        "same": same,
         "curves": learning_curves(
             rows, best, base_perplexity, int(epoch_rungs) if epoch_rungs.isdigit() else None
         ),
         "charts": [parameter_chart(rows, best, base_perplexity, key) for key in keys],
         "mattered": mattered,
         "importance": importance_chart(mattered),
-        "parallel": parallel(ranked(rows), best, split_keys(rows)[0], base_perplexity),
+        "parallel": parallel(ranked(rows), best, varying, base_perplexity),
         "lanes": lanes,
         "timeline": timeline(lanes, best) if lanes else "",
         "lengths": length_chart(json.loads(attributes.get(LENGTHS, "{}"))),

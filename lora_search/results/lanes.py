@@ -1,12 +1,14 @@
 """When each trial trained: trials in lanes, over the time in which any worker was running.
 
-Which slot a trial had is not recorded: a lane holds trials that do not overlap, so that there are as many
-lanes as trials ran at once. Pure.
+Which slot a trial had is not recorded: a lane holds trials of one worker that do not overlap, so that each
+worker has as many lanes as it trained trials at once. A worker that began when another had ended takes its
+lanes. Pure.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lora_search.trial import TrialRow
 
@@ -24,16 +26,23 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lanes:
-    """``seconds``: in which any worker was running; ``breaks``: starts after the first."""
+    """``seconds``: in which any worker was running; ``breaks``: starts after the first; ``sizes``: how many
+    lanes each worker has, in their order."""
 
     lanes: list[list[Bar]]
     seconds: float
     breaks: list[float]
+    sizes: list[int]
 
     @property
     def set_up(self) -> float:
         """Seconds until the first trial began."""
         return min(lane[0].begin for lane in self.lanes)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Before which lanes another worker's begin."""
+        return list(accumulate(self.sizes))[:-1]
 
     @property
     def last(self) -> float:
@@ -55,13 +64,33 @@ def lanes_of(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> Lanes |
     if not timed or not worked:
         return None
     now = worked[-1][1]
-    lanes: list[list[Bar]] = []
+    bars: dict[str, list[Bar]] = {}
     for began, row in sorted(timed, key=lambda pair: (pair[0], pair[1].number)):
         bar = Bar(row, at_work(began, worked), at_work(row.ended or now, worked))
+        bars.setdefault(row.worker, []).append(bar)
+    groups = [packed(own) for own in in_turn(bars.values())]
+    starts = [sum(end - begin for begin, end in worked[:i]) for i in range(1, len(worked))]
+    lanes = [lane for group in groups for lane in group]
+    return Lanes(lanes, at_work(now, worked), starts, [len(group) for group in groups])
+
+
+def packed(bars: Iterable[Bar]) -> list[list[Bar]]:
+    """Return the bars, which are in the order of their beginning, in as few lanes as hold them."""
+    lanes: list[list[Bar]] = []
+    for bar in bars:
         free = next((lane for lane in lanes if lane[-1].end <= bar.begin), None)
         lanes.append([bar]) if free is None else free.append(bar)
-    starts = [sum(end - begin for begin, end in worked[:i]) for i in range(1, len(worked))]
-    return Lanes(lanes, at_work(now, worked), starts)
+    return lanes
+
+
+def in_turn(workers: Iterable[list[Bar]]) -> list[list[Bar]]:
+    """Return the bars of workers that ran at the same time apart, of workers after one another together."""
+    places: list[list[Bar]] = []
+    for own in workers:
+        ended = (place for place in places if max(bar.end for bar in place) <= own[0].begin)
+        free = next(ended, None)
+        places.append(own) if free is None else free.extend(own)
+    return places
 
 
 def spans_of(attributes: Mapping[str, str]) -> list[Span]:

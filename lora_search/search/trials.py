@@ -45,6 +45,7 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         recovery=text_of(trial, "recovery"),
         began=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+        worker=text_of(trial, "worker"),
     )
 
 

@@ -39,7 +39,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def full(row: TrialRow) -> TrialRow:
     more: dict[str, object] = dict.fromkeys(KEYS, 0.1 * (row.number % 5 + 1))
     began = 1020.0 + 40 * (row.number // 4)
-    return replace(row, params={**row.params, **more}, began=began, ended=began + 35)
+    return replace(
+        row,
+        params={**row.params, **more},
+        began=began,
+        ended=began + 35,
+        worker=f"host:{row.number % 2}",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,7 @@ def test_nothing_fails_and_nothing_runs_out_of_the_window(browser: str, page: Pa
     assert all(
         set(name.split()) & {"wide"} or name == "" for name in seen.scrolled
     )  # tables and figures only
+    assert width < 1280 or "wide" not in seen.scrolled  # 11 searched settings fit a desk
 
 
 def test_it_prints_whole_on_a4(browser: str, page: Path) -> None:

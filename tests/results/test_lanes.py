@@ -25,6 +25,17 @@ def test_trials_lie_in_as_many_lanes_as_ran_at_once() -> None:
     assert lanes.busy == pytest.approx((40 + 20 + 60 + 40) / (2 * 90))
 
 
+def test_workers_have_lanes_of_their_own_unless_one_followed_the_other() -> None:
+    spans = [(0, 110, 150, "a"), (1, 110, 130, "b"), (2, 135, 190, "b"), (3, 160, 190, "c")]
+    rows = [replace(trial(n, begin, end), worker=worker) for n, begin, end, worker in spans]
+
+    lanes = lanes_of(rows, {"worked": json.dumps([[100, 200]])})
+
+    assert lanes is not None
+    assert [[bar.row.number for bar in lane] for lane in lanes.lanes] == [[0, 3], [1, 2]]
+    assert (lanes.sizes, lanes.bounds) == ([1, 1], [1])
+
+
 def test_the_night_between_two_starts_is_left_out() -> None:
     rows = [trial(0, 110, 50_020)]
 
