@@ -214,9 +214,12 @@ def curves_as_csv(rows: Sequence[TrialRow]) -> str:
 
 
 def remove_files(runs_dir: Path, study_id: str) -> None:
-    """Delete the study's files for the dashboard."""
+    """Delete the study's files for the dashboard, and their folder where no other study has any."""
+    place = artifact_folder(runs_dir)
     for name in FILES:
-        (artifact_folder(runs_dir) / artifact_id(study_id, name)).unlink(missing_ok=True)
+        (place / artifact_id(study_id, name)).unlink(missing_ok=True)
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
 
 
 @dataclass(frozen=True)
