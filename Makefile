@@ -44,7 +44,6 @@ format: $(READY)  ## mend format and style (seconds)
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: $(READY)  ## measure against TRL + PEFT, what pruning and whole searches gain, what the study and our operations cost (about 30 minutes)
-	@$(BIN)/python -c 'import trl' 2>/dev/null || $(PIP) --editable '.[bench]'
 	@for part in training pruning search study ops data; do $(BIN)/python -m tests.benchmarks.$$part || exit 1; done
 
 dashboard: $(READY)  ## open optuna-dashboard on http://127.0.0.1:8080 or PORT=... (until Ctrl-C)

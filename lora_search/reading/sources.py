@@ -190,23 +190,7 @@ def _tables(
 ) -> list[Source]:
     """Return the splits of a data set to use: the requested one, or those with common names."""
     found.heeded.add("split")
-    chosen = {table_name: split or SPLITS.get(table_name, "") for table_name in tables}
-    if config.split is not None and key == "data.path":
-        if config.split not in tables:
-            there = ", ".join(tables) if list(tables) != [""] else "none"
-            raise DataError(f"data.split: {name} has no split {config.split!r}. There are: {there}.")
-        chosen = {config.split: "train" if _has_others(chosen, config.split) else ""} | {
-            other: kind
-            for other, kind in chosen.items()
-            if kind in ("validation", "test") and other != config.split
-        }
-    elif split:
-        chosen = {t: s for t, s in chosen.items() if SPLITS.get(t, split) == split} or chosen
-    elif "train" in chosen.values():
-        chosen = {t: s for t, s in chosen.items() if s}
-    elif len(tables) > 1:
-        there = ", ".join(tables)
-        raise DataError(f"data.split: {name} has no split called train. Choose one of: {there}.")
+    chosen = _chosen(tables, name, key, config, split)
     found.counts["rows of other splits left unread"] += sum(
         len(t) for n, t in tables.items() if n not in chosen
     )
@@ -223,8 +207,39 @@ def _tables(
     ]
 
 
-def _has_others(chosen: Mapping[str, str], split: str) -> bool:
-    return any(kind in ("validation", "test") for name, kind in chosen.items() if name != split)
+def _chosen(tables: Mapping[str, Any], name: str, key: str, config: DataConfig, split: str) -> dict[str, str]:
+    """Return table -> split of the tables to use. DataError if that cannot be told from their names."""
+    if config.split is not None and key == "data.path":
+        if config.split not in tables:
+            there = ", ".join(tables) if list(tables) != [""] else "none"
+            raise DataError(f"data.split: {name} has no split {config.split!r}. There are: {there}.")
+        others = _beside(config.split, tables)
+        return {config.split: "train" if others else "", **others}
+    if split:
+        kinds = {table: split_of(table) or split for table in tables}
+        return {table: kind for table, kind in kinds.items() if kind == split} or dict.fromkeys(tables, split)
+    if len(tables) == 1:
+        return {table: split_of(table) for table in tables}
+    usual = [table for table in tables if SPLITS.get(table) == "train"]
+    training = usual or [table for table in tables if split_of(table) == "train"]
+    if len(training) == 1:
+        return {training[0]: "train", **_beside(training[0], tables)}
+    what = f"several splits to train on: {', '.join(training)}" if training else "no split called train"
+    remedy = f"Choose one, e.g. data.split={(training or list(tables))[0]}"
+    there = "" if training else f" There are: {', '.join(tables)}."
+    raise DataError(f"data.split: {name} has {what}.{there} {remedy}.")
+
+
+def _beside(training: str, tables: Mapping[str, Any]) -> dict[str, str]:
+    """Return the validation and test tables that belong to a training table: test_sft to train_sft."""
+    ending = _ending(training)
+    kinds = {table: split_of(table) for table in tables if table != training and _ending(table) == ending}
+    return {table: kind for table, kind in kinds.items() if kind in ("validation", "test")}
+
+
+def _ending(table: str) -> str:
+    """Return what follows the split in a table's name: "_sft" of train_sft."""
+    return re.sub(r"^[a-z]+", "", table.lower()) if split_of(table) else ""
 
 
 def _digest(files: Sequence[Path]) -> str:

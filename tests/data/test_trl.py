@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import trl
 from transformers import PreTrainedTokenizerFast
 
 from lora_search.data.rows import Example
@@ -15,8 +16,7 @@ from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.load import load_rows
 from lora_search.settings.schema import DataConfig, TemplateConfig
 
-trl = pytest.importorskip("trl", reason="TRL is in the extra: pip install 'lora-search[bench]'")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of another library's training set-up
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of another library's set-up
 
 MARKED = CHATML.replace(
     "{{ message['content'] }}<|im_end|>\n",

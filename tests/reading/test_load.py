@@ -110,11 +110,54 @@ def test_a_saved_data_set_without_train_asks_for_a_split(tmp_path: Path) -> None
         tmp_path / "d"
     )
 
-    assert "data.split: d has no split called train. Choose one of: a, b." in refusal(
-        DataConfig(path=str(tmp_path / "d"))
+    assert (
+        "data.split: d has no split called train. There are: a, b. Choose one, e.g. data.split=a."
+        in refusal(DataConfig(path=str(tmp_path / "d")))
     )
     assert "no split 'c'. There are: a, b." in refusal(DataConfig(path=str(tmp_path / "d"), split="c"))
     assert len(read(DataConfig(path=str(tmp_path / "d"), split="b"))[0]) == 7
+
+
+def saved(path: Path, *names: str) -> str:
+    """Write a data set whose splits have 1, 2, 3, ... rows."""
+    parts = {name: datasets.Dataset.from_list(ROWS[: i + 1]) for i, name in enumerate(names)}
+    datasets.DatasetDict(parts).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "expected"),
+    [
+        (("train_sft", "test_sft"), {}, {"train": 1, "test": 2}),
+        (("train", "val", "test"), {}, {"train": 1, "validation": 2, "test": 3}),
+        (("train", "dev"), {}, {"train": 1, "validation": 2}),
+        (("train", "eval", "train_small"), {}, {"train": 1, "validation": 2}),
+        (("train_sft", "test_sft", "train_gen", "test_gen"), {"split": "train_gen"}, {"train": 3, "test": 4}),
+        (("all", "validation"), {"split": "all"}, {"train": 1, "validation": 2}),
+        (("train_sft",), {}, {"train": 1}),
+    ],
+)
+def test_splits_are_found_by_the_names_that_hubs_give_them(
+    tmp_path: Path, names: tuple[str, ...], data: dict[str, str], expected: dict[str, int]
+) -> None:
+    loaded = load_rows(DataConfig(path=saved(tmp_path / "d", *names), **data))
+
+    assert Counter(row.split for row in loaded.rows) == expected
+    used = [note.partition(": ")[0] for note in loaded.notes]
+    assert len(used) == len(expected)
+    assert all(f"({split})" in note for split, note in zip(expected, used, strict=True))
+
+
+@pytest.mark.parametrize("others", [(), ("validation",)])
+def test_several_splits_to_train_on_are_refused_with_a_choice(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    config = DataConfig(path=saved(tmp_path / "d", "train_sft", "train_gen", *others))
+
+    assert refusal(config) == (
+        "data.split: d has several splits to train on: train_sft, train_gen. "
+        "Choose one, e.g. data.split=train_sft."
+    )
 
 
 def test_files_of_the_users_own_splits_are_read_beside_the_path(tmp_path: Path) -> None:
