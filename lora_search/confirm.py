@@ -6,6 +6,13 @@ Retrains the best trials with fresh seeds and compares them. Imports torch only 
 import argparse
 import sys
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("confirm")
+
+# isort: split
+
 from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
 from lora_search.output.overview import confirmed_table

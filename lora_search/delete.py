@@ -8,6 +8,13 @@ import shutil
 import sys
 from collections.abc import Mapping
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("delete")
+
+# isort: split
+
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing

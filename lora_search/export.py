@@ -9,6 +9,13 @@ import math
 import sys
 from pathlib import Path
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("export")
+
+# isort: split
+
 from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
 from lora_search.files.atomic import write_file
 from lora_search.output.model_card import model_card, serving_lines

@@ -9,6 +9,13 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("final")
+
+# isort: split
+
 from lora_search.command_line import (
     FoundStudy,
     chosen_trial,

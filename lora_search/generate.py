@@ -11,6 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("generate")
+
+# isort: split
+
 from lora_search.command_line import (
     chosen_trial,
     find_study,

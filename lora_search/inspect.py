@@ -7,6 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("inspect")
+
+# isort: split
+
 from lora_search.command_line import run, study_parser
 from lora_search.errors import ConfigError
 from lora_search.inspection import coloured, cut_table, histogram, page, shown_row

@@ -3,6 +3,13 @@
 import argparse
 import sys
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("list")
+
+# isort: split
+
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.output.terminal import Progress
 from lora_search.status import show_all

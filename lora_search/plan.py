@@ -12,6 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("plan")
+
+# isort: split
+
 from lora_search.command_line import run, study_parser
 from lora_search.output.forecast_text import forecast_lines, write_forecast
 from lora_search.output.terminal import Progress

@@ -7,6 +7,13 @@ import argparse
 import json
 import sys
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("report")
+
+# isort: split
+
 from lora_search.command_line import find_study, run, study_parser
 from lora_search.files.atomic import write_file
 from lora_search.output.terminal import Progress

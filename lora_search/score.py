@@ -6,6 +6,13 @@ A sweep does this by itself when it ends. Imports torch only to compute.
 import argparse
 import sys
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("score")
+
+# isort: split
+
 from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.errors import ConfigError, StudyError
 from lora_search.output.terminal import Progress

@@ -4,6 +4,13 @@ import argparse
 import sys
 from dataclasses import replace
 
+from lora_search.output.streams import greet
+
+if __name__ == "__main__":  # the imports below take a second or more
+    greet("status")
+
+# isort: split
+
 from lora_search.command_line import FoundStudy, find_study, run, study_parser
 from lora_search.output.overview import studies_table, study_page
 from lora_search.output.terminal import Progress

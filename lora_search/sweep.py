@@ -11,10 +11,12 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.output.streams import greet
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
 
 if __name__ == "__main__":  # the imports below take half a second, torch even longer
     interrupts = Interrupts().listen()
+    greet("sweep")
 
 # isort: split
 

@@ -1,5 +1,6 @@
 """`lora-search COMMAND` is `python -m lora_search.COMMAND`, and finds a study by its name alone."""
 
+import os
 import re
 import subprocess
 import sys
@@ -69,3 +70,15 @@ def test_a_study_is_found_by_its_name_and_storage_alone_wherever_the_options_are
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
         assert report.main() == 0, capsys.readouterr().out
         (tmp_path / "runs/s/report.html").unlink()
+
+
+def test_a_terminal_sees_at_once_that_a_command_has_begun(tmp_path: Path) -> None:
+    ours, its = os.openpty()
+    command = [sys.executable, "-m", "lora_search.status", "--help"]
+
+    subprocess.run(command, stdout=its, stderr=its, cwd=tmp_path, check=True)
+
+    os.close(its)
+    shown = os.read(ours, 4096)
+    os.close(ours)
+    assert shown.startswith(b"lora-search status ...\r\x1b[Kusage: lora-search status")

@@ -23,6 +23,24 @@ CONTROL = (
 NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF)  # head has seen enough, the terminal is closed: no fault
 
 
+def greet(command: str) -> None:
+    """Show in a terminal that a command has begun: its libraries take a second or more to load."""
+    to_terminal(f"lora-search {command} ...")
+
+
+def take_back_greeting() -> None:
+    """Clear the line for what the command has to say."""
+    to_terminal("\r\x1b[K")
+
+
+def to_terminal(text: str) -> None:
+    """Write to standard error where that is a terminal."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
 def clean(text: str) -> str:
     """Return the text with control characters shown as escapes: \\x1b."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -92,6 +110,7 @@ def guarded_streams() -> Iterator[Outlet]:
     An exception that nobody expected is a bug: its traceback goes to standard error, secrets left out.
     """
     open_missing_streams()
+    take_back_greeting()
     before = sys.stdout, sys.stderr
     out, err = Outlet(sys.stdout), Outlet(sys.stderr, is_plain=True)
     sys.stdout, sys.stderr = out, err
