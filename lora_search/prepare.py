@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,14 +156,14 @@ def read_inputs(
     config: SweepConfig,
     rows: Loaded,
     identity: Identity | None,
-    targets: Sequence[tuple[str, ...]] = (),
+    room: Room | None = None,
     watch: Watch = unwatched,
 ) -> Inputs:
     """Return rows, tokenizer and template as the model will see them. A hub id stays at the commit that the
     study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
-    num_embeddings, width = check_outline(source, model, targets)
+    num_embeddings, width = check_outline(source, model, *((room.targets, room.patterns) if room else ((),)))
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer, watch=watch)
     used = used_tokens(splits.parts)
@@ -216,7 +216,7 @@ def prepare_sweep(
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")
     room = Room.of_space(config, space)
-    inputs = read_inputs(config, rows, identity, room.targets, progress.watch)
+    inputs = read_inputs(config, rows, identity, room, progress.watch)
     for line in [*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))]:
         progress.event(line)
     check_inputs(config, space, inputs, identity)

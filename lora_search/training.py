@@ -60,9 +60,9 @@ def train(
         )
         for i, trial in enumerate(chosen)
     ]
-    rows, source = load_rows(config.data), resolve_model(config.model)
+    rows, source, room = load_rows(config.data), resolve_model(config.model), Room.of(chosen)
     model = pin_model(source, config.model)
-    num_embeddings, _ = check_outline(source, model, Room.of(chosen).targets)
+    num_embeddings, _ = check_outline(source, model, room.targets, room.patterns)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
     check_vocabulary(config.model.path, used_tokens(splits.parts), tokenizer, num_embeddings)
@@ -71,7 +71,7 @@ def train(
     before = content_before_loading(config, source, model, tokenizer, splits)
     base = load_base(source, model, config.engine)
     content = content_of(before, base, model, tokenizer)
-    engine, _ = build_engine(config, Room.of(chosen), base, splits, content)
+    engine, _ = build_engine(config, room, base, splits, content)
     yield from train_all(engine, runs, stop)
 
 

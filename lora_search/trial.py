@@ -5,12 +5,14 @@ A *rung* is a point on the data axis; rung k means "k / evals_per_epoch epochs o
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
+Pattern = tuple[tuple[str, int | float], ...]  # (end of a layer's name, as PEFT matches it; value)
+PATTERN, LAYERS = "re:", "layers:"  # how target_modules writes a regular expression, and a limit to layers
 EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
 
@@ -21,7 +23,7 @@ class TrialSettings:
     r: int
     alpha: float
     dropout: float
-    target_modules: tuple[str, ...]  # ("all-linear",) means every linear layer of the decoder
+    target_modules: tuple[str, ...]  # names, "all-linear" or "re:" and a pattern; "layers:0,1" limits them
     use_rslora: bool
     lr: float
     weight_decay: float
@@ -36,6 +38,15 @@ class TrialSettings:
     epochs: int
     evals_per_epoch: int
     early_stopping_patience: int | None  # in rungs
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    init: str = "kaiming"
+    warmup_steps: int | None = None  # in place of warmup_ratio
+    min_lr_ratio: float = 0.0
+    decay_ratio: float = 0.2  # wsd: share of the steps in which the rate falls
+    lora_plus_ratio: float = 1.0
+    neftune_alpha: float = 0.0
+    label_smoothing: float = 0.0
 
     @property
     def examples_per_step(self) -> int:
@@ -45,6 +56,27 @@ class TrialSettings:
     @property
     def num_rungs(self) -> int:
         return self.epochs * self.evals_per_epoch
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Return how many optimizer steps the warm-up takes."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(total_steps * self.warmup_ratio)
+
+    def record(self) -> dict[str, object]:
+        """Return the settings for JSON, without those that have a default and are at it: records and digests
+        stay as they were before there was such a setting."""
+        optional = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {k: v for k, v in asdict(self).items() if k not in optional or v != optional[k]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "TrialSettings":
+        """Return the settings that `record` gave, also after JSON. Raises TypeError."""
+        return cls(**{key: _as_tuple(value) for key, value in record.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,10 @@ BAD_INPUT = [
     (["lora.r=0"], r"lora.r: must be in \[1, 4096\], got 0"),
     (["lora.alpha=two"], "lora.alpha: must be a number > 0 or a multiple of r"),
     (["lora.dropout=1.5"], r"lora.dropout: must be in \[0, 1\), got 1.5"),
-    (["lora.target_modules=q_proj"], r"lora.target_modules: must be a list of layer names or all-linear"),
+    (
+        ["lora.target_modules=q_proj"],
+        r"lora.target_modules: must be a list of layer names, all-linear or a regular expression",
+    ),
     (["lora.target_modules=[query]"], "the model has no layer 'query'. There are: down_proj, gate_proj"),
     (["lora.target_modules=[embed_tokens]"], "model.embed_tokens is a Embedding"),
     (

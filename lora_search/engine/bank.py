@@ -1,9 +1,9 @@
 """The slot bank: the adapters of all slots over one frozen base, converted to and from PEFT's names.
 
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
-A slot's adapters are one flat row of theta_SP: per layer A [R, D], then B transposed [R, O], sized for the
-largest rank; entries that a trial does not use stay zero. Optimizer and checkpoint work on rows, the layers
-on views into them, in the dtype of the base.
+A slot's adapters are one flat row of theta_SP: A [R, D] of every layer, then B transposed [R, O] of every
+layer, sized for the largest rank; entries that a trial does not use stay zero. Optimizer and checkpoint work
+on rows, the layers on views into them, in the dtype of the base.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora_search.files.peft import lora_scaling
+from lora_search.files.peft import lora_rank, lora_scaling
 from lora_search.ops.lora import AddAdapters, AddGrouped, Dense, LayerBank, Plan, SlotAdapter
 from lora_search.trial import TrialSettings
 
@@ -83,7 +83,8 @@ class SlotBank:
         self.is_grouped = fits_grouped(device, dtype, self.shapes) if is_grouped is None else is_grouped
         self.max_rank = -(-max_rank // ALIGNED) * ALIGNED if self.is_grouped else max_rank
         max_rank = self.max_rank
-        num_parameters = max_rank * sum(d_in + d_out for d_in, d_out in self.shapes)
+        self.start_of_b = max_rank * sum(d_in for d_in, _ in self.shapes)
+        num_parameters = self.start_of_b + max_rank * sum(d_out for _, d_out in self.shapes)
         self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
         self.grad_SP = torch.zeros_like(self.theta_SP)
         self.used_SP = self.theta_SP.to(dtype)  # the matmuls' copy; in float32 it is theta itself
@@ -95,10 +96,9 @@ class SlotBank:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
 
-    def scaling(self, slot: int | None) -> float:
-        """Return the scale of the slot's adapters while dropout is off; 0 if it has none."""
-        held = (adapters[slot].scaling for adapters in self.adapters if slot in adapters)
-        return next(held, 0.0)
+    def scalings(self, slot: int | None) -> tuple[float, ...]:
+        """Return the scale of the slot's adapter on each layer while dropout is off; 0 where it has none."""
+        return tuple(adapters[slot].scaling if slot in adapters else 0.0 for adapters in self.adapters)
 
     def remove(self, model: nn.Module) -> None:
         """Restore the model's own layers."""
@@ -107,41 +107,46 @@ class SlotBank:
             setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
 
     def views(
-        self, row_P: torch.Tensor, r: int, names: Sequence[str]
+        self, row_P: torch.Tensor, settings: TrialSettings, names: Sequence[str]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (layer index, A [r, D], B transposed [r, O]) as views into one slot's row."""
-        start = 0
-        for index, (d_in, d_out) in enumerate(self.shapes):
-            middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
+        for index, (places, (d_in, d_out)) in enumerate(zip(self._places(), self.shapes, strict=True)):
             if self.names[index] in names:
-                yield index, row_P[start:middle].view(-1, d_in)[:r], row_P[middle:end].view(-1, d_out)[:r]
-            start = end
+                r = lora_rank(settings, self.names[index])
+                yield index, row_P[places[0]].view(-1, d_in)[:r], row_P[places[1]].view(-1, d_out)[:r]
+
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Yield where A and B of each layer are in a row."""
+        a, b = 0, self.start_of_b
+        for d_in, d_out in self.shapes:
+            yield slice(a, a + self.max_rank * d_in), slice(b, b + self.max_rank * d_out)
+            a, b = a + self.max_rank * d_in, b + self.max_rank * d_out
 
     def _stacked_views(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield A [S, R, D], B transposed [S, R, O] and their gradients, layer by layer."""
-        start = 0
-        for d_in, d_out in self.shapes:
-            middle, end = start + self.max_rank * d_in, start + self.max_rank * (d_in + d_out)
-            places = ((slice(start, middle), d_in), (slice(middle, end), d_out))
+        for places, widths in zip(self._places(), self.shapes, strict=True):
             yield tuple(
                 bank_SP[:, place].unflatten(1, (self.max_rank, width))
                 for bank_SP in (self.used_SP, self.grad_SP)
-                for place, width in places
+                for place, width in zip(places, widths, strict=True)
             )
-            start = end
 
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
-        """Give the slot fresh adapters on the named layers: A uniform as in PEFT (Kaiming, a = sqrt 5), B
-        zero."""
+        """Give the slot fresh adapters on the named layers: A as PEFT draws it (Kaiming uniform with a =
+        sqrt 5, or Gaussian), B zero."""
         self.release(slot)
         generator = torch.Generator().manual_seed(seed)
         banks = (self.theta_SP, self.used_SP, self.grad_SP)
-        views = (self.views(bank[slot], settings.r, names) for bank in banks)
+        views = (self.views(bank[slot], settings, names) for bank in banks)
         for (index, a_RD, _), (_, *used), (_, *grads) in zip(*views, strict=True):
-            bound = 1.0 / math.sqrt(a_RD.shape[1])
-            a_RD.copy_(torch.empty(a_RD.shape).uniform_(-bound, bound, generator=generator))
+            fresh, bound = torch.empty(a_RD.shape), 1.0 / math.sqrt(a_RD.shape[1])
+            if settings.init == "gaussian":
+                a_RD.copy_(fresh.normal_(0.0, 1.0 / len(a_RD), generator=generator))
+            else:
+                a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))
+            scaling = lora_scaling(settings, self.names[index])
             pair = (used[0], used[1], grads[0], grads[1])
-            self.adapters[index][slot] = SlotAdapter(*pair, lora_scaling(settings), settings.dropout)
+            self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
         self.refresh(slot)
 
     def refresh(self, slot: int) -> None:
@@ -156,20 +161,26 @@ class SlotBank:
         for adapters in self.adapters:
             adapters.pop(slot, None)
 
-    def tensors(self, row_P: torch.Tensor, r: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, row_P: torch.Tensor, settings: TrialSettings, names: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
         """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
         ``<layer>.lora_B.weight`` [O, r]."""
         state = {}
-        for index, a_RD, b_RO in self.views(row_P, r, names):
+        for index, a_RD, b_RO in self.views(row_P, settings, names):
             state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()
             state[f"{self.names[index]}.lora_B.weight"] = b_RO.detach().T.cpu().contiguous()
         return state
 
     @torch.no_grad()
     def load(
-        self, row_P: torch.Tensor, r: int, names: Sequence[str], state: Mapping[str, torch.Tensor]
+        self,
+        row_P: torch.Tensor,
+        settings: TrialSettings,
+        names: Sequence[str],
+        state: Mapping[str, torch.Tensor],
     ) -> None:
         """Load what `tensors` returned."""
-        for index, a_RD, b_RO in self.views(row_P, r, names):
+        for index, a_RD, b_RO in self.views(row_P, settings, names):
             a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
             b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)

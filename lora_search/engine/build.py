@@ -17,32 +17,46 @@ from lora_search.ops.device import available_bytes
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import ALL_LINEAR, SweepConfig
-from lora_search.settings.space import Space, largest, possible_targets, smallest
+from lora_search.settings.space import Space, corners, smallest
 from lora_search.trial import TrialSettings
+
+ADAPTER_KEYS = (
+    "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine must hold: all possible target modules, the largest rank, the smallest batch, trials."""
+    """What an engine must hold: all possible target modules, the largest rank, the smallest batch, trials.
+    ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
     min_batch_size: int
     num_trials: int
+    patterns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
         """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
-        max_rank, min_batch = max(t.r for t in trials), min(t.batch_size for t in trials)
-        return cls(targets, max_rank, min_batch, len(trials))
+        max_rank, min_batch = max(map(_largest_rank, trials)), min(t.batch_size for t in trials)
+        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials))
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: Space) -> "Room":
         """Return the size needed for any trial of a space."""
-        targets = tuple(possible_targets(config, space))
-        max_rank = largest(config, space, "lora.r")
-        return cls(targets, max_rank, smallest(config, space, "train.batch_size"), config.study.most_trials)
+        trials = corners(config, space, ADAPTER_KEYS)
+        min_batch = smallest(config, space, "train.batch_size")
+        return replace(cls.of(trials), min_batch_size=min_batch, num_trials=config.study.most_trials)
+
+
+def _largest_rank(trial: TrialSettings) -> int:
+    return max(trial.r, *(int(r) for _, r in trial.rank_pattern), 1)
+
+
+def _patterns(trials: Sequence[TrialSettings]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for t in trials for name, _ in (*t.rank_pattern, *t.alpha_pattern)))
 
 
 def build_engine(
@@ -81,7 +95,7 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)
     bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
-    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank), bank.names, seed=0)
+    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank, rank_pattern=()), bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(base.device) // sharing, room.min_batch_size

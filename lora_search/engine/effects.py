@@ -11,7 +11,7 @@ from lora_search.engine.optim import learning_rate
 from lora_search.errors import ConfigError, ModelError
 from lora_search.files.peft import fault_in_peft
 from lora_search.model.loading import Base, load_outline, untrained_ids
-from lora_search.model.targets import exact_targets, left_out, target_layers
+from lora_search.model.targets import check_patterns, exact_targets, left_out, target_layers
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
 from lora_search.trial import TrialSettings
@@ -22,16 +22,20 @@ STANDARD_ERROR, MEASURED_ROWS = 0.0085, 20
 LEAST_ROWS = 128  # show differences of 0.7 %, as there are between good trials
 STEP_KEYS = (
     "train.batch_size", "train.gradient_accumulation_steps", "train.epochs", "optim.warmup_ratio",
-    "optim.schedule", "optim.lr",
+    "optim.warmup_steps", "optim.schedule", "optim.lr",
 )  # fmt: skip
 
 
-def check_outline(source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]]) -> tuple[int, int]:
+def check_outline(
+    source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]], patterns: Sequence[str] = ()
+) -> tuple[int, int]:
     """Return the size of the base's vocabulary and its width. Raises ModelError, before weights are read, if
-    the base is incomplete or a layer that a trial may adapt does not exist."""
+    the base is incomplete, a layer that a trial may adapt does not exist, or a name in lora.rank_pattern or
+    alpha_pattern is of none that a trial may adapt."""
     outline = load_outline(source, model)
     for names in targets:
         _check_carriers(outline, names)
+    check_patterns(patterns, [name for names in targets for name in target_layers(outline, names)])
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
     shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]
     return min(vocabulary for vocabulary, _ in shapes), shapes[-1][-1]
@@ -73,11 +77,12 @@ def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
         epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
         count = f"{len(axis.examples)} training examples in steps of {settings.examples_per_step}, {epochs}"
         rule = "must leave a step whose learning rate is above 0, as warm-up starts from 0"
+        key = "warmup_ratio" if settings.warmup_steps is None else "warmup_steps"
         remedy = (
-            f"There is no other step ({count}): set optim.warmup_ratio=0, lower train.batch_size, raise "
+            f"There is no other step ({count}): set optim.{key}=0, lower train.batch_size, raise "
             "train.epochs, or give more data."
         )
-        raise ConfigError("optim.warmup_ratio", settings.warmup_ratio, rule, remedy)
+        raise ConfigError(f"optim.{key}", getattr(settings, key), rule, remedy)
 
 
 def warn_of_few(num_validation: int) -> list[str]:

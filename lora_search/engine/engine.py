@@ -55,7 +55,7 @@ class Engine:
         self.model, self.bank, self.splits = model, bank, splits
         self.num_shared = shareable_tokens(model, splits.validation)
         self.axis = DataAxis(splits.train, data_seed)
-        self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP)
+        self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP, bank.start_of_b)
         self.keeper = Keeper(bank, self.optimizer, base)
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
@@ -285,7 +285,7 @@ class Engine:
         names = self.resolve_targets(settings.target_modules)
         weights, _ = read_peft(adapter)
         self.bank.admit(index, settings, names, seed=0)
-        self.bank.load(self.bank.theta_SP[index], settings.r, names, weights)
+        self.bank.load(self.bank.theta_SP[index], settings, names, weights)
         self.bank.refresh(index)
         return index
 

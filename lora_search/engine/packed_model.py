@@ -4,6 +4,7 @@ head. In an evaluation, the prefix that all rows of a slot share is computed onc
 Legend: T tokens of the pass, N completion tokens, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
 from lora_search.model.packing_check import bend_of
-from lora_search.ops.dropout import threshold, token_keys
+from lora_search.ops.dropout import threshold, token_keys, uniform
 from lora_search.ops.fused import fuse
 from lora_search.ops.lora import Plan
 from lora_search.ops.nll import Head
@@ -32,6 +33,8 @@ class SlotRows:
     ordinals: Sequence[int] = ()
     dropout: float = 0.0
     num_shared: int = 0
+    noise: float = 0.0  # NEFTune's alpha
+    label_smoothing: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -88,8 +91,12 @@ class PackedModel:
     def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:
         """Return NLL per completion token [N_s] per slot, in the order given; a graph if autograd is on."""
         hidden_ND, target_N = self._hidden(packs)
-        nll_N = self.head.nll(hidden_ND, target_N)
-        return list(nll_N.split([pack.num_completion_tokens for pack in packs]))
+        counts = [pack.num_completion_tokens for pack in packs]
+        smoothing_N = None
+        if any(pack.label_smoothing for pack in packs):
+            smoothing = torch.tensor([pack.label_smoothing for pack in packs])
+            smoothing_N = self._upload(smoothing.repeat_interleave(torch.tensor(counts)))
+        return list(self.head.nll(hidden_ND, target_N, smoothing_N).split(counts))
 
     def _hidden(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor]:
         segments = lay_end_to_end(packs)
@@ -102,7 +109,7 @@ class PackedModel:
             for name, value in attention_arguments(segments).items()
         }
         output = self.decoder(
-            input_ids=self._upload(ids_T[None]),
+            **self._inputs(ids_T, packs),
             position_ids=self._upload(position_T[None]),
             use_cache=False,
             **attention,
@@ -110,6 +117,22 @@ class PackedModel:
         target_N = self._upload(ids_T[target_positions])
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
+
+    def _inputs(self, ids_T: torch.Tensor, packs: Sequence[SlotRows]) -> dict[str, torch.Tensor]:
+        """Return the pass's tokens, or their embeddings with NEFTune's noise, which depends on the trial, the
+        row as the trial sees it, and the token; as in transformers, at most alpha / sqrt(tokens x width)."""
+        ids = self._upload(ids_T[None])
+        if not any(pack.noise for pack in packs):
+            return {"input_ids": ids}
+        embedded: torch.Tensor = self.language_model.get_input_embeddings()(ids)
+        width, keys, sizes = embedded.shape[-1], [], []
+        for pack in packs:
+            lengths = [len(row.input_ids) for row in pack.rows]
+            keys.append(token_keys(pack.seed, list(pack.ordinals), lengths))
+            sizes += [torch.full((n,), pack.noise / math.sqrt(n * width)) for n in lengths]
+        size_T = self._upload(torch.cat(sizes))
+        noise_TD = uniform(self._upload(torch.cat(keys)), width) * size_T[:, None]
+        return {"inputs_embeds": embedded + noise_TD.to(embedded.dtype)}
 
     def set_plan(self, parts: Sequence[SlotTokens]) -> None:
         """Say whose the tokens of the next pass are, where it is not `nll` that runs it."""
@@ -136,19 +159,23 @@ class PackedModel:
 
     def _grouping(
         self, packs: Sequence[SlotRows | SlotTokens]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the end of each slot's tokens, int32 [S], the scale of each token's adapter, [T], and which
-        slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None]:
+        """Return the end of each slot's tokens, int32 [S], for each layer the scale of each token's adapter,
+        [T], and which slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
         slots = [-1 if pack.slot is None else pack.slot for pack in packs]
         assert slots == sorted(slots), "grouped matmuls need tokens in the order of the slots"
         counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
         for slot, pack in zip(slots, packs, strict=True):
             counts_S[max(slot, 0)] += pack.num_tokens
-        scaling = torch.tensor([self.bank.scaling(pack.slot) / (1.0 - pack.dropout) for pack in packs])
+        scalings = [
+            [scale / (1.0 - pack.dropout) for scale in self.bank.scalings(pack.slot)] for pack in packs
+        ]
+        by_layer = list(zip(*scalings, strict=True))
+        uploaded = {s: self._upload(_per_token(torch.tensor(s), packs)) for s in set(by_layer)}
         ends_S = counts_S.cumsum(0, dtype=torch.int32)
         is_idle_S = counts_S == 0
         idle_S = self._upload(is_idle_S) if is_idle_S.any() else None
-        return self._upload(ends_S), self._upload(_per_token(scaling, packs)), idle_S
+        return self._upload(ends_S), [uploaded[scales] for scales in by_layer], idle_S
 
     def _upload(self, x: torch.Tensor) -> torch.Tensor:
         """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""

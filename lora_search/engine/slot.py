@@ -85,7 +85,15 @@ class Slot:
         """Return this slot's next rows for a pass."""
         rows = [self.batch.rows.popleft() for _ in range(count)]
         examples, ordinals = [row for row, _ in rows], [ordinal for _, ordinal in rows]
-        return SlotRows(index, examples, self.run.seed, ordinals, self.settings.dropout)
+        return SlotRows(
+            index,
+            examples,
+            self.run.seed,
+            ordinals,
+            self.settings.dropout,
+            noise=self.settings.neftune_alpha,
+            label_smoothing=self.settings.label_smoothing,
+        )
 
     def end_step(self, lr: float, grad_norm: torch.Tensor) -> None:
         """Record the batch's optimizer step."""

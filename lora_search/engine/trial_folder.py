@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Keeper:
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's current adapter and its row scores. Raises WriteError."""
-        state = self.bank.tensors(self.bank.theta_SP[index], slot.settings.r, slot.names)
+        state = self.bank.tensors(self.bank.theta_SP[index], slot.settings, slot.names)
         slot.best = {
             name: tensor.clone() for name, tensor in state.items()
         }  # on a CPU they are views of the bank
@@ -59,7 +59,7 @@ class Keeper:
         state = {
             f"{kind}/{name}": tensor
             for kind, row_P in self._rows(index).items()
-            for name, tensor in self.bank.tensors(row_P, slot.settings.r, slot.names).items()
+            for name, tensor in self.bank.tensors(row_P, slot.settings, slot.names).items()
         }
         if slot.position.best_rung not in (0, slot.position.rung):
             state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
@@ -82,14 +82,14 @@ class Keeper:
             remove_staged(Path(run.folder))
             self.artifacts.fetch(run.number, Path(run.folder))
         expected = {
-            kind: self.bank.tensors(row_P, run.settings.r, names) for kind, row_P in self._rows(index).items()
+            kind: self.bank.tensors(row_P, run.settings, names) for kind, row_P in self._rows(index).items()
         }
         found, troubles = load_checkpoint(
             _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)
         )
         position, state = found or (START, {})
         for kind, row_P in self._rows(index).items() if found else ():
-            self.bank.load(row_P, run.settings.r, names, _part(state, kind))
+            self.bank.load(row_P, run.settings, names, _part(state, kind))
         self.bank.refresh(index)
         self.optimizer.steps[index] = position.optimizer_steps
         position, best, lost = self._settle_adapter(run, names, position, state)
@@ -150,14 +150,14 @@ class Keeper:
     def _origins(self, run: TrialRun) -> tuple[str, str]:
         """Return digests of the study and of what decides a trial's numbers: a folder may hold files of a
         deleted study. New files get the first digest; those of older versions have the second."""
-        here = [asdict(run.settings), run.seed, run.study_id, self.base.digest]
+        here = [run.settings.record(), run.seed, run.study_id, self.base.digest]
         return _digest(here), self._origin_before_studies_had_ids(run)
 
     def _origin_before_studies_had_ids(self, run: TrialRun) -> str:
         """LEGACY: the origin in versions without a study id; read, never written. `prepare.check_older` has
         compared what it does not cover."""
         model = (Path(self.base.path).name, str(self.bank.used_SP.dtype))
-        return _digest([asdict(run.settings), run.seed, self.base.data_hash, *model])
+        return _digest([run.settings.record(), run.seed, self.base.data_hash, *model])
 
 
 def _digest(parts: list[object]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
@@ -35,9 +36,23 @@ class BaseRecord:
     data_hash: str = ""
 
 
-def lora_scaling(settings: TrialSettings) -> float:
+def pattern_key(keys: Collection[str], name: str) -> str:
+    """Return the first key of a pattern that ends the layer's name, by PEFT's rule; else the name."""
+    found: str = get_pattern_key(keys, name)
+    return found
+
+
+def lora_rank(settings: TrialSettings, layer: str) -> int:
+    """Return the rank of the adapter on that layer."""
+    ranks = dict(settings.rank_pattern)
+    return int(ranks.get(pattern_key(ranks, layer), settings.r)) if ranks else settings.r
+
+
+def lora_scaling(settings: TrialSettings, layer: str = "") -> float:
     """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), as PEFT does."""
-    return settings.alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+    r, alphas = lora_rank(settings, layer), dict(settings.alpha_pattern)
+    alpha = alphas.get(pattern_key(alphas, layer), settings.alpha) if alphas else settings.alpha
+    return alpha / (math.sqrt(r) if settings.use_rslora else r)
 
 
 def export_peft(
@@ -53,6 +68,9 @@ def export_peft(
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        init_lora_weights=True if settings.init == "kaiming" else settings.init,
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,

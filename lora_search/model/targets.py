@@ -8,13 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_search.errors import ModelError
-from lora_search.files.peft import taken_by_experts
+from lora_search.files.peft import pattern_key, taken_by_experts
 from lora_search.settings.schema import ALL_LINEAR
+from lora_search.trial import LAYERS, PATTERN
 
 
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return full name -> layer, in model order, for names as PEFT takes them. The output head carries no
-    adapter, nor do routers and what PEFT would give to other layers."""
+    """Return full name -> layer, in model order, for targets as TrialSettings has them. The output head
+    carries no adapter, nor do routers and what PEFT would give to other layers."""
     modules = dict(model.named_modules())
     linear = _plain_linear(model)
     if not linear:
@@ -23,11 +24,14 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict
             f"has none: its layers are {_layer_kinds(modules)}. Choose another base."
         )
     taken = taken_by_experts(model, {_last(name) for name in linear})
-    if tuple(target_modules) == (ALL_LINEAR,):
-        return {name: layer for name, layer in linear.items() if _last(name) not in taken}
     for target in target_modules:
-        _check_target(target, modules, linear)
-        if _last(target) in taken:
+        if target == ALL_LINEAR:
+            linear = {name: layer for name, layer in linear.items() if _last(name) not in taken}
+        elif target.startswith(LAYERS):
+            _check_layers(target, linear)
+        else:
+            _check_target(target, modules, linear)
+        if _last(target) in taken or _takes(target, linear, taken):
             what = f"in PEFT {target!r} of a {model.config.model_type} model means its experts"
             left = ", ".join(sorted({_last(name) for name in linear} - taken))
             raise ModelError(
@@ -62,11 +66,45 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _takes(target: str, linear: dict[str, nn.Linear], taken: set[str]) -> bool:
+    """Return whether a regular expression matches layers that PEFT would give to others."""
+    return target.startswith(PATTERN) and any(_last(n) in taken for n in linear if matches(n, (target,)))
+
+
 def matches(name: str, target_modules: Sequence[str]) -> bool:
-    """Return whether a linear layer matches by PEFT's rule: its full name or the end of it."""
-    if tuple(target_modules) == (ALL_LINEAR,):
-        return True
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+    """Return whether a linear layer matches by PEFT's rule: its full name, the end of it or a regular
+    expression; and its number in the decoder is among those that limit the targets."""
+    limits = [target for target in target_modules if target.startswith(LAYERS)]
+    if any(layer_number(name) not in _numbers(limit) for limit in limits):
+        return False
+    return any(_matches(name, target) for target in target_modules if target not in limits)
+
+
+def _matches(name: str, target: str) -> bool:
+    if target.startswith(PATTERN):
+        return re.fullmatch(target.removeprefix(PATTERN), name) is not None
+    return target == ALL_LINEAR or name == target or name.endswith(f".{target}")
+
+
+def layer_number(name: str) -> int | None:
+    """Return the number of the decoder layer that a module belongs to: as in PEFT, the first in its name."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{name}")
+    return int(found[1]) if found else None
+
+
+def _numbers(limit: str) -> set[int]:
+    return {int(number) for number in limit.removeprefix(LAYERS).split(",")}
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ModelError if a name of lora.rank_pattern or lora.alpha_pattern ends none of these layers."""
+    for end in patterns:
+        if not any(pattern_key([end], name) == end for name in names):
+            there = ", ".join(sorted({_last(name) for name in names}))
+            raise ModelError(
+                f"lora.rank_pattern, lora.alpha_pattern: {end!r} is the end of no adapted layer's name. "
+                f"There are: {there}."
+            )
 
 
 def exact_targets(names: Sequence[str], module_names: Sequence[str]) -> list[str] | str:
@@ -83,14 +121,28 @@ def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, 
     found = [name for name in modules if matches(name, (target,))]
     if not found:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ModelError(
-            f"lora.target_modules: the model has no layer {target!r}. There are: {there}; or all-linear."
+        is_pattern, said = target.startswith(PATTERN), target.removeprefix(PATTERN)
+        none = (
+            f"no layer's full name matches the regular expression {said!r}"
+            if is_pattern
+            else (f"the model has no layer {said!r}")
         )
+        raise ModelError(f"lora.target_modules: {none}. There are: {there}; or all-linear.")
     unfit = next((name for name in found if name not in linear), None)
     if unfit is not None:
         kind = type(modules[unfit]).__name__
         raise ModelError(
             f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+        )
+
+
+def _check_layers(limit: str, linear: dict[str, nn.Linear]) -> None:
+    there = {number for name in linear if (number := layer_number(name)) is not None}
+    missing = sorted(_numbers(limit) - there)
+    if missing:
+        listed = ", ".join(map(str, missing))
+        raise ModelError(
+            f"lora.layers_to_transform: the model has no layer {listed}. Its layers are 0 to {max(there)}."
         )
 
 

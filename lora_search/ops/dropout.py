@@ -17,6 +17,7 @@ import torch
 from lora_search.ops.compiled import compiled
 
 GOLDEN = 0x9E3779B9
+NOISE = 0x5851F42D
 LAST_ROUND = 0x2C1B3C6D
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> an integer of the same size
 
@@ -53,6 +54,12 @@ def kept(key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int)
     halves = h.view(torch.int16)[:, :width].bitwise_right_shift_(1)  # 15 bits: the difference never overflows
     # The sign of threshold - hash: negative where the element stays.
     return torch.sub(threshold_T[:, None], halves, out=halves).bitwise_right_shift_(15)
+
+
+def uniform(key_T: torch.Tensor, width: int) -> torch.Tensor:
+    """Return noise in [-1, 1), float32 [T, width], by the same hash with its full finalizer."""
+    feature = mix(torch.arange(width, dtype=torch.int32, device=key_T.device) + _int32(NOISE)).bitwise_or_(1)
+    return mix(key_T[:, None] * feature).double().div_(2.0**31).float()
 
 
 def masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ of A and B are written straight into the bank: fewer nodes, no accumulation by a
 Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is kept transposed, [R, O].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,9 @@ class Plan:
     """Which slot each token of a pass belongs to: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
 
     Slot None is the bare base. Keys and thresholds (see `dropout`) are None if nothing is dropped. For
-    grouped matmuls ``ends_S`` int32 holds the end of each slot's tokens, ``scaling_T`` the scale of each
-    token's adapter, ``idle_S`` bool the slots without tokens (None if there are none).
+    grouped matmuls ``ends_S`` int32 holds the end of each slot's tokens, ``scaling_LT`` for each layer the
+    scale of each token's adapter (one tensor where layers agree), ``idle_S`` bool the slots without tokens
+    (None if there are none).
     """
 
     slots: tuple[int | None, ...]
@@ -32,7 +33,7 @@ class Plan:
     key_T: torch.Tensor | None
     threshold_T: torch.Tensor | None
     ends_S: torch.Tensor | None = None
-    scaling_T: torch.Tensor | None = None
+    scaling_LT: Sequence[torch.Tensor] | None = None
     idle_S: torch.Tensor | None = None
 
 
@@ -139,12 +140,14 @@ class AddGrouped(torch.autograd.Function):
         layer: int,
     ) -> torch.Tensor:
         assert plan.ends_S is not None
-        assert plan.scaling_T is not None
+        assert plan.scaling_LT is not None
         y = _output(ctx, y, x, base)
         x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
-        hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(plan.scaling_T[:, None])
+        hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(
+            plan.scaling_LT[layer][:, None]
+        )
         y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
         ctx.save_for_backward(x, hidden_TR)
         ctx.bank, ctx.plan, ctx.layer, ctx.base = bank, plan, layer, base  # type: ignore[attr-defined]
@@ -161,7 +164,8 @@ class AddGrouped(torch.autograd.Function):
         mask = _mask(plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         ends_S = plan.ends_S
-        grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S).mul_(plan.scaling_T[:, None])
+        grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S)
+        grad_hidden_TR.mul_(plan.scaling_LT[ctx.layer][:, None])  # type: ignore[attr-defined]
         bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
         bank.grad_a_SRD.add_(_without_idle(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S), plan))
         grad_x_TD = None

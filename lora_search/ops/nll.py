@@ -6,6 +6,9 @@ F.cross_entropy on all logits a pass takes 1.1x the time in bfloat16 and keeps 1
 backward pass (`python -m tests.benchmarks.ops`); torch 2.13's linear_cross_entropy cannot cap logits.
 """
 
+from collections.abc import Iterable
+from itertools import repeat
+
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
@@ -28,24 +31,37 @@ class Head:
             block_rows, len(self.weight_VD), dtype=_wide(output.weight), device=output.weight.device
         )
 
-    def nll(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        """Return NLL per token [N], in float32, differentiable if autograd is on."""
-        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N)  # type: ignore[no-untyped-call]
+    def nll(
+        self, hidden_ND: torch.Tensor, target_N: torch.Tensor, smoothing_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return NLL per token [N], in float32, differentiable if autograd is on. ``smoothing_N``: each
+        token's label smoothing, the share of the mean over all tokens of the vocabulary."""
+        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N, smoothing_N)  # type: ignore[no-untyped-call]
         return nll_N
 
     def chunk(
-        self, hidden_ND: torch.Tensor, target_N: torch.Tensor, with_grad: bool
+        self,
+        hidden_ND: torch.Tensor,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None,
+        with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return NLL [N] and its gradient [N, D] for as many rows as the buffer holds."""
         logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
         if self.bias_V is not None:
             logits_NV += self.bias_V
         step = len(self.block_NV)
-        pairs = zip(logits_NV.split(step), target_N.split(step), strict=True)
-        nll_N = torch.cat([self._block(logits, target, with_grad) for logits, target in pairs])
+        parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
+        nll_N = torch.cat([self._block(*part, with_grad) for part in parts])
         return nll_N, logits_NV @ self.weight_VD if with_grad else None
 
-    def _block(self, logits: torch.Tensor, target_N: torch.Tensor, with_grad: bool) -> torch.Tensor:
+    def _block(
+        self,
+        logits: torch.Tensor,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None,
+        with_grad: bool,
+    ) -> torch.Tensor:
         """Return NLL [N]; with_grad turns the logits into its gradient: softmax minus one-hot."""
         z = self.block_NV[: len(logits)].copy_(logits)
         if self.scale != 1.0:
@@ -55,9 +71,15 @@ class Head:
             torch.mul(bent, self.softcap, out=z)
         target = target_N[:, None]
         chosen, top = z.gather(1, target), z.amax(1, keepdim=True)
+        share = None if smoothing_N is None else smoothing_N[:, None].to(z.dtype)
+        if share is not None:
+            chosen = chosen + share * (z.mean(1, keepdim=True) - chosen)
         total = z.sub_(top).exp_().sum(1, keepdim=True)
         if with_grad:
-            z.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            hit = torch.full_like(total, -1.0) if share is None else share - 1.0
+            z.div_(total).scatter_add_(1, target, hit)
+            if share is not None:
+                z.sub_(share / z.shape[1])
             if bent is not None:
                 z.mul_(1.0 - bent.square_())
             logits.copy_(z if self.scale == 1.0 else z.mul_(self.scale))
@@ -70,19 +92,27 @@ class CompletionNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden_ND: torch.Tensor, head: Head, target_N: torch.Tensor
+        ctx: FunctionCtx,
+        hidden_ND: torch.Tensor,
+        head: Head,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None,
     ) -> torch.Tensor:
         with_grad, rows = ctx.needs_input_grad[0], len(head.logits_NV)  # type: ignore[attr-defined]
-        pairs = zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
-        chunks = [head.chunk(hidden, target, with_grad) for hidden, target in pairs]
+        parts = zip(hidden_ND.split(rows), target_N.split(rows), _split(smoothing_N, rows), strict=False)
+        chunks = [head.chunk(*part, with_grad) for part in parts]
         if with_grad:
             ctx.save_for_backward(torch.cat([grad for _, grad in chunks if grad is not None]))
         return torch.cat([nll for nll, _ in chunks])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_ND * grad_outputs[0][:, None].to(grad_ND.dtype), None, None
+        return grad_ND * grad_outputs[0][:, None].to(grad_ND.dtype), None, None, None
+
+
+def _split(smoothing_N: torch.Tensor | None, rows: int) -> Iterable[torch.Tensor | None]:
+    return repeat(None) if smoothing_N is None else smoothing_N.split(rows)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

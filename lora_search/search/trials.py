@@ -94,7 +94,8 @@ def _is_untrained(trial: FrozenTrial, measurement: Measurement) -> bool:
     try:
         settings = json.loads(settings_of(trial) or "{}")
         first_step = settings["batch_size"] * settings["gradient_accumulation_steps"]
-        return bool(settings["warmup_ratio"] > 0 and measurement.examples_seen <= first_step)
+        warmup = settings.get("warmup_steps", settings["warmup_ratio"])  # recorded only where it is set
+        return bool(warmup > 0 and measurement.examples_seen <= first_step)
     except (ValueError, KeyError, TypeError):
         return False
 

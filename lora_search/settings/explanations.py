@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.train_schema import PATTERNS
 
 
 def explain(error: Exception, config_name: str, sweeps: Sequence[str]) -> str:
@@ -145,7 +146,7 @@ def leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
     for name, child in node.items():
         if f"{prefix}{name}" == "space":
             continue
-        if isinstance(child, Mapping) and child:
+        if isinstance(child, Mapping) and child and f"{prefix}{name}" not in PATTERNS:
             yield from leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
-from lora_search.trial import TrialSettings, draw_seed
+from lora_search.trial import LAYERS, PATTERN, Pattern, TrialSettings, draw_seed
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
 FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials are compared at the same rungs and tokens
@@ -20,16 +20,38 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
     assert isinstance(lora, LoraConfig)
     assert isinstance(optim, OptimConfig)
     assert isinstance(train, TrainConfig)
-    targets = (ALL_LINEAR,) if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules)
     return TrialSettings(
         r=lora.r, alpha=lora.alpha_for_rank(lora.r), dropout=lora.dropout,
-        target_modules=targets, use_rslora=lora.use_rslora,
+        target_modules=_targets(lora), use_rslora=lora.use_rslora,
+        rank_pattern=tuple((lora.rank_pattern or {}).items()), alpha_pattern=_alphas(lora), init=lora.init,
         lr=optim.lr, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
         max_grad_norm=optim.max_grad_norm, schedule=optim.schedule,  # type: ignore[arg-type]  # checked by OptimConfig
         warmup_ratio=optim.warmup_ratio, batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps, epochs=train.epochs,
         evals_per_epoch=train.evals_per_epoch, early_stopping_patience=train.early_stopping_patience,
+        warmup_steps=optim.warmup_steps, min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
+        lora_plus_ratio=optim.lora_plus_ratio, neftune_alpha=train.neftune_alpha,
+        label_smoothing=train.label_smoothing,
     )  # fmt: skip
+
+
+def _targets(lora: LoraConfig) -> tuple[str, ...]:
+    """Return names, all-linear or a pattern, and the layers that they are limited to, as TrialSettings has
+    them."""
+    names, layers = lora.target_modules, lora.layers_to_transform
+    if isinstance(names, str):
+        names = [names if names == ALL_LINEAR else f"{PATTERN}{names}"]
+    numbers = layers if isinstance(layers, list) else [layers]
+    limits = [] if layers is None else [LAYERS + ",".join(str(number) for number in sorted(numbers))]
+    return (*names, *limits)
+
+
+def _alphas(lora: LoraConfig) -> Pattern:
+    """Return alpha_pattern; where alpha is a multiple of the rank, layers of another rank have another."""
+    ranks, alphas = lora.rank_pattern or {}, lora.alpha_pattern or {}
+    is_tied = str(lora.alpha).endswith("r")
+    tied = {name: lora.alpha_for_rank(r) for name, r in ranks.items() if is_tied and name not in alphas}
+    return tuple({**alphas, **tied}.items())
 
 
 def trial_seed(config: SweepConfig, params: Mapping[str, object], number: int) -> int:
@@ -79,8 +101,8 @@ def _get(config: SweepConfig, key: str) -> object:
 
 
 def _encode(value: object) -> object:
-    return json.dumps(value) if isinstance(value, list) else value
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _decode(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    return json.loads(value) if isinstance(value, str) and value.startswith(("[", "{")) else value

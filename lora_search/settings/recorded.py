@@ -48,7 +48,14 @@ def _build(kind: type, prefix: str, values: Mapping[str, object], texts: Mapping
             chosen[field.name] = _build(declared, f"{key}.", values, texts)
         elif key in values:
             chosen[field.name] = texts.get(key, values[key]) if declared is str else values[key]
+        elif declared is Any and (parts := _below(key, values)):
+            chosen[field.name] = parts
     return kind(**chosen)
+
+
+def _below(key: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Return the parts of a setting that is a mapping itself, as lora.rank_pattern."""
+    return {k.removeprefix(f"{key}."): value for k, value in values.items() if k.startswith(f"{key}.")}
 
 
 def _flat(prefix: str, tree: Mapping[str, object]) -> dict[str, object]:

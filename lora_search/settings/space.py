@@ -93,14 +93,6 @@ def parse_space(config: SweepConfig) -> Space:
     return space
 
 
-def possible_targets(config: SweepConfig, space: Space) -> list[tuple[str, ...]]:
-    """Return every value that lora.target_modules may take."""
-    distribution = space.distributions.get("lora.target_modules")
-    choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else [None]
-    params: list[dict[str, object]] = [{} if c is None else {"lora.target_modules": c} for c in choices]
-    return [trial_settings(config, p).target_modules for p in params]
-
-
 def corners(config: SweepConfig, space: Space, keys: Sequence[str]) -> list[TrialSettings]:
     """Return the settings at every combination of the keys' choices and bounds, or fixed values."""
     axes = [_ends(config, space, key) for key in keys]
@@ -272,6 +264,8 @@ def _plain(value: object) -> object:
     """Return a parsed element of Hydra's grammar as plain Python."""
     if isinstance(value, QuotedString):
         return value.text
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_search.errors import ConfigError
 from lora_search.settings.rules import require, require_choice, require_range
 
 ALL_LINEAR = "all-linear"
@@ -12,7 +13,11 @@ TRAIN_MOST = {  # anything larger is a typing error
 }  # fmt: skip
 MAX_ALPHA = 1_000_000  # alpha/r above some hundreds diverges at any learning rate
 MAX_NORM = 1_000_000  # a larger gradient norm means that the trial has diverged
+PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")  # mappings with keys of the user's own
+MAX_LAYERS = 10_000
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
+MAX_STEPS = 1_000_000
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "wsd")
 MAX_SEED = 2**32 - 1  # trials draw 32 bits, and PyTorch accepts them
 
 
@@ -21,24 +26,31 @@ class LoraConfig:
     r: int = 16
     alpha: int | float | str = "2r"  # a number, or a multiple of the rank: "2r", "0.5r", "r"
     dropout: float = 0.05
-    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # list of names, or all-linear
+    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # names, all-linear, or a regex
+    layers_to_transform: Any = (
+        None  # the decoder layers that carry adapters, from 0: 31 or [30, 31]; null: all
+    )
     use_rslora: bool = False
+    rank_pattern: Any = None  # other ranks, by the end of a layer's name: {q_proj: 32}
+    alpha_pattern: Any = None
+    init: str = "kaiming"  # of A, as PEFT's default; or gaussian: standard deviation 1/r
 
     def __post_init__(self) -> None:
         require(1 <= self.r <= MAX_RANK, "lora.r", self.r, f"must be in [1, {MAX_RANK}]", "Try 8, 16 or 32")
         self.alpha_for_rank(self.r)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)", "Try 0.05")
-        names = self.target_modules
-        is_list = isinstance(names, list) and len(names) > 0 and all(isinstance(n, str) and n for n in names)
-        require(
-            is_list or names == ALL_LINEAR,
-            "lora.target_modules",
-            names,
-            f"must be a list of layer names or {ALL_LINEAR}",
-            "Write it as '[q_proj,v_proj]'",
-        )
-        is_unique = not is_list or len(set(names)) == len(names)
-        require(is_unique, "lora.target_modules", names, "must name each layer once", "Remove the repeated")
+        require_choice("lora.init", self.init, ("kaiming", "gaussian"))
+        _check_targets(self.target_modules)
+        _check_layers(self.layers_to_transform)
+        for key in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(f"lora.{key}", getattr(self, key))
+        for name, r in (self.rank_pattern or {}).items():
+            rule = f"must give whole numbers in [1, {MAX_RANK}]"
+            is_rank = isinstance(r, int) and 1 <= r <= MAX_RANK
+            require(is_rank, "lora.rank_pattern", {name: r}, rule, "Write {q_proj: 32}")
+        for name, alpha in (self.alpha_pattern or {}).items():
+            rule = f"must give numbers above 0 and at most {MAX_ALPHA:,}"
+            require(0 < alpha <= MAX_ALPHA, "lora.alpha_pattern", {name: alpha}, rule, "Write {q_proj: 64}")
 
     def alpha_for_rank(self, r: int) -> float:
         """Return alpha as a number: "2r" at rank 8 is 16."""
@@ -53,6 +65,51 @@ class LoraConfig:
         return value
 
 
+def _check_targets(names: object) -> None:
+    is_list = isinstance(names, list) and len(names) > 0 and all(isinstance(n, str) and n for n in names)
+    is_name = (
+        isinstance(names, str) and re.fullmatch(r"[\w.\s]*", names) is not None
+    )  # it matches no full name
+    is_text = names == ALL_LINEAR or (isinstance(names, str) and not is_name)
+    rule = f"must be a list of layer names, {ALL_LINEAR} or a regular expression"
+    require(is_list or is_text, "lora.target_modules", names, rule, "Write it as '[q_proj,v_proj]'")
+    if isinstance(names, list):
+        is_unique = len(set(names)) == len(names)
+        require(is_unique, "lora.target_modules", names, "must name each layer once", "Remove the repeated")
+    elif names != ALL_LINEAR:
+        _check_regex("lora.target_modules", str(names))
+
+
+def _check_layers(layers: object) -> None:
+    numbers = layers if isinstance(layers, list) else [layers]
+    is_count = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers)
+    holds = layers is None or (len(numbers) > 0 and is_count and len(set(numbers)) == len(numbers))
+    rule = "must be a layer's number from 0, or a list of different ones"
+    require(holds, "lora.layers_to_transform", layers, rule, "Write '[30,31]'; null takes all layers")
+
+
+def _check_pattern(key: str, pattern: object) -> None:
+    is_pattern = (
+        pattern is None
+        or isinstance(pattern, dict)
+        and all(
+            isinstance(k, str) and k and isinstance(v, int | float) and not isinstance(v, bool)
+            for k, v in pattern.items()
+        )
+    )
+    require(is_pattern, key, pattern, "must give numbers by the ends of layer names", "Write '{q_proj: 32}'")
+    for name in pattern if isinstance(pattern, dict) else ():
+        _check_regex(key, name)
+
+
+def _check_regex(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        rule = f"must be a regular expression ({error})"
+        raise ConfigError(key, pattern, rule, "Write the end of a layer's name: q_proj") from None
+
+
 @dataclass(kw_only=True)
 class OptimConfig:
     lr: float = 2e-4
@@ -60,8 +117,12 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # or linear, constant, inverse_sqrt, wsd (warm-up, stable, linear decay)
     warmup_ratio: float = 0.05
+    warmup_steps: int | None = None  # null: warmup_ratio decides
+    min_lr_ratio: float = 0.0  # cosine, linear, wsd: where the rate ends, as a share of lr
+    decay_ratio: float = 0.2  # wsd: the share of the steps in which the rate falls
+    lora_plus_ratio: float = 1.0  # LoRA+: B's learning rate over A's
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -72,7 +133,28 @@ class OptimConfig:
         require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must be in [0, 1)")
         require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must be in [0, 1)")
         require(0 < self.eps < 1, "optim.eps", self.eps, "must be between 0 and 1")
-        require_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        require_choice("optim.schedule", self.schedule, SCHEDULES)
+        if self.warmup_steps is not None:
+            remedy = "null: optim.warmup_ratio decides"
+            require_range("optim.warmup_steps", self.warmup_steps, 0, MAX_STEPS, remedy)
+        require(
+            0 <= self.min_lr_ratio <= 1,
+            "optim.min_lr_ratio",
+            self.min_lr_ratio,
+            "must be in [0, 1]",
+            "Try 0.1",
+        )
+        require(
+            0 < self.decay_ratio <= 1, "optim.decay_ratio", self.decay_ratio, "must be in (0, 1]", "Try 0.2"
+        )
+        ratio = self.lora_plus_ratio
+        require(
+            0 < ratio <= 1000,
+            "optim.lora_plus_ratio",
+            ratio,
+            "must be above 0 and at most 1000",
+            "Try 4 or 16",
+        )
         require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
         rule = f"must be above 0 and at most {MAX_NORM:,}"
         remedy = f"Try 1.0; {MAX_NORM:,} clips nothing"
@@ -87,11 +169,17 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     early_stopping_patience: int | None = None  # rungs without improvement; null trains to the end
     loss_on: str = "all_assistant_turns"  # of a conversation; or last_turn
+    neftune_alpha: float = 0.0  # NEFTune: noise on the embeddings while training, as in arXiv 2310.05914
+    label_smoothing: float = 0.0  # in the training loss only; validation is plain NLL
     seed: int | None = None  # of adapter init and dropout; null draws one from `seed` and the trial's number
 
     def __post_init__(self) -> None:
         if self.seed is not None:
             require_range("train.seed", self.seed, 0, MAX_SEED, "null gives each trial a seed of its own")
+        noise, rule = self.neftune_alpha, "must be 0 (no noise) or above, at most 1000"
+        require(0 <= noise <= 1000, "train.neftune_alpha", noise, rule, "Try 5")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "train.label_smoothing", smoothing, "must be in [0, 1)", "Try 0.1")
         require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn"))
         for key, most in TRAIN_MOST.items():
             require_range(f"train.{key}", getattr(self, key), 1, most)

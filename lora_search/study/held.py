@@ -7,7 +7,6 @@ trial that another worker has taken over or ended.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -42,7 +41,7 @@ class HeldTrials:
             if not self.has(trial.seen):
                 return None
             settings = trial_settings(self.config, trial.seen.params)
-            text = json.dumps(asdict(settings))
+            text = json.dumps(settings.record())
             if was_changed(settings_of(trial.seen), text):
                 trial.write({"reason": "another program has changed its parameters"}, TrialState.FAIL)
                 return None

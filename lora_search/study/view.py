@@ -86,8 +86,7 @@ class StudyView:
 def _settings(trial: FrozenTrial) -> TrialSettings | None:
     """Return the trial's settings; None before it begins, or if another program has overwritten them."""
     try:
-        settings = json.loads(settings_of(trial))
-        return TrialSettings(**{**settings, "target_modules": tuple(settings["target_modules"])})
+        return TrialSettings.from_record(json.loads(settings_of(trial)))
     except (ValueError, TypeError, KeyError):
         return None
 

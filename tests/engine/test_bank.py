@@ -24,7 +24,7 @@ def make_bank(tmp_path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
         settings = make_run(tmp_path, slot, r=4 + slot, dropout=dropout).settings
         bank.admit(slot, settings, ("0",), seed=slot)
         bank.theta_SP[slot].add_(bank.theta_SP[slot].ne(0) * 0.0)
-        for _, _, b_RO in bank.views(bank.theta_SP[slot], settings.r, ("0",)):
+        for _, _, b_RO in bank.views(bank.theta_SP[slot], settings, ("0",)):
             b_RO.normal_()
         bank.refresh(slot)
     return model, bank

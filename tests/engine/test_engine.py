@@ -177,7 +177,7 @@ def test_trajectory_equals_a_plain_peft_loop(tiny_llama: Path, tmp_path: Path, u
     engine.admit([run])
     slot = engine.slots[0]
     assert slot is not None
-    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings.r, slot.names)
+    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
     export_peft(start, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start")
     expected = plain_peft_losses(tiny_llama, tmp_path / "start", run, splits)
 

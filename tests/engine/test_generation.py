@@ -32,10 +32,10 @@ def packed(
     for number, run in enumerate(runs):
         slot = engine.slots[number]
         assert slot is not None
-        found = engine.bank.tensors(engine.bank.theta_SP[number], run.settings.r, slot.names)
+        found = engine.bank.tensors(engine.bank.theta_SP[number], run.settings, slot.names)
         weights = {name: tensor.clone() for name, tensor in found.items()}  # on a CPU they are views
         engine.bank.theta_SP[number].zero_()  # what the trial does not use stays zero
-        engine.bank.load(engine.bank.theta_SP[number], run.settings.r, slot.names, weights)
+        engine.bank.load(engine.bank.theta_SP[number], run.settings, slot.names, weights)
         engine.bank.refresh(number)
         export_peft(
             weights, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), folder / str(number) / "out"

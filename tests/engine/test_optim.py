@@ -3,22 +3,46 @@ import torch
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from tests.conftest import make_run
 
+SCHEDULES = {
+    "cosine": lambda o: get_cosine_schedule_with_warmup(o, 5, 20),
+    "cosine with a floor": lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, 5, 20, min_lr_rate=0.1),
+    "linear": lambda o: get_linear_schedule_with_warmup(o, 5, 20),
+    "constant": lambda o: get_constant_schedule_with_warmup(o, 5),
+    "inverse_sqrt": lambda o: get_inverse_sqrt_schedule(o, 5),
+    "wsd": lambda o: get_wsd_schedule(o, 5, 6, num_training_steps=20, decay_type="linear"),
+}
+CHANGES = {
+    "cosine with a floor": {"schedule": "cosine", "min_lr_ratio": 0.1},
+    "wsd": {"schedule": "wsd", "decay_ratio": 0.3},
+}
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules_equal_those_of_transformers(tmp_path, schedule: str) -> None:  # type: ignore[no-untyped-def]
-    settings = make_run(tmp_path, schedule=schedule, warmup_ratio=0.25).settings
+
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.25}, {"warmup_steps": 5}])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_equal_those_of_transformers(tmp_path, name: str, warmup: dict[str, float]) -> None:  # type: ignore[no-untyped-def]
+    settings = make_run(tmp_path, **{"schedule": name, **CHANGES.get(name, {}), **warmup}).settings
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.lr)
-    reference = {
-        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, 5, 20),
-        "linear": lambda: get_linear_schedule_with_warmup(optimizer, 5, 20),
-        "constant": lambda: get_constant_schedule_with_warmup(optimizer, 5),
-    }[schedule]()
+    reference = SCHEDULES[name](optimizer)
+
+    for step in range(20):
+        assert learning_rate(settings, step, 20) == pytest.approx(reference.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_inverse_sqrt_without_warm_up_falls_slowly_as_in_transformers(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    settings = make_run(tmp_path, schedule="inverse_sqrt", warmup_steps=0).settings
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.lr)
+    reference = get_inverse_sqrt_schedule(optimizer, 0)
 
     for step in range(20):
         assert learning_rate(settings, step, 20) == pytest.approx(reference.get_last_lr()[0], rel=1e-12)

@@ -121,14 +121,17 @@ BAD = [
     ("sampler=[tpe,gp]", "sampler=[tpe,gp]: has 2 choices, and only the last would count. Give one."),
     ("train.epochs=many", "could not be converted to Integer. Its default is 3."),
     ("lora.alpha=inf", "lora.alpha: must be a number > 0 or a multiple of r, got inf."),
-    ("lora.target_modules=[]", "lora.target_modules: must be a list of layer names or all-linear, got []"),
+    (
+        "lora.target_modules=[]",
+        "lora.target_modules: must be a list of layer names, all-linear or a regular expression, got []",
+    ),
     (
         "lora.target_modules=null",
-        "lora.target_modules: must be a list of layer names or all-linear, got None",
+        "lora.target_modules: must be a list of layer names, all-linear or a regular expression, got None",
     ),
     (
         "lora.target_modules=[q_proj,null]",
-        "must be a list of layer names or all-linear, got ['q_proj', None]",
+        "must be a list of layer names, all-linear or a regular expression, got ['q_proj', None]",
     ),
     ("lora.target_modules=[q_proj,q_proj]", "lora.target_modules: must name each layer once"),
     ("lora.use_rslora=maybe", "lora.use_rslora: Value 'maybe' is not a valid bool"),

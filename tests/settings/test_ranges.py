@@ -20,11 +20,13 @@ COUNTS = [
     "study.max_failures_in_a_row", "study.max_retries", "study.n_trials", "study.patience_seconds", "study.sample_answers",
     "train.batch_size", "train.early_stopping_patience", "train.epochs", "train.evals_per_epoch",
     "train.gradient_accumulation_steps", "train.seed", "study.max_tokens",
+    "optim.warmup_steps",
 ]  # fmt: skip
 FRACTIONS = [
     "data.max_length_percentile", "data.test_fraction", "data.validation_fraction", "lora.dropout", "optim.beta1",
     "optim.beta2", "optim.eps", "optim.lr", "optim.max_grad_norm", "lora.alpha", "optim.warmup_ratio", "optim.weight_decay", "pruner.percentile",
-    "study.keep_gib", "study.max_cost", "study.max_hours", "study.price_per_hour",
+    "optim.min_lr_ratio", "optim.decay_ratio", "optim.lora_plus_ratio", "train.neftune_alpha",
+    "train.label_smoothing", "study.keep_gib", "study.max_cost", "study.max_hours", "study.price_per_hour",
 ]  # fmt: skip
 HUGE = [-1, -(10**18), 10**18, 2**63, 2**64 + 1, 10**40]
 UNREAL = [-0.5, -1e18, 1e18, float("inf"), float("-inf"), float("nan")]

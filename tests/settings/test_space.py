@@ -4,10 +4,11 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lora_search.engine.build import Room
 from lora_search.errors import ConfigError
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SamplerConfig, StudyConfig, SweepConfig
-from lora_search.settings.space import largest, parse_space, possible_targets
+from lora_search.settings.space import largest, parse_space
 
 MIXED = {
     "lora": {"r": "choice(8, 16)", "target_modules": "choice([q_proj,v_proj], all-linear)"},
@@ -34,8 +35,9 @@ def test_every_kind_of_sweep_becomes_its_distribution() -> None:
         "train.batch_size": IntDistribution(4, 16, step=4),
         "train.epochs": IntDistribution(3, 5),
     }
-    assert possible_targets(config, space) == [("q_proj", "v_proj"), ("all-linear",)]
-    assert largest(config, space, "lora.r") == 16
+    room = Room.of_space(config, space)
+    assert room.targets == (("q_proj", "v_proj"), ("all-linear",))
+    assert room.max_rank == 16
     assert largest(config, space, "train.epochs") == 5
     assert largest(config, space, "train.evals_per_epoch") == 4
 
@@ -162,9 +164,21 @@ def test_the_points_of_a_countable_space_are_counted_and_crossed_off() -> None:
         ),
         ("lora.alpha", "choice([1, 2], r)", "must be of type int or float or str"),
         ("lora.dropout", "interval(0, 1.5)", r"space.lora.dropout: must be in \[0, 1\), got 1.5"),
-        ("lora.target_modules", "choice(q_proj, all-linear)", "must be a list of layer names or all-linear"),
-        ("lora.target_modules", "choice([])", "must be a list of layer names or all-linear"),
-        ("lora.target_modules", "interval(1, 2)", "must be a list of layer names or all-linear"),
+        (
+            "lora.target_modules",
+            "choice(q_proj, all-linear)",
+            "must be a list of layer names, all-linear or a regular expression",
+        ),
+        (
+            "lora.target_modules",
+            "choice([])",
+            "must be a list of layer names, all-linear or a regular expression",
+        ),
+        (
+            "lora.target_modules",
+            "interval(1, 2)",
+            "must be a list of layer names, all-linear or a regular expression",
+        ),
         ("optim.lr", "tag(log, interval(0, 1e-3))", "a log range must start above 0, got 0.0"),
         ("optim.lr", "interval(1e-5, 2)", "space.optim.lr: must be between 0 and 1, got 2.0"),
         ("optim.schedule", "choice(cosine, zigzag)", "space.optim.schedule: must be one of cosine, linear"),

@@ -1,0 +1,181 @@
+"""What people set in PEFT, TRL and transformers beside rank, rate and batch, against the plain libraries."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
+
+from lora_search.data.order import epoch_order
+from lora_search.data.rows import Example, Splits
+from lora_search.engine.optim import learning_rate
+from lora_search.files.peft import BaseRecord, export_peft
+from lora_search.ops.dropout import token_keys, uniform
+from lora_search.trial import Measurement, TrialRun, TrialSettings
+from tests.conftest import SETTINGS, make_run
+from tests.harness import build_engine, random_splits, train_all
+
+SPLITS = random_splits(num_train=9)
+OPTIONS: dict[str, dict[str, object]] = {
+    "rank and alpha patterns": {
+        "rank_pattern": (("q_proj", 8), ("layers.1.mlp.up_proj", 2)),
+        "alpha_pattern": (("q_proj", 24.0), ("down_proj", 4.0)),
+        "target_modules": ("all-linear",),
+    },
+    "patterns with rslora": {"rank_pattern": (("v_proj", 8),), "use_rslora": True},
+    "some layers": {"target_modules": ("q_proj", "up_proj", "layers:1")},
+    "regular expression": {"target_modules": (r"re:.*\.(0|1)\.self_attn\.[kv]_proj",)},
+    "LoRA+": {"lora_plus_ratio": 8.0, "weight_decay": 0.1},
+    "label smoothing": {"label_smoothing": 0.2},
+    "all at once": {
+        "lora_plus_ratio": 4.0, "label_smoothing": 0.1, "rank_pattern": (("q_proj", 6),), "schedule": "wsd",
+        "decay_ratio": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 1,
+        "target_modules": ("all-linear", "layers:0"),
+    },
+}  # fmt: skip
+
+
+def losses(curve: list[Measurement]) -> torch.Tensor:
+    return torch.tensor([step.loss for m in curve for step in m.steps], dtype=torch.float64)
+
+
+def plain_loss(model: torch.nn.Module, rows: list[Example], smoothing: float) -> torch.Tensor:
+    """The mean over all completion tokens of the batch, by torch's own cross-entropy."""
+    logits, targets = [], []
+    for row in rows:
+        own = model(torch.tensor([row.input_ids])).logits[0, :-1].float()
+        places = [place - 1 for start, stop in row.learnt for place in range(start, stop)]
+        logits.append(own[places])
+        targets.append(torch.tensor(row.input_ids)[1:][places])
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets), label_smoothing=smoothing)
+
+
+def plain_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> list[float]:
+    """PEFT's model and LoRA+ optimizer, one row at a time."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    s = run.settings
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=s.lora_plus_ratio, betas=(s.beta1, s.beta2),
+        eps=s.eps, weight_decay=s.weight_decay, loraplus_weight_decay=s.weight_decay,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["weight_decay"] = s.weight_decay
+    per_epoch = -(-len(splits.train) // s.examples_per_step)
+    recorded: list[float] = []
+    for epoch in range(s.epochs):
+        order = epoch_order(len(splits.train), 0, epoch)
+        for start in range(0, len(order), s.examples_per_step):
+            lr = learning_rate(s, len(recorded), s.epochs * per_epoch)
+            for group, ratio in zip(optimizer.param_groups, (1.0, 1.0, s.lora_plus_ratio, 1.0), strict=True):
+                group["lr"] = lr * ratio
+            rows = [splits.train[i] for i in order[start : start + s.examples_per_step]]
+            loss = plain_loss(model, rows, s.label_smoothing)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in model.parameters() if p.requires_grad], s.max_grad_norm
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            recorded.append(loss.item())
+    return recorded
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_trajectory_equals_plain_peft_and_torch(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, 0, alpha=6.0, **OPTIONS[name])
+    engine = build_engine(tiny_llama, SPLITS)
+    engine.admit([run])
+    slot = engine.slots[0]
+    assert slot is not None
+    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
+    export_peft(start, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start")
+    expected = plain_losses(tiny_llama, tmp_path / "start", run, SPLITS)
+
+    curve = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
+
+    torch.testing.assert_close(losses(curve), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "0" / "adapter"))
+    with torch.no_grad():
+        nll = plain_loss(plain, list(SPLITS.validation), 0.0).item()
+    assert math.exp(nll) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_trials_with_options_do_not_change_their_neighbours(
+    tiny_llama: Path, tmp_path: Path, is_grouped: bool
+) -> None:
+    chosen = [*OPTIONS.values(), {"neftune_alpha": 5.0}, {"init": "gaussian", "dropout": 0.1}, {}]
+    runs = [make_run(tmp_path / "packed", i, **options) for i, options in enumerate(chosen)]
+    solo_runs = [replace(run, folder=str(tmp_path / "solo" / str(run.number))) for run in runs]
+    packed = train_all(
+        build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200, is_grouped=is_grouped), runs
+    )
+
+    for run in solo_runs:
+        solo = train_all(build_engine(tiny_llama, SPLITS), [run])[run.number]
+        torch.testing.assert_close(losses(packed[run.number]), losses(solo), rtol=1e-5, atol=0)
+
+
+def test_neftune_changes_training_and_not_the_first_validation(tiny_llama: Path, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(a), 0, neftune_alpha=a, lr=1e-9) for a in (0.0, 20.0)]
+
+    plain, noisy = (train_all(build_engine(tiny_llama, SPLITS), [run])[0] for run in runs)
+
+    assert noisy[0].perplexity == pytest.approx(plain[0].perplexity, rel=1e-6)
+    assert not torch.allclose(losses(noisy), losses(plain), rtol=1e-4)
+
+
+def test_noise_is_uniform_and_uncorrelated() -> None:
+    noise = uniform(token_keys(7, list(range(40)), [25] * 40), 576)
+
+    assert noise.min() >= -1.0
+    assert noise.max() < 1.0
+    assert noise.mean().abs() < 5e-3
+    assert noise.std().item() == pytest.approx(1 / math.sqrt(3), rel=5e-3)
+    assert (noise[:, :-1] * noise[:, 1:]).mean().abs() < 5e-3
+    assert (noise[:-1] * noise[1:]).mean().abs() < 5e-3
+    assert (noise[:25] == noise[25:50]).float().mean() < 1e-3
+
+
+def test_label_smoothing_is_that_of_transformers() -> None:
+    logits, labels = torch.randn(1, 12, 50), torch.randint(0, 50, (1, 12))
+
+    theirs = LabelSmoother(0.2)({"logits": logits}, labels)
+
+    ours = F.cross_entropy(logits[0], labels[0], label_smoothing=0.2)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gaussian_is_drawn_as_peft_draws_it(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, 0, r=8, init="gaussian", target_modules=("all-linear",))
+    engine = build_engine(tiny_llama, SPLITS)
+    engine.admit([run])
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    theirs = get_peft_model(
+        base, PeftLoraConfig(r=8, target_modules="all-linear", init_lora_weights="gaussian")
+    )
+
+    drawn = [a for _, a, _ in engine.bank.views(engine.bank.theta_SP[0], run.settings, engine.bank.names)]
+    expected = [p for name, p in theirs.named_parameters() if ".lora_A." in name]
+
+    stds = [torch.cat([a.detach().flatten() for a in part]).std().item() for part in (drawn, expected)]
+    assert stds[0] == pytest.approx(stds[1], rel=0.03)
+
+
+def test_records_without_new_settings_stay_as_they_were() -> None:
+    record = SETTINGS.record()
+
+    assert "lora_plus_ratio" not in record
+    assert TrialSettings.from_record(record) == SETTINGS
+    changed = replace(SETTINGS, rank_pattern=(("q_proj", 8),), warmup_steps=3)
+    listed = {**changed.record(), "rank_pattern": [["q_proj", 8]], "target_modules": ["q_proj", "v_proj"]}
+    assert TrialSettings.from_record(listed) == changed

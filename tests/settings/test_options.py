@@ -1,0 +1,94 @@
+"""Settings that name layers: how they are given, searched, recorded and refused."""
+
+import pytest
+
+from lora_search.engine.build import Room
+from lora_search.errors import ConfigError
+from lora_search.settings.composition import compose
+from lora_search.settings.overlay import trial_settings
+from lora_search.settings.recorded import recorded_config
+from lora_search.settings.schema import LoraConfig, StudyConfig, SweepConfig, as_dict
+from lora_search.settings.space import parse_space
+
+
+def test_patterns_are_given_searched_and_counted_in_the_room() -> None:
+    config = SweepConfig(
+        lora=LoraConfig(r=8, alpha="2r", rank_pattern={"q_proj": 32}),
+        space={"lora": {"rank_pattern": "choice({q_proj:32}, {q_proj:64,v_proj:4})", "r": "choice(4, 8)"}},
+    )
+    space = parse_space(config)
+    second = space.distributions["lora.rank_pattern"].choices[1]  # type: ignore[attr-defined]
+
+    settings = trial_settings(config, {"lora.rank_pattern": second, "lora.r": 4})
+
+    assert settings.rank_pattern == (("q_proj", 64), ("v_proj", 4))
+    assert settings.alpha_pattern == (("q_proj", 128.0), ("v_proj", 8.0))  # alpha stays twice the rank
+    assert Room.of_space(config, space).max_rank == 64
+    assert Room.of_space(config, space).patterns == ("q_proj", "v_proj")
+    assert space.default_params(config) == {"lora.rank_pattern": '{"q_proj": 32}', "lora.r": 8}
+
+
+@pytest.mark.parametrize(
+    ("lora", "targets"),
+    [
+        ({"layers_to_transform": 3}, ("q_proj", "v_proj", "layers:3")),
+        ({"layers_to_transform": [3, 1], "target_modules": "all-linear"}, ("all-linear", "layers:1,3")),
+        ({"target_modules": r".*\.[qk]_proj"}, (r"re:.*\.[qk]_proj",)),
+    ],
+)
+def test_targets_as_a_trial_has_them(lora: dict[str, object], targets: tuple[str, ...]) -> None:
+    assert trial_settings(SweepConfig(lora=LoraConfig(**lora)), {}).target_modules == targets  # type: ignore[arg-type]
+
+
+def test_a_pattern_comes_back_from_the_study() -> None:
+    import json
+
+    config = SweepConfig(lora=LoraConfig(rank_pattern={"layers.0.q_proj": 32}, layers_to_transform=[0, 1]))
+
+    again = recorded_config({"settings": json.dumps(as_dict(config))}, StudyConfig())
+
+    assert again.lora == config.lora
+
+
+def test_settings_of_the_command_line_reach_the_trial() -> None:
+    overrides = [
+        "lora.rank_pattern={q_proj: 32}", "lora.layers_to_transform=[0,1]", "optim.schedule=wsd",
+        "optim.warmup_steps=10", "optim.lora_plus_ratio=16", "train.neftune_alpha=5", "lora.init=gaussian",
+    ]  # fmt: skip
+
+    settings = trial_settings(compose("smoke", overrides), {})
+
+    assert settings.rank_pattern == (("q_proj", 32),)
+    assert settings.target_modules[-1] == "layers:0,1"
+    assert (settings.schedule, settings.warmup_steps, settings.init) == ("wsd", 10, "gaussian")
+    assert (settings.lora_plus_ratio, settings.neftune_alpha) == (16, 5)
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "q_proj"),
+        ("target_modules", "(q_proj"),
+        ("target_modules", ""),
+        ("layers_to_transform", -1),
+        ("layers_to_transform", []),
+        ("layers_to_transform", [1, 1]),
+        ("layers_to_transform", "last"),
+        ("layers_to_transform", True),
+        ("rank_pattern", [8]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj": 2.5}),
+        ("rank_pattern", {"q_proj": "8"}),
+        ("rank_pattern", {"(": 8}),
+        ("alpha_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("init", "pissa"),
+    ],
+)
+def test_what_names_no_layer_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as refused:
+        LoraConfig(**{key: value})  # type: ignore[arg-type]
+
+    assert str(refused.value).startswith(f"lora.{key}: must ")
+    assert refused.value.exit_code == 2
