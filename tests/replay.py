@@ -54,10 +54,8 @@ def _next(
     if rule is not None and resume:
         standings = Standings(rule)
         for trial in begun:
-            if trial.state == TrialState.COMPLETE:
-                standings.add(trial)
-        unfinished = [t for t in begun if t.state != TrialState.COMPLETE]
-        lifted = standings.promotable(unfinished, [t for t in unfinished if t.state == TrialState.PRUNED])
+            standings.put(trial)
+        lifted = standings.promotable([t for t in begun if t.state == TrialState.PRUNED])
         if lifted:
             return lifted[0]
     if len(begun) < len(queue):

@@ -32,6 +32,7 @@ from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.sqlite_file import check_sqlite_file
 from lora_search.database.tables import check_tables, create_tables
+from lora_search.database.trial_storage import TrialStorage
 from lora_search.errors import ConfigError, DatabaseError, StudyError
 from lora_search.files.atomic import refused_writing
 from lora_search.settings.schema import StudyConfig
@@ -224,7 +225,7 @@ def _make_file(url: URL) -> None:
 def _open(config: StudyConfig, url: URL) -> RDBStorage:
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            storage = RDBStorage(
+            storage = TrialStorage(
                 url.render_as_string(hide_password=False),
                 engine_kwargs=engine_options(url),
                 skip_compatibility_check=True,  # `check_tables` has done it

@@ -12,7 +12,7 @@ measures the bare base.
 
 import importlib.util
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -42,9 +42,8 @@ class RungPruner(pruners.BasePruner):
         """Return number -> reason for the judged trials to stop. The order of the trials does not matter."""
         standings = Standings(self)
         for trial in trials:
-            if trial.state.is_finished():
-                standings.add(trial)
-        return standings.losers([t for t in trials if not t.state.is_finished()], judged)
+            standings.put(trial)
+        return standings.losers(judged)
 
     def rungs(self, trial: FrozenTrial) -> list[int]:
         """Return the rungs of this rule that the trial has reached since it was first trained, in order."""
@@ -55,34 +54,51 @@ class RungPruner(pruners.BasePruner):
         return [rung for rung in reached if rung > bare]
 
 
+Place = tuple[int, float]  # (-rung, perplexity): the farthest trials first, then the best
+
+
 class Standings:
-    """The values of finished trials at each rung of the rule. Each is added once, so judging stays cheap."""
+    """The values of all trials at each rung of the rule. To judge a trial costs the same in a study of any
+    size."""
 
     def __init__(self, rule: RungPruner) -> None:
         self.rule = rule
         self._values: defaultdict[int, list[float]] = defaultdict(list)  # rung -> sorted best perplexities
-        self._lead = NOBODY
+        self._lead = NOBODY  # the best place of a COMPLETE trial
+        self._places: list[Place] = []  # of unfinished trials, sorted, without paused ones
+        self._unfinished: dict[int, tuple[dict[int, float], Place | None]] = {}  # what to take out again
 
-    def add(self, trial: FrozenTrial) -> None:
-        """Add a finished trial."""
+    def put(self, trial: FrozenTrial) -> None:
+        """Add a trial, in the place of what it was when it was unfinished. Paused ones are PRUNED."""
+        self._take_out(trial.number)
         if trial.state == TrialState.FAIL:
             return
-        for rung in self.rule.rungs(trial):
-            insort(self._values[rung], best_until(trial, rung))
+        values = {rung: best_until(trial, rung) for rung in self.rule.rungs(trial)}
+        for rung, value in values.items():
+            insort(self._values[rung], value)
+        place = None if trial.state == TrialState.PRUNED else self._place(trial)
         if trial.state == TrialState.COMPLETE:
             self._lead = min(self._lead, self._place(trial))
+            return
+        self._unfinished[trial.number] = values, place
+        if place is not None:
+            insort(self._places, place)
 
-    def losers(self, unfinished: Sequence[FrozenTrial], judged: Sequence[FrozenTrial]) -> dict[int, str]:
-        """Return number -> reason for the judged trials to stop; they are among the unfinished."""
-        lead = min([self._lead, *(self._place(t) for t in unfinished if t.state != TrialState.PRUNED)])
-        reasons, values_at = {}, dict[int, list[float]]()
+    def _take_out(self, number: int) -> None:
+        values, place = self._unfinished.pop(number, ({}, None))
+        for rung, value in values.items():
+            del self._values[rung][bisect_left(self._values[rung], value)]
+        if place is not None:
+            del self._places[bisect_left(self._places, place)]
+
+    def losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        """Return number -> reason for the judged trials to stop; they have been put in."""
+        lead, reasons = min([self._lead, *self._places[:1]]), {}
         for trial in judged:
             rungs = self.rule.rungs(trial)
             if not rungs or self._place(trial) <= lead:
                 continue
-            if rungs[-1] not in values_at:
-                values_at[rungs[-1]] = self._values_at(rungs[-1], unfinished)
-            values = values_at[rungs[-1]]
+            values = self._values[rungs[-1]]
             if len(values) < self.rule.reduction_factor:
                 continue  # too few to compare with; it is judged again when more arrive
             kept = math.ceil(len(values) / self.rule.reduction_factor)
@@ -94,23 +110,16 @@ class Standings:
                 )
         return reasons
 
-    def promotable(
-        self, unfinished: Sequence[FrozenTrial], paused: Sequence[FrozenTrial]
-    ) -> list[FrozenTrial]:
+    def promotable(self, paused: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the paused trials that would not be stopped now, the farthest and best first."""
-        stay = self.losers(unfinished, paused)
+        stay = self.losers(paused)
         return self.ranked([t for t in paused if t.number not in stay])
 
     def ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials, the farthest and best first."""
         return sorted(trials, key=lambda t: (*self._place(t), t.number))
 
-    def _values_at(self, rung: int, unfinished: Sequence[FrozenTrial]) -> list[float]:
-        there = [t for t in unfinished if rung in self.rule.rungs(t)]
-        return sorted([*self._values[rung], *(best_until(t, rung) for t in there)])
-
-    def _place(self, trial: FrozenTrial) -> tuple[int, float]:
-        """Return the sort key (-rung, perplexity): the farthest trials first, then the best."""
+    def _place(self, trial: FrozenTrial) -> Place:
         rung = max(self.rule.rungs(trial), default=0)
         best = best_until(trial, rung)
         return (-rung, best) if math.isfinite(best) else NOBODY

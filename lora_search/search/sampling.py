@@ -24,6 +24,7 @@ from lora_search.trial import draw_seed
 # Optuna's optional dependencies.
 NEEDS = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}
 NUM_SPREAD = 500  # trials that TPE reads: its time grows with their number, the use of one more shrinks
+NUM_OPEN = 500  # unfinished trials, of which it reads the newest: it keeps away from where others are
 NUM_BEST = 25  # the best trials, in addition: TPE never counts more as good
 
 
@@ -75,8 +76,9 @@ class PerTrialSampler(samplers.BaseSampler):
 
 class Outlook(samplers.BaseSampler):
     """Shows a sampler a limited view of one study: all trials up to NUM_SPREAD, beyond that the best and an
-    even share of the others, so that a draw costs the same at any size. Paused trials appear as pruned, and
-    the space is the sweep's own, so that a widened range stays part of it.
+    even share of the others, and the newest NUM_OPEN of the unfinished, so that a draw costs the same at any
+    size. Paused trials appear as pruned, and the space is the sweep's own, so that a widened range stays part
+    of it.
 
     With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE.
     With ``keeps_state``, for CMA-ES, the trial stores what the sampler notes at it; choices are left out.
@@ -96,18 +98,30 @@ class Outlook(samplers.BaseSampler):
         self._space = {k: d for k, d in space.items() if not d.single() and not isinstance(d, choices)}
         self._cursor: Cursor | None = None
         self._remembered = Remembered()
+        self._unfinished: Callable[[], Sequence[FrozenTrial]] | None = None
+
+    def follow(self, unfinished: Callable[[], Sequence[FrozenTrial]]) -> Callable[[FrozenTrial], None]:
+        """Read no trials: take the unfinished ones, by number, from this function. Return the function to
+        call with each trial that has finished."""
+        self._unfinished = unfinished
+        return self._remembered.add
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        others = [settled(t) for t in self._open_trials(study) if t.number != trial.number]
+        seen = [*self._remembered.trials(), *others[-NUM_OPEN:]]
+        note = study._storage.set_trial_system_attr if self._keeps_state else None
+        self._view = create_study(storage=_Shown(as_complete(seen) if self._completes else seen, note))
+        self._sampler.before_trial(self._view, trial)
+
+    def _open_trials(self, study: Study) -> Sequence[FrozenTrial]:
+        if self._unfinished is not None:
+            return self._unfinished()
         # Hyperband's own view of the study holds one bracket, for each trial another.
         self._cursor = self._cursor or Cursor(Study(study.study_name, study._storage))
         finished, unfinished = self._cursor.read(everything=False)
         for one in finished:
             self._remembered.add(one)
-        others = [settled(t) for t in unfinished if t.number != trial.number]
-        seen = [*self._remembered.trials(), *others]
-        note = study._storage.set_trial_system_attr if self._keeps_state else None
-        self._view = create_study(storage=_Shown(as_complete(seen) if self._completes else seen, note))
-        self._sampler.before_trial(self._view, trial)
+        return unfinished
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space

@@ -15,6 +15,7 @@ from lora_search.database.storage import (
     open_storage,
     require_database,
 )
+from lora_search.database.trial_storage import DrawingStorage
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import ConfigError, StudyError
 from lora_search.failures import failure_reason
@@ -46,6 +47,8 @@ class Draws:
     def __init__(
         self, config: SweepConfig, space: Space, study: optuna.Study, table: TrialTable, ledger: Ledger
     ) -> None:
+        assert isinstance(study._storage, DrawingStorage)
+        self.storage = study._storage
         self.config, self.space, self.study, self.table, self.ledger = config, space, study, table, ledger
         self.exhausted = False  # every point of the space was tried before the total was reached
 
@@ -53,12 +56,12 @@ class Draws:
         """Return the number of a RUNNING trial, signed by the worker; None if there is no trial to claim."""
         duplicates = 0
         while duplicates < MAX_DUPLICATES_IN_A_ROW:
-            self.ledger.read(everything=True)
+            self.ledger.read()
             self._fail_strangers()
-            if not self._has_room(self.ledger.trials):
+            if not self._has_room():
                 return None
             trial = self._ask()
-            if trial is None or not self._sign(trial.number, worker):
+            if trial is None or not self._sign(trial, worker):
                 continue  # this worker was so slow that another has taken the trial
             refusal = self._refusal(trial)
             if refusal is None:
@@ -74,12 +77,12 @@ class Draws:
         """Return the next trial, with its parameters; None if another worker has ended it, or if another
         program has just enqueued it outside the space."""
         try:
-            with locked_from_the_start():
+            with locked_from_the_start(), self.storage.drawing():
                 return self.study.ask(self.space.distributions)
         except UpdateFinishedTrialError:
             return None
         except (ValueError, TypeError) as error:
-            self.ledger.read(everything=True)
+            self.ledger.read()
             if self._fail_strangers():
                 return None
             remedy = "Has another program written to the study? Choose another study.name."
@@ -96,43 +99,45 @@ class Draws:
                 if not trial.seen.state.is_finished() and not trial.seen.user_attrs.get("worker"):
                     trial.write({"reason": f"outside the space: {why}"}, TrialState.FAIL)
         if strangers:
-            self.ledger.read(everything=True)
+            self.ledger.read()
         return bool(strangers)
 
-    def _sign(self, number: int, worker: str) -> bool:
-        """Sign the trial unless another worker has; return whether it is this worker's. The heartbeat comes
-        first, so that a signed trial always has one."""
-        self.table.beat(number)
-        with self.table.locked(number) as trial:
+    def _sign(self, drawn: optuna.Trial, worker: str) -> bool:
+        """Sign the trial unless another worker has; return whether it is this worker's. Its parameters and
+        first heartbeat are written with the signature, so that a signed trial always has them."""
+        self.table.know(drawn.number, drawn._trial_id)
+        with self.table.locked(drawn.number) as trial:
             is_free = trial.seen.state == TrialState.RUNNING and not trial.seen.user_attrs.get("worker")
             if is_free:
+                trial.draw(self.storage.drawn)
                 trial.write({"worker": worker})
         return is_free or is_held_by(trial.seen, worker)
 
-    def _has_room(self, trials: Sequence[FrozenTrial]) -> bool:
+    def _has_room(self) -> bool:
         """Return whether one more trial may be drawn; enqueue an untried point if the sampler repeats."""
         if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.most_trials:
             return False
         if self.ledger.count(TrialState.WAITING):
             return True
-        has_drawn_twice = bool(trials) and text_of(trials[-1], "reason").startswith(DUPLICATE)
+        has_drawn_twice = self.ledger.last_reason.startswith(DUPLICATE)
         is_grid = self.config.sampler.name == "grid"
-        num_points = self.space.num_points()
-        if num_points is None or not (is_grid or has_drawn_twice or len(trials) >= num_points):
+        num_points, num_trials = self.space.num_points(), self.ledger.num_trials
+        if num_points is None or not (is_grid or has_drawn_twice or num_trials >= num_points):
             return True
-        untried = self.space.untried(params_of(t) for t in trials)
+        untried = self.space.untried(self.ledger.points.values())
         if not untried:
             self._exhaust(f"all {num_points} combinations of the space have been tried")
             return False
         if is_grid or has_drawn_twice:
-            self.study.enqueue_trial(untried[draw_seed(self.config.seed, len(trials)) % len(untried)])
+            self.study.enqueue_trial(untried[draw_seed(self.config.seed, num_trials) % len(untried)])
         return True
 
     def _refusal(self, trial: optuna.Trial) -> str | None:
         """Return why a new trial must not begin. Lower numbers win: two workers never refuse each other."""
         self._wait_for_signatures(before=trial.number)
-        if settings_of(self.ledger.find(trial.number)):
-            return None  # it is resumed
+        known = self.ledger.find(trial.number)
+        if known is None or settings_of(known):
+            return None  # another worker has ended it, or it is resumed
         same = self.ledger.first_with(trial.params, before=trial.number)
         if same is not None:
             return f"{DUPLICATE} trial {same}"
@@ -162,15 +167,17 @@ class Draws:
         self.study.set_user_attr("exhausted", why)
 
 
-def reclaim(config: StudyConfig, study: optuna.Study, table: TrialTable, held: Container[int]) -> int:
+def reclaim(
+    config: StudyConfig, trials: Sequence[FrozenTrial], table: TrialTable, held: Container[int]
+) -> int:
     """Put the trials of dead workers back; return how many. Fails those that were put back too often.
 
-    ``held``: the caller's own trials.
+    ``trials``: the unfinished ones. ``held``: the caller's own.
     """
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    running = [t for t in trials if t.state == TrialState.RUNNING]
     silent = table.silent_ids()  # read last: a trial claimed again in the meantime is not silent
     nobodys = [t for t in running if t.number not in held and not t.user_attrs.get(PAUSED)]
-    stale = [t for t in nobodys if _is_abandoned(config, t, table.id_of(t.number) in silent)]
+    stale = [t for t in nobodys if _is_abandoned(config, t, t._trial_id in silent)]
     return sum(_put_back(config, table, trial) for trial in stale)
 
 
@@ -184,8 +191,9 @@ def reclaim_all(config: StudyConfig) -> None:
     with explained_errors(config):
         if config.name not in optuna.get_all_study_names(storage):
             return
-        study = optuna.load_study(study_name=config.name, storage=storage)
-        reclaim(config, study, TrialTable(storage, config.name), held=())
+        table = TrialTable(storage, config.name)
+        running = storage.get_all_trials(table.study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        reclaim(config, running, table, held=())
 
 
 def _put_back(config: StudyConfig, table: TrialTable, stale: FrozenTrial) -> bool:

@@ -50,18 +50,20 @@ class HeldTrials:
         self.last_rungs[number] = settings.num_rungs
         return settings, trial.seen
 
-    def report(self, number: int, news: Sequence[Measurement]) -> int | None:
-        """Write a trial's measurements, each rung once; return the tokens trained since its last report. None
-        if the trial is another worker's."""
-        with self.table.locked(number) as trial:
-            if not self.has(trial.seen):
-                return None
-            rungs = {m.rung: m.perplexity for m in reversed(news) if math.isfinite(m.perplexity)}
-            for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
-                trial.report(rung, rungs[rung])
-            progress = progress_after(trial.seen, news)
-            trial.write({PROGRESS: progress})
-            trained: int = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
+    def report(self, news: Mapping[int, Sequence[Measurement]]) -> dict[int, int]:
+        """Write the measurements of trials in one transaction, each rung once. Return the tokens that each
+        has trained since its last report, without trials that are another worker's."""
+        trained: dict[int, int] = {}
+        with self.table.all_locked(news) as trials:
+            for number, trial in trials.items():
+                if not self.has(trial.seen):
+                    continue
+                rungs = {m.rung: m.perplexity for m in reversed(news[number]) if math.isfinite(m.perplexity)}
+                for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
+                    trial.report(rung, rungs[rung])
+                progress = progress_after(trial.seen, news[number])
+                trial.write({PROGRESS: progress})
+                trained[number] = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
         return trained
 
     def note(self, number: int, attributes: Mapping[str, object]) -> None:
@@ -111,8 +113,7 @@ class HeldTrials:
 
     def beat(self) -> None:
         """Record the heartbeat of every held trial."""
-        for number in self.last_rungs:
-            self.table.beat(number)
+        self.table.beat(self.last_rungs)
 
     def has(self, trial: FrozenTrial) -> bool:
         """Whether the record says that the trial is this worker's."""

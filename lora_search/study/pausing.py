@@ -47,7 +47,7 @@ class Pauses:
         if taken > self.config.most_trials:
             return
         paused = [t for t in self._paused() if checkpoint_bytes(self.trials_folder, t.number)]
-        for trial in self._standings.promotable(self.ledger.open, paused)[:1]:
+        for trial in self._standings.promotable(paused)[:1]:
             self._move(trial.number, TrialState.WAITING, {PAUSED: False, **UNSIGNED})
 
     def end(self) -> None:

@@ -14,19 +14,17 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.changes import Changes
 from lora_search.database.losses import Losses
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, open_storage
+from lora_search.database.trial_storage import DrawingStorage
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
 from lora_search.search.priors import first_points
 from lora_search.search.pruning import stopped_by_optuna
-from lora_search.search.trials import (
-    FINISHED,
-    is_bare,
-    settled,
-    trial_rows,
-)
+from lora_search.search.sampling import Outlook
+from lora_search.search.trials import FINISHED, is_bare, settled, trial_rows
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
@@ -64,16 +62,18 @@ class SweepStudy:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
-        self.ledger = Ledger(study)
+        self.table = TrialTable(storage, study.study_name)
+        self.ledger = Ledger(Changes(storage, self.table.study_id).read, study.pruner)
+        if isinstance(study.sampler, Outlook):
+            self.ledger.followers.append(study.sampler.follow(lambda: self.ledger.open))
         self.trials_folder = folder.resolve() / "trials"
         self.identity = identity
         self.changes: list[str] = []  # permitted changes since the first start, in words
-        self.table = TrialTable(storage, study.study_name)
         self.losses = Losses(self.table)
         self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
         self.trials = HeldTrials(config, study, self.table, worker_name(os.getpid()))
         self.held = self.trials.last_rungs  # a trial at its last rung is no longer judged
-        study_id = storage.get_study_id_from_name(study.study_name)
+        study_id = self.table.study_id
         self.account = Account(config.study, storage, study_id, self.worker, began=began, clock=clock)
         epoch_tokens = number_of(attributes_of(study), "data.train_tokens")
         self.budget = Budget(config, self.account, self.ledger, epoch_tokens)
@@ -105,7 +105,7 @@ class SweepStudy:
         storage = open_storage(config.study)
         with explained_errors(config.study):
             study = optuna.create_study(
-                storage=storage,
+                storage=DrawingStorage(storage),
                 study_name=config.study.name,
                 direction="minimize",
                 load_if_exists=True,
@@ -122,7 +122,7 @@ class SweepStudy:
             sweep_study.account.note()
             sweep_study.reclaim_stale()
             sweep_study._enqueue_first()
-            sweep_study.ledger.read(everything=True)
+            sweep_study.ledger.read()
         return sweep_study
 
     @property
@@ -133,7 +133,7 @@ class SweepStudy:
     def claim(self, max_trials: int) -> list[TrialRun]:
         """Return up to ``max_trials`` trials to train, interrupted ones first, never more than n_trials in
         all."""
-        self.losses.check_trials(len(self.ledger.trials))
+        self.losses.check_trials(self.ledger.num_trials)
         if time.monotonic() - self._last_reclaim > self.config.study.heartbeat_seconds:
             self.reclaim_stale()
         runs: list[TrialRun] = []
@@ -145,18 +145,19 @@ class SweepStudy:
 
     def report(self, measurements: Sequence[Measurement]) -> None:
         """Write all measurements, each rung once. Trials are judged only after all are written."""
-        for number in dict.fromkeys(m.trial_number for m in measurements):
-            trained = self.trials.report(number, [m for m in measurements if m.trial_number == number])
-            if trained is not None:
-                self.budget.reach(number, trained, len(self.held))
+        numbers = dict.fromkeys(m.trial_number for m in measurements)
+        news = {number: [m for m in measurements if m.trial_number == number] for number in numbers}
+        for number, trained in self.trials.report(news).items():
+            self.budget.reach(number, trained, len(self.held))
 
     def judge(self) -> list[Stop]:
         """Return the held trials to stop, with reasons: the pruner stops them, or another worker has taken
         them over."""
-        self.ledger.read()
-        held = [self.ledger.find(number) for number in self.held]
-        taken = {t.number: "taken over by another worker" for t in held if not self.trials.has(t)}
-        judged = [t for t in held if t.number not in taken and (t.last_step or 0) < self.held[t.number]]
+        self.ledger.read(self.table.id_of(number) for number in self.held)
+        held = {number: self.ledger.find(number) for number in self.held}
+        mine = [trial for trial in held.values() if trial is not None and self.trials.has(trial)]
+        taken = dict.fromkeys(held.keys() - {t.number for t in mine}, "taken over by another worker")
+        judged = [t for t in mine if (t.last_step or 0) < self.held[t.number]]
         reasons = taken | self._losers(judged)
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
@@ -221,21 +222,22 @@ class SweepStudy:
         self.losses.check_file()
         if now - self._last_heartbeat < self.config.study.heartbeat_seconds:
             return
-        self.losses.check_trials(len(self.ledger.trials))
+        self.losses.check_trials(self.ledger.num_trials)
         self.trials.beat()
         self._last_heartbeat, self._last_beat = now, time.time()
 
     def reclaim_stale(self) -> int:
         """Put the trials of dead workers back; return how many. Fails those that were put back too often."""
         self._last_reclaim = time.monotonic()
-        return reclaim(self.config.study, self.study, self.table, self.held)
+        self.ledger.read()
+        return reclaim(self.config.study, self.ledger.open, self.table, self.held)
 
     @property
     def is_finished(self) -> bool:
         """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
         if self.draws.exhausted:
             return True
-        self.ledger.read(everything=True)
+        self.ledger.read()
         is_full = self.ledger.count(*FINISHED) >= self.config.study.most_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
@@ -250,7 +252,7 @@ class SweepStudy:
 
     def num_running_elsewhere(self) -> int:
         """Return how many trials other workers hold or have put back, 0 once the total is reached."""
-        self.ledger.read(everything=True)
+        self.ledger.read()
         if self.ledger.count(*FINISHED) >= self.config.study.most_trials:
             return 0
         unfinished = [TrialState.RUNNING]
@@ -275,7 +277,7 @@ class SweepStudy:
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
-        self.losses.check_trials(len(self.ledger.trials))
+        self.losses.check_trials(self.ledger.num_trials)
         trials = [settled(t) for t in self.study.get_trials(deepcopy=False)]
         return with_metric(trial_rows(trials), trials, self.study)
 
@@ -306,7 +308,7 @@ class SweepStudy:
         if not self.budget.has_room(self.held):
             return None
         if self.pauses is not None:
-            self.ledger.read(everything=True)
+            self.ledger.read()
             self.pauses.promote()
         while (number := self.draws.draw(self.worker)) is not None:
             if (run := self._take(number)) is not None:
@@ -330,7 +332,7 @@ class SweepStudy:
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.ledger.standings is not None:
-            return self.ledger.standings.losers(self.ledger.open, judged)
+            return self.ledger.standings.losers(judged)
         trained = [trial for trial in judged if not is_bare(trial)]
         stopped = stopped_by_optuna(self.study, trained, self.config.seed)
         return {t.number: f"rung {t.last_step}: {self.config.pruner.name} rule" for t in stopped}

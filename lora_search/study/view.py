@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.changes import Changes
 from lora_search.database.presence import worker_is_dead
 from lora_search.database.storage import explained_errors, open_storage, require_database
 from lora_search.errors import ConfigError
@@ -34,7 +35,7 @@ class StudyView:
                 )
             self._study = optuna.load_study(study_name=config.name, storage=storage)
             self._study_id = storage.get_study_id_from_name(config.name)
-        self._ledger = Ledger(self._study)
+        self._ledger = Ledger(Changes(storage, self._study_id).read, self._study.pruner)
 
     def rows(self) -> list[TrialRow]:
         """Return every trial that began or will begin, by number."""
@@ -44,7 +45,7 @@ class StudyView:
     def summary(self) -> StudySummary:
         """Return the progress of the study."""
         with explained_errors(self.config):
-            self._ledger.read(everything=True)  # this process holds no trial, so it sees none end
+            self._ledger.read()
             return self._ledger.summary(self.config.n_trials, limits(self.config, self._spent()))
 
     def slots(self) -> list[SlotView]:
@@ -56,7 +57,7 @@ class StudyView:
     def attributes(self) -> dict[str, str]:
         """Return the study's attributes and what it has spent."""
         with explained_errors(self.config):
-            self._ledger.read(everything=True)
+            self._ledger.read()
             return attributes_of(self._study) | described(self.config, self._spent())
 
     def workers(self) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import optuna
 
 from lora_search.database.choices import write_choices
+from lora_search.database.trial_reader import UNFINISHED
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import FingerprintError
 from lora_search.settings.schema import StudyConfig
@@ -30,8 +31,9 @@ def take_changes(
     if not choices:
         study.set_user_attr(ATTRIBUTE, dict(wanted))
         return
-    # Another study object than the caller's: what that one reads now it would keep.
-    reclaim(config, optuna.load_study(study_name=config.name, storage=table.storage), table, held=())
+    # Past the caller's study object: what that one reads now it would keep.
+    unfinished = table.storage.get_all_trials(table.study_id, deepcopy=False, states=UNFINISHED)
+    reclaim(config, unfinished, table, held=())
     running = write_choices(table.storage, table.study_id, {ATTRIBUTE: dict(wanted)}, choices)
     if running:
         keys = ", ".join(f"{SPACE}{key}" for key in choices)

@@ -127,20 +127,21 @@ def work(study: SweepStudy) -> Clock:
             study.summary()
 
 
-def multiply(study: SweepStudy, have: int, size: int) -> None:
-    """Copy the first ``have`` trials until there are ``size``: in SQL, for adding each is slow."""
+def multiply(study: SweepStudy, have: int, size: int, first: int = 0) -> None:
+    """Copy ``have`` trials from ``first`` on until there are ``size``: in SQL, for adding each is slow."""
     for start in range(have, size, have):
         with study.storage.engine.begin() as connection:
             run = connection.exec_driver_sql
             run(
                 "INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete) SELECT "
                 f"number + {start}, study_id, state, datetime_start, datetime_complete FROM trials "
-                f"WHERE number < {min(have, size - start)}"
+                f"WHERE number >= {first} AND number < {first + min(have, size - start)}"
             )
             for table, columns in COPIED.items():
                 run(
                     f"INSERT INTO {table} (trial_id, {columns}) SELECT copy.trial_id, {columns} FROM {table} "
-                    f"JOIN trials ON trials.trial_id = {table}.trial_id AND trials.number < {have} "
+                    f"JOIN trials ON trials.trial_id = {table}.trial_id "
+                    f"AND trials.number >= {first} AND trials.number < {first + have} "
                     f"JOIN trials AS copy ON copy.number = trials.number + {start}"
                 )
 

@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
+from lora_search.database.changes import Changes
 from lora_search.database.storage import quieten_optuna
 from lora_search.search.trials import PAUSED, Cursor
 from lora_search.settings.schema import SamplerConfig
@@ -53,8 +54,10 @@ def test_what_others_began_and_ended_meanwhile_is_noticed_at_the_next_new_trial(
     assert ([t.number for t in finished], [t.number for t in unfinished]) == ([0], [own.number])
 
 
-def test_counts_and_best_are_those_of_all_trials(study: optuna.Study) -> None:
-    ledger = Ledger(study)
+def test_counts_and_best_are_those_of_all_trials(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path), tmp_path).study
+    study = optuna.create_study(storage=study._storage, study_name="other")
+    ledger = ledger_of(study)
     for value in (3.0, 2.0, 2.0):
         trial = study.ask()
         trial.report(value, 1)
@@ -67,13 +70,17 @@ def test_counts_and_best_are_those_of_all_trials(study: optuna.Study) -> None:
     study.tell(refused, state=TrialState.FAIL)
     study.tell(study.ask(), state=TrialState.FAIL)
     study.ask()
-    ledger.read(everything=True)
+    ledger.read()
 
     summary = ledger.summary(10)
 
     assert (summary.complete, summary.pruned, summary.failed, summary.running) == (3, 2, 1, 1)
     assert (summary.finished, summary.best_number, summary.best_perplexity) == (5, 1, 2.0)
     assert ledger.num_not_failed(before=7) == 5  # trials 5 and 6 have
+
+
+def ledger_of(study: optuna.Study) -> Ledger:
+    return Ledger(Changes(study._storage._backend, study._study_id).read, study.pruner)  # type: ignore[attr-defined]
 
 
 @contextmanager

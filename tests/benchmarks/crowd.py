@@ -1,0 +1,175 @@
+"""`python -m tests.benchmarks.crowd [RUNNING,... [FINISHED,...]]`: what one worker pays for the study while
+thousands of other trials run, on a PostgreSQL server of its own, as a Markdown table.
+
+CPU time of the worker's process, and SQL statements, of a claim and of a tick: four trials report a rung,
+the worker judges, sends heartbeats and sums the study up. Before each tick one in a hundred of the other
+trials has reported too. The other trials are written by bulk SQL in the rows that Optuna writes.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from optuna.trial import TrialState, create_trial
+from sqlalchemy import event
+
+from lora_search.database.storage import quieten_optuna
+from lora_search.settings.schema import StudyConfig, SweepConfig, TrainConfig
+from lora_search.settings.space import Space, parse_space
+from lora_search.study.study import SweepStudy
+from tests.benchmarks.study import RUNGS, SLOTS, SPACE, fill, measurement, multiply, past_trial
+from tests.servers import real_postgres, sqlalchemy_uri
+
+RUNNING, FINISHED = (40, 400, 4_000), (1_000, 10_000, 100_000)
+TICKS, SEED = 7, 40  # ticks of one worker; running trials that are added one by one, and copied
+CALLS = ("open", "claim", "report", "judge", "heartbeat", "summary", "end")
+SETTINGS = '{"epochs": 1.0, "evals_per_epoch": 8, "warmup_ratio": 0.03, "batch_size": 8}'
+
+
+class Cost:
+    """CPU milliseconds and statements of calls by kind, at their medians."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[tuple[float, int]]] = {call: [] for call in CALLS}
+        self._statements = 0
+
+    def count(self, *_: object) -> None:
+        self._statements += 1
+
+    @contextmanager
+    def of(self, call: str) -> Iterator[None]:
+        begin, before = time.process_time(), self._statements
+        yield
+        self.samples[call].append((1000 * (time.process_time() - begin), self._statements - before))
+
+    def ms(self, call: str) -> float:
+        return statistics.median([ms for ms, _ in self.samples[call]] or [0.0])
+
+    def statements(self, call: str) -> float:
+        return statistics.median([count for _, count in self.samples[call]] or [0])
+
+
+def crowd(study: SweepStudy, space: Space, finished: int, running: int) -> None:
+    """Give the study finished trials, and running ones of workers on other hosts at their second rung."""
+    fill(study, space, finished)
+    for number in range(SEED):
+        past = past_trial(space, finished + number)
+        progress = {"best_rung": 2, "examples_seen": 20, "train_tokens": 200, "train_seconds": 2.0}
+        attributes = {"worker": "elsewhere:1:1", "settings": SETTINGS, "reason": "", "progress": progress}
+        study.study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING, params=past.params, distributions=past.distributions,
+                intermediate_values={1: 15.0 + number / SEED, 2: 14.0 + number / SEED}, user_attrs=attributes,
+            )
+        )  # fmt: skip
+    multiply(study, SEED, running, first=finished)
+    with study.storage.engine.begin() as connection:  # no two trials are the same
+        connection.exec_driver_sql(
+            "UPDATE trial_params SET param_value = LEAST(0.01, GREATEST(1e-5, "
+            "param_value * (0.5 + random()))) "
+            "WHERE param_name = 'optim.lr'"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, now() + interval '1 day' "
+            "FROM trials WHERE state = 'RUNNING'"
+        )
+    with study.storage.engine.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("ANALYZE")
+
+
+def others_report(study: SweepStudy, running: int) -> None:
+    """Let one in a hundred of the others reach its next rung."""
+    with study.storage.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO trial_intermediate_values "
+            "(trial_id, step, intermediate_value, intermediate_value_type) "
+            "SELECT trial_id, max(step) + 1, min(intermediate_value) - 0.1, 'FINITE' "
+            "FROM trial_intermediate_values JOIN trials USING (trial_id) "
+            "JOIN trial_user_attributes USING (trial_id) "
+            "WHERE state = 'RUNNING' AND key = 'worker' AND value_json = '\"elsewhere:1:1\"' "
+            f"GROUP BY trial_id HAVING max(step) < 7 ORDER BY random() LIMIT {max(1, running // 100)}"
+        )
+
+
+def tick(study: SweepStudy, cost: Cost, held: dict[int, tuple[object, int]]) -> None:
+    """Fill the slots, and let each trial in them reach a rung."""
+    while len(held) < SLOTS:
+        with cost.of("claim"):
+            runs = study.claim(1)
+        held[runs[0].number] = (runs[0], 0)
+    held |= {number: (run, rung + 1) for number, (run, rung) in held.items()}
+    news = [measurement(run, rung) for run, rung in held.values()]  # type: ignore[arg-type]
+    with cost.of("report"):
+        study.report(news)
+    for m in news:
+        if m.ended:
+            with cost.of("end"):
+                study.finish(m)
+            del held[m.trial_number]
+    with cost.of("judge"):
+        stops = study.judge()
+    with cost.of("heartbeat"):
+        study.heartbeat()
+    with cost.of("summary"):
+        study.summary()
+    for stop in stops:
+        with cost.of("end"):
+            study.prune(stop)
+        del held[stop.trial_number]
+
+
+def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
+    """Return what a worker pays that joins a study of this size. One study a database."""
+    settings = StudyConfig(name="s", n_trials=1, storage=storage, first_trial_is_default=False)
+    config = SweepConfig(study=settings, train=TrainConfig(epochs=1, evals_per_epoch=RUNGS), space=SPACE)
+    space, cost = parse_space(config), Cost()
+    study = SweepStudy.open(config, space, {}, {}, folder)
+    crowd(study, space, finished, running)
+    study.storage.engine.dispose()
+    settings.n_trials = finished + running + 1_000
+    with cost.of("open"):
+        study = SweepStudy.open(config, space, {}, {}, folder)
+    assert study.summary().finished == finished
+    event.listen(study.storage.engine, "before_cursor_execute", cost.count)
+    held: dict[int, tuple[object, int]] = {}
+    for _ in range(TICKS):
+        others_report(study, running)
+        tick(study, cost, held)
+    study.storage.engine.dispose()
+    return cost
+
+
+def row(cost: Cost, running: int, finished: int) -> str:
+    tick_ms = sum(cost.ms(call) for call in ("report", "judge", "heartbeat", "summary"))
+    tick_sql = sum(cost.statements(call) for call in ("report", "judge", "heartbeat", "summary"))
+    cells = [f"{cost.ms(c):.1f} / {cost.statements(c):.0f}" for c in CALLS[1:]]
+    whole = f"{tick_ms:.0f} / {tick_sql:.0f}"
+    return (
+        f"| {running:,} | {finished:,} | {cost.ms('open') / 1000:.2f} s | {' | '.join(cells)} | {whole} |\n"
+    )
+
+
+def sizes(text: str) -> Sequence[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    quieten_optuna()
+    running = sizes(sys.argv[1]) if len(sys.argv) > 1 else RUNNING
+    finished = sizes(sys.argv[2]) if len(sys.argv) > 2 else FINISHED
+    sys.stdout.write("CPU milliseconds / SQL statements; a tick is report, judge, heartbeat and summary:\n\n")
+    sys.stdout.write(f"| running | finished | {' | '.join(CALLS)} | tick |\n{'|---' * (len(CALLS) + 3)}|\n")
+    for many in finished:
+        for busy in running:
+            with real_postgres() as server, tempfile.TemporaryDirectory() as folder:
+                cost = measure(Path(folder), sqlalchemy_uri(server), busy, many)
+            sys.stdout.write(row(cost, busy, many))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
