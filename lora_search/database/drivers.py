@@ -23,6 +23,7 @@ LIBPQ = CONNECT | {
     "tcp_user_timeout": 1000 * SILENCE_SECONDS,
 }
 MYSQL = CONNECT | {"read_timeout": SILENCE_SECONDS, "write_timeout": SILENCE_SECONDS}
+POOL = {"pool_size": 1, "max_overflow": 1}  # a worker keeps one connection open, and never needs a third
 LIMITS = {
     "psycopg": LIBPQ,
     "psycopg2": LIBPQ,
@@ -35,7 +36,7 @@ def engine_options(url: URL) -> dict[str, object]:
     """Return the options of SQLAlchemy's create_engine. Options in the URL take precedence."""
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": SQLITE_SECONDS}}
-    options: dict[str, object] = {"creator": Line(url), "pool_pre_ping": True}
+    options: dict[str, object] = {"creator": Line(url), "pool_pre_ping": True, **POOL}
     if url.get_backend_name() in ("mysql", "mariadb"):
         # With their default, REPEATABLE READ, MariaDB from 11.6 on refuses to write a row that has changed
         # since the transaction began (error 1020). PostgreSQL's default is READ COMMITTED.

@@ -32,6 +32,7 @@ from lora_search.database.drivers import engine_options
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.sqlite_file import check_sqlite_file
 from lora_search.database.tables import check_tables, create_tables
+from lora_search.database.trial_reader import BY_STATE
 from lora_search.database.trial_storage import TrialStorage
 from lora_search.errors import ConfigError, DatabaseError, StudyError
 from lora_search.files.atomic import refused_writing
@@ -50,9 +51,13 @@ RESTORE = (
     "Checkpoints and adapters are kept in the study's folder. Put a backup of the database back, or choose "
     "a new study.name."
 )
+TOO_MANY = (
+    "SQLite lets one process write at a time: start fewer workers, or give "
+    "study.storage=postgresql+psycopg://USER@HOST/DATABASE"
+)
 KEY = "study.storage"
 OWN_DATABASE = "Give a database of its own, e.g. after: CREATE DATABASE lora_search"
-_locks_first: ContextVar[bool] = ContextVar("locks_first", default=False)
+_locks_first: ContextVar[int] = ContextVar("locks_first", default=0)  # for how long SQLite waits for its lock
 DRIVERS = (
     "Try sqlite:///runs/lora_search.db, or postgresql+psycopg://USER@HOST/DATABASE "
     "(after: pip install 'psycopg[binary]'), or mysql+pymysql://USER@HOST/DATABASE "
@@ -138,17 +143,19 @@ def explained_errors(config: StudyConfig) -> Iterator[None]:
         raise StudyError(f"study.name: {config.name!r} {what}. {RESTORE}") from None
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
         cause = _cause(error, make_url(config.storage))
-        raise DatabaseError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}") from None
+        more = f". {TOO_MANY}" if cause == "database is locked" else ""
+        raise DatabaseError(f"{KEY}: {redact(config.storage)} cannot be used: {cause}{more}") from None
 
 
 @contextmanager
-def locked_from_the_start() -> Iterator[None]:
-    """Inside, every SQLite transaction locks the database before its first read.
+def locked_from_the_start(seconds: int = BUSY_AT_WORK_SECONDS) -> Iterator[None]:
+    """Inside, every SQLite transaction locks the database before its first read, and waits up to so many
+    seconds for other processes.
 
     By default Python begins a transaction at the first write. Optuna reads that a trial is WAITING and then
     sets it to RUNNING, so two processes could both take it. Other databases lock the row.
     """
-    token = _locks_first.set(True)
+    token = _locks_first.set(max(seconds, _locks_first.get()))
     try:
         yield
     finally:
@@ -249,8 +256,10 @@ def _create_missing_indexes(storage: RDBStorage) -> None:
     """Create the indexes that a kill between a table and its index left out: MySQL commits each CREATE by
     itself. Without the unique one every start would create another study of the same name."""
     for table in BaseModel.metadata.sorted_tables:
-        for index in table.indexes:
+        for index in table.indexes - {BY_STATE}:
             index.create(storage.engine, checkfirst=True)
+    with suppress(ProgrammingError, OperationalError):  # the tables may belong to another user
+        BY_STATE.create(storage.engine, checkfirst=True)
 
 
 def _check_spelling(config: StudyConfig, storage: RDBStorage) -> None:
@@ -271,7 +280,12 @@ def _share_sqlite(storage: RDBStorage) -> None:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def on_begin(connection: Connection) -> None:
-        if _locks_first.get():
+        seconds = _locks_first.get()
+        wait = seconds or BUSY_AT_WORK_SECONDS
+        if connection.info.get("waits") != wait:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * wait}")
+            connection.info["waits"] = wait
+        if seconds:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def on_new_connection(*_: object) -> None:

@@ -8,6 +8,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG, StudyModel, TrialParamModel
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import or_, select
 
@@ -18,8 +19,9 @@ class TrialStorage(RDBStorage):
     """Reads trials as RDBStorage does, in fewer statements."""
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        with self.engine.connect() as connection:
-            trials = read_trials(connection, [trial_id])
+        # In Optuna's session: it asks for a trial inside a transaction too.
+        with _create_scoped_session(self.scoped_session) as session:
+            trials = read_trials(session.connection(), [trial_id])
         if not trials:
             raise KeyError(NOT_FOUND_MSG)
         return trials[0]

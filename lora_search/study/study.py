@@ -15,9 +15,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.changes import Changes
+from lora_search.database.drivers import SQLITE_SECONDS
 from lora_search.database.losses import Losses
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
-from lora_search.database.storage import explained_errors, open_storage
+from lora_search.database.storage import explained_errors, locked_from_the_start, open_storage
 from lora_search.database.trial_storage import DrawingStorage
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
@@ -103,7 +104,7 @@ class SweepStudy:
         sampler, pruner = check_study(config, space)
         check_adoptable(config.study)
         storage = open_storage(config.study)
-        with explained_errors(config.study):
+        with explained_errors(config.study), locked_from_the_start(SQLITE_SECONDS):
             study = optuna.create_study(
                 storage=DrawingStorage(storage),
                 study_name=config.study.name,

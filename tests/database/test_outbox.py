@@ -129,7 +129,7 @@ def test_patience_ends_with_one_message_and_starts_anew_after_each_answer() -> N
     outbox.ask(lambda: database.write(1))
     clock.now += 6
 
-    with pytest.raises(StudyError, match=r"locked. This has lasted 6 s \(study.patience_seconds: 5\)"):
+    with pytest.raises(StudyError, match=r"DATABASE. This has lasted 6 s \(study.patience_seconds: 5\)"):
         outbox.ask(lambda: database.write(1))
 
 
@@ -159,7 +159,8 @@ def test_training_goes_on_while_another_process_locks_sqlite_and_nothing_is_miss
         work(study, engine, RecordingTracker(), progress)
 
     assert engine.ticks_while_away >= 3
-    assert "database is locked. Training continues" in caplog.text
+    assert "database is locked. SQLite lets one process write at a time" in caplog.text
+    assert "Training continues" in caplog.text
     assert "study.storage answers again" in caplog.text
     assert_nothing_is_missing(study, 4)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, event, inspect, text
 
 from lora_search.database.storage import check_storage, open_storage
 from lora_search.errors import ConfigError
@@ -46,10 +46,13 @@ def test_a_study_in_postgresql_comes_to_its_total_and_the_next_start_finds_it_do
     tmp_path: Path, server_url: str
 ) -> None:
     config = make_config(tmp_path, storage=server_url, n_trials=5)
-    study = open_study(config, tmp_path)
+    study, connections = open_study(config, tmp_path), list[object]()
+    event.listen(study.storage.engine, "connect", lambda connection, _: connections.append(connection))
     simulate(study, slots=2)
 
     again = open_study(config, tmp_path)
+
+    assert connections == []  # it works with the one that it was opened with
 
     assert again.is_finished
     assert again.claim(1) == []
