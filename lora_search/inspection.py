@@ -30,16 +30,15 @@ def shown_row(prompt: str, completion: str, masked: Sequence[tuple[int, int]], n
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Return a histogram of the row lengths in tokens, one line per bar."""
-    most = max(lengths)
-    step = max(1, -(-most // BARS))
-    counts = [0] * (-(-most // step) + 1)
+    """Return a histogram of the row lengths in tokens, from the shortest to the longest, one line per bar."""
+    least, most = min(lengths), max(lengths)
+    step = -(-(most - least + 1) // BARS)
+    counts = [0] * ((most - least) // step + 1)
     for length in lengths:
-        counts[(length - 1) // step] += 1
-    while counts and not counts[-1]:
-        counts.pop()
+        counts[(length - least) // step] += 1
     return [
-        f"{i * step + 1:>6} - {(i + 1) * step:<6}{'#' * -(-count * WIDTH // max(counts)):<{WIDTH}} {count}"
+        f"{least + i * step:>6} - {least + (i + 1) * step - 1:<6}"
+        f"{'#' * -(-count * WIDTH // max(counts)):<{WIDTH}} {count}"
         for i, count in enumerate(counts)
     ]
 

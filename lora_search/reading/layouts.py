@@ -122,7 +122,8 @@ class Layout:
     def _note_unused(self, content: Content, row: Row) -> None:
         used = None
         for name in content.keys() & (TEXTUAL.keys() | set(self.prose)):
-            if name in self.columns.values() or name in self.config.columns.ignore or not content[name]:
+            used_elsewhere = (*self.columns.values(), *self.config.columns.ignore, self.config.group_by)
+            if name in used_elsewhere or not content[name]:
                 continue
             if TEXTUAL.get(name) and getattr(self.config.columns, TEXTUAL[name]) is None:
                 continue

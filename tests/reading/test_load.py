@@ -206,6 +206,15 @@ def test_rows_know_their_group(tmp_path: Path) -> None:
     assert [row.group for row in read(config)[0]] == ["a", "b"]
 
 
+def test_the_column_of_the_groups_is_no_text_that_nothing_uses(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text(json.dumps({"question": "Why?", "answer": "So.", "document": "law.pdf"}) + "\n")
+
+    (row,) = load_rows(DataConfig(path=str(path), group_by="document")).rows
+
+    assert (row.group, row.context) == ("law.pdf", "")
+
+
 def test_a_row_without_a_group_is_refused(tmp_path: Path) -> None:
     config = write_lines(tmp_path / "faq.jsonl", json.dumps({**GOOD, "doc": "a"}), json.dumps(GOOD))
     config.group_by = "doc"
