@@ -36,6 +36,7 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     from lora_search.data.store import knows_rows, lengths_before_cuts  # these import torch
     from lora_search.prepare import describe_rows, read_inputs
     from lora_search.reading.load import load_rows
+    from lora_search.settings.train_schema import ALL_TOKENS
 
     loaded = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
     splits = read_inputs(config, loaded, None, watch=progress.watch).splits
@@ -43,6 +44,8 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     lines = [*loaded.notes, *describe_rows(config, splits)]
     pairs = list(zip(splits.pairs["train"][: arguments.rows], splits.train[: arguments.rows], strict=True))
     rows = [shown_row(p.prompt, p.completion, p.masked, len(e.input_ids)) for p, e in pairs]
+    if config.train.loss_on == ALL_TOKENS:
+        rows = [shown_row("", p.prompt + p.completion, (), len(e.input_ids)) for p, e in pairs]
     for line in lines:
         progress.event(line)
     print_plain = progress.console.print

@@ -81,7 +81,7 @@ def test_a_page_marks_what_is_learnt() -> None:
     assert "Ask &amp; <mark>one</mark>|two|<mark>three</mark>" in page("T", [], [9], [row])
 
 
-@pytest.mark.parametrize("loss_on", ["all_assistant_turns", "last_turn"])
+@pytest.mark.parametrize("loss_on", ["all_assistant_turns", "last_turn", "all_tokens"])
 def test_trials_train_on_chats_end_to_end(tiny_llama: Path, tmp_path: Path, loss_on: str) -> None:
     config = SweepConfig(
         model=ModelConfig(path=str(tiny_llama)),
@@ -96,4 +96,4 @@ def test_trials_train_on_chats_end_to_end(tiny_llama: Path, tmp_path: Path, loss
     assert first[-1] < first[0] < 400
     assert {m.ended for m in measured if m.rung == 2} == {"finished"}
     masked = ["masked" in line for line in (tmp_path / "runs/data/train.jsonl").read_text().splitlines()]
-    assert all(masked) if loss_on == "all_assistant_turns" else not any(masked)
+    assert all(masked) if loss_on != "last_turn" else not any(masked)

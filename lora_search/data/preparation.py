@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from lora_search.files.atomic import explained_writing, write_file
 from lora_search.reading.rows import Loaded, Row
 from lora_search.reading.text import is_indented, normal_answer, question_key
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.train_schema import ALL_TOKENS
 from lora_search.watching import Watch, unwatched
 
 SPLITS = ("train", "validation", "test")
@@ -139,12 +141,13 @@ def _cut(
 ) -> Splits:
     """Return the splits, cut to the length that the settings give."""
     counts, lengths = Counter[str](meta["counts"]), items["train"].lengths
+    whole = ("train",) if config.train.loss_on == ALL_TOKENS else ()
     max_length = choose_max_length(config.data, lengths, tokenizer)
     numbers = fitting_rows(items, max_length, config.data, counts)
     for name in SPLITS:
         count_cuts(name, items[name], numbers[name], max_length, counts)
     return Splits(
-        **{name: _examples(items[name], numbers[name], max_length) for name in SPLITS},
+        **{name: _examples(items[name], numbers[name], max_length, name in whole) for name in SPLITS},
         max_length=max_length,
         data_hash=meta["data_hash"],
         counts=+counts | {name: len(numbers[name]) for name in SPLITS} | describe_lengths(lengths),
@@ -152,8 +155,14 @@ def _cut(
     )
 
 
-def _examples(items: StoredItems, numbers: Numbers, max_length: int) -> StoredRows[Example]:
-    return StoredRows(items, numbers, lambda number: cut(items.example(number), max_length), max_length)
+def _examples(items: StoredItems, numbers: Numbers, max_length: int, is_whole: bool) -> StoredRows[Example]:
+    """Return the rows, cut to length; with the loss on every token but the first if ``is_whole``."""
+
+    def example(number: int) -> Example:
+        row = cut(items.example(number), max_length)
+        return replace(row, num_prompt_tokens=1, masked=()) if is_whole else row
+
+    return StoredRows(items, numbers, example, max_length)
 
 
 def _pairs(

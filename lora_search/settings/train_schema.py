@@ -14,6 +14,7 @@ TRAIN_MOST = {  # anything larger is a typing error
 MAX_ALPHA = 1_000_000  # alpha/r above some hundreds diverges at any learning rate
 MAX_NORM = 1_000_000  # a larger gradient norm means that the trial has diverged
 PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")  # mappings with keys of the user's own
+ALL_TOKENS = "all_tokens"
 MAX_LAYERS = 10_000
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 MAX_STEPS = 1_000_000
@@ -168,7 +169,7 @@ class TrainConfig:
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     early_stopping_patience: int | None = None  # rungs without improvement; null trains to the end
-    loss_on: str = "all_assistant_turns"  # of a conversation; or last_turn
+    loss_on: str = "all_assistant_turns"  # of a conversation; or last_turn, or all_tokens, in training only
     neftune_alpha: float = 0.0  # NEFTune: noise on the embeddings while training, as in arXiv 2310.05914
     label_smoothing: float = 0.0  # in the training loss only; validation is plain NLL
     seed: int | None = None  # of adapter init and dropout; null draws one from `seed` and the trial's number
@@ -180,7 +181,7 @@ class TrainConfig:
         require(0 <= noise <= 1000, "train.neftune_alpha", noise, rule, "Try 5")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "train.label_smoothing", smoothing, "must be in [0, 1)", "Try 0.1")
-        require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn"))
+        require_choice("train.loss_on", self.loss_on, ("all_assistant_turns", "last_turn", ALL_TOKENS))
         for key, most in TRAIN_MOST.items():
             require_range(f"train.{key}", getattr(self, key), 1, most)
         examples = self.batch_size * self.gradient_accumulation_steps

@@ -17,7 +17,7 @@ from lora_search.errors import ConfigError, DataError
 from lora_search.model.tiny import make_tiny_tokenizer
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Loaded, Row
-from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig
+from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig, TrainConfig
 
 NAMES = ("train", "validation", "test")
 
@@ -138,6 +138,21 @@ def test_the_hash_changes_with_any_row(tmp_path: Path) -> None:
 
     assert len(hashes) == 3
     assert {len(value) for value in hashes} == {64}
+
+
+def test_the_loss_is_on_all_tokens_of_training_rows_only() -> None:
+    rows = make_rows(40)
+    config, whole = (
+        replace(settings(), train=TrainConfig(loss_on=loss_on))
+        for loss_on in ("all_assistant_turns", "all_tokens")
+    )
+
+    usual, wide = (prepare(c, Loaded(rows), make_tiny_tokenizer()) for c in (config, whole))
+
+    assert [row.learnt for row in wide.train] == [((1, len(row.input_ids)),) for row in usual.train]
+    assert [row.input_ids for row in wide.train] == [row.input_ids for row in usual.train]
+    assert list(wide.validation) == list(usual.validation)
+    assert list(wide.test) == list(usual.test)
 
 
 def test_caps_take_the_first_rows_of_the_order_and_count_the_others(tmp_path: Path) -> None:
