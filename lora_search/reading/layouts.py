@@ -199,7 +199,7 @@ def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
         return columns
     for part, names in USUAL.items():
         found = [key for key in keys if key.strip().lower() in names and key not in columns.values()]
-        if part == "instruction" and len(found) > 1:  # "input" is the question only if nothing else is
+        if part == "instruction" and len(keys) > len(columns) + 2:  # else "input" may be its context
             found = [key for key in found if key.strip().lower() != "input"]
         if part not in columns and len(found) == 1:
             columns[part] = found[0]
@@ -247,7 +247,7 @@ def _unknown(
 def _propose(part: str, rows: Sequence[Content], keys: Sequence[str]) -> str:
     """Return the most likely column of this part, by its name or its text; or NAME."""
     texts = [key for key in keys if any(isinstance(row.get(key), str) and row[key].strip() for row in rows)]
-    usual = [key for key in texts if key.lower() in USUAL[part]]
+    usual = [key for key in texts if key.lower() in USUAL[part] and key.lower() != "input"]
     near = [
         key for name in USUAL[part][:4] for key in difflib.get_close_matches(name, texts, n=1, cutoff=0.75)
     ]

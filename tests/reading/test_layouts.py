@@ -281,3 +281,15 @@ def test_a_format_chooses_among_several_layouts(tmp_path: Path) -> None:
     loaded = load_rows(write(tmp_path / "faq.jsonl", row, format="question_answer"))
 
     assert loaded.notes == ("faq.jsonl: question_answer: question, answer",)
+
+
+def test_input_is_no_question_where_another_column_may_be_one(tmp_path: Path) -> None:
+    rows = [
+        {"fråga": f"Hur gör man {i}?", "svar": f"Så här, och sedan så {i}.", "input": f"Nummer {i}"}
+        for i in range(9)
+    ]
+
+    message = refusal(write(tmp_path / "se.jsonl", *rows))
+
+    assert "no question and no answer" in message
+    assert "data.columns.instruction=fråga data.columns.response=svar" in message
