@@ -37,8 +37,9 @@ from lora_search.settings.composition import (
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact, remember_all
 from lora_search.trial import TrialRow
-from lora_search.worker.command import Command, given_overrides
-from lora_search.worker.launcher import leaving_no_folder, run_workers, told_to_launcher
+from lora_search.worker.command import Command, received, typed_command
+from lora_search.worker.launcher import leaving_no_folder, run_workers
+from lora_search.worker.team import told_to_launcher
 
 if TYPE_CHECKING:  # these import torch
     pass
@@ -51,7 +52,7 @@ INFORMING = (
 def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
     with guarded_streams() as out:
-        remember_all(sys.argv[1:], os.environ)
+        remember_all([*received().overrides, *sys.argv[1:]], os.environ)
         arguments = _read_arguments()
         code = _answer(arguments, Progress(), interrupts or Interrupts())
         return exit_code(code, out) if _only_informs(arguments) else code  # a sweep's output may be lost
@@ -203,14 +204,19 @@ def _folder(arguments: Namespace) -> Path | None:
 
 def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
     name, folder = _name(arguments), _folder(arguments)
-    overrides = given_overrides(arguments.overrides, os.environ)
+    overrides = [*received().overrides, *arguments.overrides]
     config = compose(name, overrides, folder)
     progress.event(f"sweep {name}: study {config.study.name} in {Path(config.runs_dir) / config.study.name}")
-    if config.launcher.name == "local" and config.launcher.worker is None:
-        command = Command(sweep=name, config_dir=folder and folder.resolve(), overrides=tuple(overrides))
+    if config.launcher.name != "inline" and config.launcher.worker is None:
+        command = Command(
+            sweep=name,
+            config_dir=folder and folder.resolve(),
+            overrides=tuple(overrides),
+            typed=typed_command(sys.argv),
+        )
         run_together(config, command, progress, interrupts)
         return
-    with told_to_launcher(config):
+    with told_to_launcher(config.launcher.worker is not None):
         run_sweep(config, name, progress, interrupts)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_search.settings.data_schema import ColumnsConfig as ColumnsConfig
 from lora_search.settings.data_schema import DataConfig as DataConfig
+from lora_search.settings.launcher_schema import LauncherConfig as LauncherConfig
 from lora_search.settings.metric_schema import MetricConfig, check_choice
 from lora_search.settings.rules import require as require
 from lora_search.settings.rules import require_choice, require_range
@@ -179,26 +180,6 @@ class TrackerConfig:
             name = getattr(self, key)
             is_usable = name is None or re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
             require(is_usable, f"tracker.{key}", name, r"must be 1 to 128 characters, none of / \ # ? % :")
-
-
-@dataclass(kw_only=True)
-class LauncherConfig:
-    """Which processes train. May differ between two starts of one study."""
-
-    name: str = "inline"  # this process; or local: one worker process per visible GPU
-    workers: int | None = None  # local: how many; null: one per visible GPU, one without a GPU
-    max_restarts: int = 3  # local: how often to restart a worker that a signal killed
-    worker: int | None = None  # set by local for the processes that it starts
-
-    def __post_init__(self) -> None:
-        require_choice("launcher.name", self.name, ("inline", "local"))
-        for key, least, most in (("workers", 1, 256), ("max_restarts", 0, 1000), ("worker", 0, 255)):
-            value = getattr(self, key)
-            if value is not None:
-                require_range(f"launcher.{key}", value, least, most)
-        remedy = "Add launcher=local"
-        require(self.workers is None or self.name == "local", "launcher.workers", self.workers,
-                "is for launcher=local only", remedy)  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Handles Ctrl-C, SIGTERM and SIGHUP. While trials train, the current pass is finished first; a second
-signal, or one at any other time, ends the process at once. Libraries see no exception, so they print none."""
+signal, or one at any other time, ends the process at once. Clusters announce the end of a job by SIGUSR1 or
+SIGUSR2: these never cut a pass short. Libraries see no exception, so they print none."""
 
 import os
 import signal
@@ -10,7 +11,8 @@ from types import FrameType
 
 from lora_search.output.streams import open_missing_streams
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *NOTICES)
 EXIT_CODE = 130
 GOOD_BYE = b"\ninterrupted: nothing is lost; run the same command to continue\n"
 PASS_ENDS = b"\ninterrupted: finishing the current pass; interrupt again to exit at once\n"
@@ -55,7 +57,9 @@ class Interrupts:
             os._exit(code)
         sys.exit(code)
 
-    def _answer(self, _number: int, _frame: FrameType | None) -> None:
+    def _answer(self, number: int, _frame: FrameType | None) -> None:
+        if number in NOTICES and self.has_come:
+            return
         if self._is_patient and not self.has_come:
             self.has_come = True
             _say(PASS_ENDS)

@@ -14,7 +14,7 @@ from lora_search.settings.schema import SweepConfig
 COUNTS = [
     "seed", "data.max_train_examples", "data.max_validation_examples", "data.demo_train_examples",
     "data.demo_validation_examples", "data.max_length", "engine.slots", "engine.tokens_per_pass", "lora.r",
-    "launcher.workers", "launcher.worker", "launcher.max_restarts", "metric.max_new_tokens",
+    "launcher.workers", "launcher.worker", "launcher.max_restarts", "launcher.cpus_per_worker", "launcher.minutes", "metric.max_new_tokens",
     "metric.max_rows", "pruner.first_rung", "pruner.n_startup_trials",
     "pruner.patience", "pruner.reduction_factor", "sampler.n_startup_trials", "study.heartbeat_seconds",
     "study.max_failures_in_a_row", "study.max_retries", "study.n_trials", "study.patience_seconds", "study.sample_answers",
@@ -26,7 +26,7 @@ FRACTIONS = [
     "data.max_length_percentile", "data.test_fraction", "data.validation_fraction", "lora.dropout", "optim.beta1",
     "optim.beta2", "optim.eps", "optim.lr", "optim.max_grad_norm", "lora.alpha", "optim.warmup_ratio", "optim.weight_decay", "pruner.percentile",
     "optim.min_lr_ratio", "optim.decay_ratio", "optim.lora_plus_ratio", "train.neftune_alpha",
-    "train.label_smoothing", "study.keep_gib", "study.max_cost", "study.max_hours", "study.price_per_hour",
+    "train.label_smoothing", "launcher.gpus_per_worker", "study.keep_gib", "study.max_cost", "study.max_hours", "study.price_per_hour",
 ]  # fmt: skip
 HUGE = [-1, -(10**18), 10**18, 2**63, 2**64 + 1, 10**40]
 UNREAL = [-0.5, -1e18, 1e18, float("inf"), float("-inf"), float("nan")]
@@ -40,7 +40,7 @@ def make(key: str, value: object) -> object:
     if section == "data":
         return DataConfig(**{"path": "a.jsonl", name: value})  # type: ignore[arg-type]
     kind: Callable[..., object] = type(getattr(SweepConfig(data=DataConfig(path="x")), section))
-    more = {"name": "local"} if key == "launcher.workers" else {}
+    more = {"name": "slurm"} if section == "launcher" else {}
     more |= {"price_per_hour": 1.0} if key == "study.max_cost" else {}  # type: ignore[dict-item]
     return kind(**more, **{name: value})
 

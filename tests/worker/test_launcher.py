@@ -1,5 +1,6 @@
 """launcher=local: the parts with small real processes, and the whole with workers that train a tiny model."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfig, SweepConfig
 from lora_search.study.view import StudyView
-from lora_search.worker.command import Command, given_overrides, typed_command
-from lora_search.worker.launcher import Team, Worker, error_file, num_cores, plan_workers
+from lora_search.worker.command import Command, Letter, typed_command
+from lora_search.worker.launcher import num_cores, plan_workers
+from lora_search.worker.team import Team, Worker, error_file
 from tests.processes import postgres_server
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,9 @@ def test_more_workers_than_gpus_and_a_device_for_all_are_refused() -> None:
         plan_workers(make_config(workers=3), 2, {})
     with pytest.raises(ConfigError, match="engine.device: must be auto, cpu or cuda with launcher=local"):
         plan_workers(make_config("cuda:1"), 2, {})
-    with pytest.raises(ConfigError, match="launcher.workers: is for launcher=local only, got 2"):
+    with pytest.raises(
+        ConfigError, match="launcher.workers: is for launcher=local or ray or slurm only, got 2"
+    ):
         LauncherConfig(workers=2)
 
 
@@ -82,23 +86,22 @@ def test_more_workers_than_sqlite_can_hold_are_refused_and_a_server_takes_them()
     assert len(plan_workers(many, 0, {})) == 9
 
 
-def test_a_workers_command_line_holds_no_setting_and_its_environment_holds_all_in_order() -> None:
+def test_a_workers_command_line_holds_no_setting_and_its_letter_holds_all_in_order() -> None:
     own = ("lora.r=8", f"study.storage={SECRET}", "++study.storage='mysql://u:hunter2@h/d'")
     command = Command(sweep="smoke", config_dir=Path("/mine"), overrides=own)
 
     line = command.for_worker(3)
 
     assert line[3:] == ["-cn", "smoke", "-cd", "/mine", "launcher.worker=3"]
-    assert given_overrides(line[-1:], command.environment()) == [*own, "launcher.worker=3"]
-    assert given_overrides(["lora.r=4"], command.environment()) == ["lora.r=4"]  # of somebody else's shell
+    assert json.loads(command.letter(Path("/e")))["overrides"] == [*own]
 
 
 def test_what_the_launcher_adds_is_no_part_of_the_command_that_a_study_remembers() -> None:
-    command = Command(sweep="smoke", config_dir=None, overrides=("lora.r=8",))
+    typed = typed_command(["sweep.py", "-cn", "smoke", "lora.r=8"])
 
-    line = ["sweep.py", *command.for_worker(0)[3:]]
-    assert typed_command(line, command.environment()) == f"{TYPED} -cn smoke lora.r=8"
-    assert typed_command(["sweep.py", "-cn", "smoke"]) == f"{TYPED} -cn smoke"
+    assert typed == f"{TYPED} -cn smoke lora.r=8"
+    line = ["sweep.py", "-cn", "smoke", "launcher.worker=0"]
+    assert typed_command(line, Letter(typed=typed)) == typed
 
 
 def script(folder: Path, number: int, code: str, restarts: int = 1) -> Worker:
