@@ -63,7 +63,7 @@ class RayTeam:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Have the workers put their trials back. A second interrupt ends this process, and they with it."""
         stops = [seat.actor.stop.remote() for seat in self._seats.values() if seat.is_here]
-        if kind is not None and stops:
+        if stops:
             self._ray.wait(stops, num_returns=len(stops))  # one on a node that is lost just now fails in time
         self._ray.shutdown()
 

@@ -41,10 +41,13 @@ class Task:
     def __call__(self) -> Report:
         self.seat = Seat(read_order(os.environ.pop(ORDER_VARIABLE)), self.number, self.log)
         while (report := self.seat.look()).code is None:
+            if report.news:  # the driver reads the log
+                with self.log.open("a", encoding="utf-8") as log:
+                    log.write(f"the worker {report.news}\n")
             time.sleep(POLL_SECONDS)
             if stop_file(self.log.parent).exists():
-                report = self.seat.stop()
-        return dataclasses.replace(report, lines=[])  # the driver reads the log
+                break
+        return dataclasses.replace(self.seat.stop(), lines=[])
 
     def checkpoint(self) -> Any:
         """Put the trials back; return what runs when the job's turn has come again."""
