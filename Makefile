@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format bench dashboard
+.PHONY: help setup sweep test test-all test-cluster lint format bench dashboard
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,10 @@ test: $(READY)  ## run the fast tests, every promise at small size (about 5 minu
 test-all: $(READY)  ## run all tests, with storms of kills and real servers (about 40 minutes on 2 cores)
 	@echo "all tests: about 40 minutes on 2 cores; make test runs the fast ones only"
 	@$(BIN)/python -m pytest --slow --durations=20 $(ARGS)
+
+test-cluster: $(READY)  ## run sweeps on Ray and as submitit jobs (installs both, 300 MB; about 5 minutes)
+	@$(BIN)/python -c 'import ray, submitit' 2>/dev/null || $(PIP) --editable '.[ray,slurm]'
+	@$(BIN)/python -m pytest --slow tests/cluster $(ARGS)
 
 lint: $(READY)  ## check format, style and types (half a minute)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy lora_search
