@@ -188,6 +188,8 @@ def test_merged_weights_give_the_studys_perplexity_without_peft(
     assert float(shown) == pytest.approx(found, rel=1e-5)
     assert shown in (tmp_path / "merged/README.md").read_text()
     assert not (tmp_path / "merged/adapter_config.json").exists()
+    modes = {(tmp_path / "merged" / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1  # another user may serve it
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
     merged = _put_on(base, adapter, "default").merge_and_unload()
     with explained_writing(to):
         merged.save_pretrained(to)
+        for path in to.glob("*.safetensors"):
+            path.chmod(to.stat().st_mode & 0o666)  # safetensors makes its files private to the user
 
 
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
