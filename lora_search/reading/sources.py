@@ -81,7 +81,7 @@ def _check_heeded(config: DataConfig, found: Found) -> None:
     found.heeded |= {"subset"} if any(s.name.endswith(".xlsx") for s in found.sources) else set()
     for name, what in (
         ("subset", "hub data sets and Excel files"),
-        ("split", "hub and saved data sets"),
+        ("split", "hub and saved data sets, and folders"),
         ("revision", "hub data sets"),
     ):
         value = getattr(config, name)
@@ -165,11 +165,24 @@ def _folder(
             f"{key}: {folder} has no data: no {known} file, and no data set saved by save_to_disk."
         )
     of_split = {file: split or split_of(file.name) for file in files}
+    training = {_set_of(file.name) for file in files if of_split[file] == "train"}
+    if not split and (config.split is not None or len(training) > 1):
+        found.heeded.add("split")
+        sets = dict.fromkeys(_set_of(file.name) for file in files)
+        chosen = _chosen(sets, folder.name, key, config, split)
+        found.counts["files of other splits left unread"] += sum(_set_of(f.name) not in chosen for f in files)
+        files = [file for file in files if _set_of(file.name) in chosen]
+        of_split = {file: chosen[_set_of(file.name)] for file in files}
     if not split and "train" in of_split.values():
         left_out = [file for file in files if not of_split[file]]
         found.counts["files left unread beside train"] += len(left_out)
         files = [file for file in files if of_split[file]]
     return [_file(file, key, config, of_split[file], weight) for file in files]
+
+
+def _set_of(name: str) -> str:
+    """Return a file's name without shard and endings: train_sft of train_sft-00000-of-00004.parquet."""
+    return re.sub(r"[-_.]?\d.*$", "", name.partition(".")[0])
 
 
 def split_of(name: str) -> str:

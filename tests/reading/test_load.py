@@ -118,6 +118,46 @@ def test_a_saved_data_set_without_train_asks_for_a_split(tmp_path: Path) -> None
     assert len(read(DataConfig(path=str(tmp_path / "d"), split="b"))[0]) == 7
 
 
+def shards(folder: Path, *names: str) -> str:
+    """Write one file for each name; file k has k + 1 rows."""
+    folder.mkdir()
+    for count, name in enumerate(names, start=1):
+        rows = [{"question": f"What is {name} {i}?", "answer": f"It is {i}."} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+TWO_SETS = ("train_sft-00000-of-00002", "train_sft-00001-of-00002", "test_sft", "train_gen", "notes")
+
+
+def test_a_folder_with_several_sets_to_train_on_is_refused(tmp_path: Path) -> None:
+    path = shards(tmp_path / "d", *TWO_SETS)
+
+    with pytest.raises(DataError, match="several splits to train on: train_gen, train_sft. Choose one"):
+        load_rows(DataConfig(path=path))
+
+
+@pytest.mark.parametrize(
+    ("split", "expected", "unread"),
+    [("train_sft", {"train": 3, "test": 3}, 2), ("train_gen", {"": 4}, 4), ("notes", {"": 5}, 4)],
+)
+def test_a_set_of_a_folder_is_chosen_by_name(
+    tmp_path: Path, split: str, expected: dict[str, int], unread: int
+) -> None:
+    loaded = load_rows(DataConfig(path=shards(tmp_path / "d", *TWO_SETS), split=split))
+
+    assert Counter(row.split for row in loaded.rows) == expected
+    assert loaded.counts["files of other splits left unread"] == unread
+
+
+def test_shards_of_one_set_are_one_set(tmp_path: Path) -> None:
+    loaded = load_rows(
+        DataConfig(path=shards(tmp_path / "d", "train-00000-of-00002", "train-00001-of-00002"))
+    )
+
+    assert Counter(row.split for row in loaded.rows) == {"train": 3}
+
+
 def saved(path: Path, *names: str) -> str:
     """Write a data set whose splits have 1, 2, 3, ... rows."""
     parts = {name: datasets.Dataset.from_list(ROWS[: i + 1]) for i, name in enumerate(names)}
