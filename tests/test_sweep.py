@@ -108,7 +108,10 @@ BAD_INPUT = [
     (["train.batch_size=-2"], "train.batch_size: must be at least 1, got -2"),
     (["optim.lr=-1"], "optim.lr: must be between 0 and 1, got -1.0"),
     (["optim.lr=nan"], "optim.lr: must be between 0 and 1, got nan"),
-    (["optim.schedule=cosin"], "optim.schedule: must be one of cosine, linear, constant, inverse_sqrt, wsd, got 'cosin'"),
+    (
+        ["optim.schedule=cosin"],
+        "optim.schedule: must be one of cosine, linear, constant, inverse_sqrt, wsd, got 'cosin'",
+    ),
     (["lora.r=0"], r"lora.r: must be in \[1, 4096\], got 0"),
     (["lora.alpha=two"], "lora.alpha: must be a number > 0 or a multiple of r"),
     (["lora.dropout=1.5"], r"lora.dropout: must be in \[0, 1\), got 1.5"),
