@@ -35,7 +35,7 @@ class Changes:
     def __init__(
         self, storage: RDBStorage, study_id: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine, self._clock = storage.engine, clock
+        self._engine, self._clock = storage.engine.execution_options(only_reads=True), clock
         self._study_id = study_id
         self._known: dict[int, tuple[object, object]] = {}  # unfinished trial's id -> its state and start
         self._last_id = 0

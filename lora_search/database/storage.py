@@ -21,6 +21,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     IntegrityError,
+    InternalError,
     NoSuchModuleError,
     OperationalError,
     ProgrammingError,
@@ -258,7 +259,7 @@ def _create_missing_indexes(storage: RDBStorage) -> None:
     for table in BaseModel.metadata.sorted_tables:
         for index in table.indexes - {BY_STATE}:
             index.create(storage.engine, checkfirst=True)
-    with suppress(ProgrammingError, OperationalError):  # the tables may belong to another user
+    with suppress(ProgrammingError, OperationalError, InternalError):  # another user's tables, or read-only
         BY_STATE.create(storage.engine, checkfirst=True)
 
 
@@ -285,7 +286,7 @@ def _share_sqlite(storage: RDBStorage) -> None:
         if connection.info.get("waits") != wait:
             connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * wait}")
             connection.info["waits"] = wait
-        if seconds:
+        if seconds and not connection.get_execution_options().get("only_reads"):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def on_new_connection(*_: object) -> None:

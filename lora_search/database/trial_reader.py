@@ -18,16 +18,17 @@ from optuna.storages._rdb.models import (
     TrialValueModel,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Index, String, Table, bindparam, cast, literal_column, select, union_all
+from sqlalchemy import Index, Table, bindparam, case, literal_column, select, union_all
 from sqlalchemy.engine import Connection
 
 CHUNK = 1_000  # trials per statement
 PARAMS, VALUES, USER, SYSTEM, RUNGS = range(5)
 NOTHING: Any = literal_column("NULL")
-IDS: Any = bindparam(
-    "ids", expanding=True, literal_execute=True
-)  # in the statement's text: a server takes 65,535
-INFINITE = {"INF_POS": float("inf"), "INF_NEG": float("-inf"), "NAN": float("nan")}
+# Written into the statement: as parameters, PostgreSQL takes at most 65,535.
+IDS: Any = bindparam("ids", expanding=True, literal_execute=True)
+CODES = {"INF_POS": 1, "INF_NEG": 2, "NAN": 3}  # Optuna's kinds of numbers that a column cannot hold
+INFINITE = {1: float("inf"), 2: float("-inf"), 3: float("nan")}
+ZERO: Any = literal_column("0")
 
 
 def table_of(model: Any) -> Table:
@@ -44,27 +45,34 @@ _HEADS = select(
 ).where(TRIALS.c.trial_id.in_(IDS))
 
 
-def _rows(kind: int, model: Any, order: str, key: Any, number: Any, text: Any) -> Any:
+def _rows(kind: int, model: Any, order: str, key: Any, number: Any, text: Any, code: Any = ZERO) -> Any:
     """Select one kind of a trial's rows, in the shape that all kinds share."""
     table = table_of(model)
     column = table.c[order] if order else literal_column("0")
     kind_column: Any = literal_column(str(kind))
-    columns = kind_column, table.c.trial_id, column, key, number, text
+    columns = kind_column, table.c.trial_id, column, key, number, text, code
     return select(*columns).where(table.c.trial_id.in_(IDS))
+
+
+def _code(column: Any) -> Any:
+    """Return the kind of a number as a number. MySQL gives a CAST to text the connection's collation, and
+    refuses to unite it with texts of the tables'."""
+    kinds = [kind for kind in column.type.enum_class if kind.name in CODES]
+    return case(*((column == kind, literal_column(str(CODES[kind.name]))) for kind in kinds), else_=ZERO)
 
 
 def _details() -> Any:
     params, values, rungs = map(table_of, (TrialParamModel, TrialValueModel, TrialIntermediateValueModel))
     user, system = map(table_of, (TrialUserAttributeModel, TrialSystemAttributeModel))
-    value_type = cast(values.c.value_type, String(16))
-    rung_type, rung_value = cast(rungs.c.intermediate_value_type, String(16)), rungs.c.intermediate_value
+    value_code, rung_code = _code(values.c.value_type), _code(rungs.c.intermediate_value_type)
+    rung_value = rungs.c.intermediate_value
     return union_all(
         _rows(PARAMS, TrialParamModel, "param_id", params.c.param_name, params.c.param_value,
               params.c.distribution_json),
-        _rows(VALUES, TrialValueModel, "objective", value_type, values.c.value, NOTHING),
+        _rows(VALUES, TrialValueModel, "objective", NOTHING, values.c.value, NOTHING, value_code),
         _rows(USER, TrialUserAttributeModel, "", user.c.key, NOTHING, user.c.value_json),
         _rows(SYSTEM, TrialSystemAttributeModel, "", system.c.key, NOTHING, system.c.value_json),
-        _rows(RUNGS, TrialIntermediateValueModel, "step", rung_type, rung_value, NOTHING),
+        _rows(RUNGS, TrialIntermediateValueModel, "step", NOTHING, rung_value, NOTHING, rung_code),
     )  # fmt: skip
 
 
@@ -102,14 +110,14 @@ def _trial(head: Sequence[Any], rows: Sequence[Any]) -> FrozenTrial:
     trial_id, number, state, begin, end = head
     parts: tuple[dict[Any, Any], ...] = ({}, {}, {}, {}, {})
     distributions: dict[str, BaseDistribution] = {}
-    for kind, _, order, key, value, text in sorted(rows, key=_place):
+    for kind, _, order, key, value, text, code in sorted(rows, key=_place):
         if kind == PARAMS:
             distributions[key] = distribution = distribution_of(text)
             parts[kind][key] = distribution.to_external_repr(value)
         elif kind in (USER, SYSTEM):
             parts[kind][key] = json.loads(text)
         else:
-            parts[kind][order] = INFINITE.get(key, value)
+            parts[kind][order] = INFINITE.get(code, value)
     values = [value for _, value in sorted(parts[VALUES].items())]
     return FrozenTrial(
         number=number, state=state, value=None, values=values or None, datetime_start=_local(begin),

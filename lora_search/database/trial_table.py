@@ -131,7 +131,8 @@ class LockedTrial:
 
     def draw(self, params: Mapping[str, tuple[float, BaseDistribution]]) -> None:
         """Write the parameters that were drawn, as Optuna stores them, and the first heartbeat."""
-        self.params, self.beats = dict(params), True
+        self.params = {key: value for key, value in params.items() if key not in self.seen.params}
+        self.beats = True
 
     def annotate(self, key: str, value: object) -> None:
         """Set a user attribute of a trial that may have ended: Optuna's own way refuses those."""

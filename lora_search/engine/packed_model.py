@@ -5,7 +5,8 @@ Legend: T tokens of the pass, N completion tokens, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -108,31 +109,44 @@ class PackedModel:
             name: self._upload(value) if isinstance(value, torch.Tensor) else value
             for name, value in attention_arguments(segments).items()
         }
-        output = self.decoder(
-            **self._inputs(ids_T, packs),
-            position_ids=self._upload(position_T[None]),
-            use_cache=False,
-            **attention,
-        )
+        with self._noisy(packs):
+            output = self.decoder(
+                input_ids=self._upload(ids_T[None]),
+                position_ids=self._upload(position_T[None]),
+                use_cache=False,
+                **attention,
+            )
         target_N = self._upload(ids_T[target_positions])
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
-    def _inputs(self, ids_T: torch.Tensor, packs: Sequence[SlotRows]) -> dict[str, torch.Tensor]:
-        """Return the pass's tokens, or their embeddings with NEFTune's noise, which depends on the trial, the
-        row as the trial sees it, and the token; as in transformers, at most alpha / sqrt(tokens x width)."""
-        ids = self._upload(ids_T[None])
+    @contextmanager
+    def _noisy(self, packs: Sequence[SlotRows]) -> Iterator[None]:
+        """Inside, the embeddings have NEFTune's noise. By a hook, as in transformers: some models compute
+        more from the token ids than embeddings."""
         if not any(pack.noise for pack in packs):
-            return {"input_ids": ids}
-        embedded: torch.Tensor = self.language_model.get_input_embeddings()(ids)
-        width, keys, sizes = embedded.shape[-1], [], []
+            yield
+            return
+
+        def add(_module: nn.Module, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded + self._noise(packs, embedded.shape[-1]).to(embedded.dtype)
+
+        handle = self.language_model.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _noise(self, packs: Sequence[SlotRows], width: int) -> torch.Tensor:
+        """Return the noise [T, width], which depends on the trial, the row as the trial sees it, and the
+        token; as in transformers, it is at most alpha / sqrt(tokens x width)."""
+        keys, sizes = [], []
         for pack in packs:
             lengths = [len(row.input_ids) for row in pack.rows]
             keys.append(token_keys(pack.seed, list(pack.ordinals), lengths))
             sizes += [torch.full((n,), pack.noise / math.sqrt(n * width)) for n in lengths]
         size_T = self._upload(torch.cat(sizes))
-        noise_TD = uniform(self._upload(torch.cat(keys)), width) * size_T[:, None]
-        return {"inputs_embeds": embedded + noise_TD.to(embedded.dtype)}
+        return uniform(self._upload(torch.cat(keys)), width) * size_T[:, None]
 
     def set_plan(self, parts: Sequence[SlotTokens]) -> None:
         """Say whose the tokens of the next pass are, where it is not `nll` that runs it."""

@@ -19,7 +19,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 
 from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.files.tensors import read_sealed, write_sealed
-from lora_search.trial import TrialSettings
+from lora_search.trial import Pattern, TrialSettings
 
 PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 
@@ -65,11 +65,12 @@ def export_peft(
 ) -> None:
     """Write a folder that plain ``PeftModel.from_pretrained`` loads. The weights are replaced atomically and
     sealed with the note. ``targets``: PEFT's target_modules, a list of names or one regular expression."""
+    layers = sorted({name.rpartition(".lora_")[0] for name in state})
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern=dict(settings.alpha_pattern),
+        rank_pattern=_in_any_order(settings.rank_pattern, layers),
+        alpha_pattern=_in_any_order(settings.alpha_pattern, layers),
         init_lora_weights=True if settings.init == "kaiming" else settings.init,
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -82,6 +83,15 @@ def export_peft(
     _write_config(config, folder)
     weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
     write_sealed(folder / WEIGHTS_NAME, weights, note or {})
+
+
+def _in_any_order(pattern: Pattern, layers: Sequence[str]) -> dict[str, int | float]:
+    """Return the pattern; by the layers' full names where its order counts, as files keep it sorted."""
+    given, ordered = dict(pattern), dict(sorted(pattern))
+    found = {name: pattern_key(given, name) for name in layers}
+    if all(pattern_key(ordered, name) == key for name, key in found.items()):
+        return given
+    return {name: given[key] for name, key in found.items() if key in given}
 
 
 def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -102,7 +102,7 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
         if not any(pattern_key([end], name) == end for name in names):
             there = ", ".join(sorted({_last(name) for name in names}))
             raise ModelError(
-                f"lora.rank_pattern, lora.alpha_pattern: {end!r} is the end of no adapted layer's name. "
+                f"lora.rank_pattern, lora.alpha_pattern: no adapted layer's name ends in {end!r}. "
                 f"There are: {there}."
             )
 

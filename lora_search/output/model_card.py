@@ -9,6 +9,7 @@ from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
 from lora_search.results.verdict import line_of_test, listed
 from lora_search.settings.recorded import plain, recorded_values
+from lora_search.settings.train_schema import PATTERNS
 from lora_search.study.results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
@@ -83,6 +84,8 @@ def model_card(
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
     serve = VLLM.format(base=base, study=study, rank=rank_option(settings.get("lora.r")))
+    if has_patterns(settings):
+        serve = f"\n{MERGE_FIRST}.\n"
     kind = "Merged model" if merged else "LoRA adapter"
     facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
     if final:
@@ -107,10 +110,21 @@ def model_card(
     )
 
 
+def has_patterns(settings: Mapping[str, object]) -> bool:
+    """Return whether the layers' ranks or alphas differ."""
+    return any(key.startswith(PATTERNS) and value for key, value in settings.items())
+
+
 def rank_option(rank: object) -> str:
     """Return vLLM's option for adapters of a rank above its default."""
     needed = [known for known in VLLM_RANKS if isinstance(rank, int) and known >= rank]
     return f" --max-lora-rank {needed[0]}" if needed and needed[0] > VLLM_RANKS[0] else ""
+
+
+MERGE_FIRST = (
+    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern: "
+    "serve the weights of `lora-search export merge=true`"
+)
 
 
 def serving_lines(
@@ -124,7 +138,10 @@ def serving_lines(
             f"python convert_hf_to_gguf.py {place} --outtype f16 --outfile {name}.gguf",
         ]
     else:
-        rank = rank_option((recorded_values(attributes) | row.params).get("lora.r"))
+        settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
+        if has_patterns(settings):
+            return [f"# {MERGE_FIRST}", f"hf upload ME/{name} {place}"]
+        rank = rank_option(settings.get("lora.r"))
         base = shlex.quote(attributes.get("base_model", "BASE"))
         served = [f"vllm serve {base} --enable-lora{rank} --lora-modules {name}={place}"]
     return [*served, f"hf upload ME/{name} {place}"]

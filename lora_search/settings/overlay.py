@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from types import UnionType
 from typing import Any, get_args
@@ -105,4 +106,8 @@ def _encode(value: object) -> object:
 
 
 def _decode(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
+    """Return the list or mapping that a choice was encoded from."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with suppress(ValueError):  # a regular expression may begin so
+            return json.loads(value)
+    return value

@@ -3,6 +3,7 @@
 import ast
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -25,7 +26,10 @@ def recorded_values(attributes: Mapping[str, str]) -> dict[str, object]:
 
 def plain(value: object) -> object:
     """Return a list where the study keeps one as JSON."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with suppress(ValueError):  # a regular expression may begin so
+            return json.loads(value)
+    return value
 
 
 def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:

@@ -155,11 +155,14 @@ class Draws:
         """Read the study until all trials of lower numbers have their parameters: a worker signs a trial once
         it has drawn them, and may be slower than the one that drew the next trial."""
         seconds = self.config.study.heartbeat_seconds
+        unsigned: list[int] = []
         while True:
-            self.ledger.read()
+            self.ledger.read(unsigned)  # an older version signs in place, which a look alone finds late
             running = [t for t in self.ledger.open if t.state == TrialState.RUNNING and t.number < before]
-            if all(t.user_attrs.get("worker") or has_run_for(t, seconds) for t in running):
+            waiting = [t for t in running if not t.user_attrs.get("worker") and not has_run_for(t, seconds)]
+            if not waiting:
                 return
+            unsigned = [t._trial_id for t in waiting]
             time.sleep(SIGNING_SECONDS)
 
     def _exhaust(self, why: str) -> None:

@@ -69,7 +69,7 @@ class SlurmTeam:
         self._jobs: dict[int, Any] = {}
         self._tails: dict[int, Tail] = {}
         self._restarts_left: dict[int, int] = {}
-        self._asked = float("-inf")
+        self._asked, self._known = float("-inf"), dict[str, str]()
         self._executor = make_executor(self._submitit, config, self._logs / "jobs")
 
     def __enter__(self) -> "SlurmTeam":
@@ -147,7 +147,8 @@ class SlurmTeam:
         if self._config.launcher.cluster == "local":
             return {n: "RUNNING" for n, job in self._jobs.items() if job.state == "RUNNING"}
         if time.monotonic() - self._asked > QUEUE_SECONDS:
-            self._known, self._asked = queue([job.job_id for job in self._jobs.values()]), time.monotonic()
+            ids = [job.job_id for job in self._jobs.values()]
+            self._known, self._asked = queue(ids, self._known), time.monotonic()
         numbers = {str(job.job_id): number for number, job in self._jobs.items()}
         return {numbers[name]: state for name, state in self._known.items() if name in numbers}
 
@@ -162,6 +163,7 @@ class SlurmTeam:
             remedy = "Compare with sinfo, or give launcher.partition and launcher.sbatch"
             raise ConfigError("launcher.partition", self._config.launcher.partition, rule, remedy) from None
         self._jobs |= jobs
+        self._known |= {str(job.job_id): "PENDING" for job in jobs.values()}
         self._asked = float("-inf")
 
 
@@ -192,11 +194,13 @@ def make_executor(submitit: Any, config: SweepConfig, folder: Path) -> Any:
     return executor
 
 
-def queue(ids: list[Any]) -> dict[str, str]:
-    """Return the state of each job that Slurm's queue has."""
+def queue(ids: list[Any], known: dict[str, str]) -> dict[str, str]:
+    """Return the state of each job that Slurm's queue has; what was ``known`` if Slurm does not answer."""
     arrays = ",".join(sorted({str(name).partition("_")[0] for name in ids}))
     command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={arrays}"]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return known
     return dict(line.split() for line in done.stdout.splitlines())
 
 

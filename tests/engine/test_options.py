@@ -29,6 +29,10 @@ OPTIONS: dict[str, dict[str, object]] = {
         "alpha_pattern": (("q_proj", 24.0), ("down_proj", 4.0)),
         "target_modules": ("all-linear",),
     },
+    "overlapping patterns": {
+        "rank_pattern": (("model.layers.0.self_attn.q_proj", 8), ("q_proj", 2)),
+        "alpha_pattern": (("self_attn.v_proj", 3.0), ("model.layers.1.self_attn.v_proj", 30.0)),
+    },
     "patterns with rslora": {"rank_pattern": (("v_proj", 8),), "use_rslora": True},
     "some layers": {"target_modules": ("q_proj", "up_proj", "layers:1")},
     "regular expression": {"target_modules": (r"re:.*\.(0|1)\.self_attn\.[kv]_proj",)},

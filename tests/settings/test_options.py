@@ -34,6 +34,7 @@ def test_patterns_are_given_searched_and_counted_in_the_room() -> None:
         ({"layers_to_transform": 3}, ("q_proj", "v_proj", "layers:3")),
         ({"layers_to_transform": [3, 1], "target_modules": "all-linear"}, ("all-linear", "layers:1,3")),
         ({"target_modules": r".*\.[qk]_proj"}, (r"re:.*\.[qk]_proj",)),
+        ({"target_modules": r"[a-z0-9_.]*[qv]_proj"}, (r"re:[a-z0-9_.]*[qv]_proj",)),
     ],
 )
 def test_targets_as_a_trial_has_them(lora: dict[str, object], targets: tuple[str, ...]) -> None:
