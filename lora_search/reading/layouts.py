@@ -36,6 +36,7 @@ USUAL = {  # further names; exactly one column of each part also makes a layout
     "instruction": ("instruction", "question", "prompt", "query", "q", "user", "human", "input"),
     "response": ("response", "answer", "output", "completion", "a", "reply", "assistant", "target", "gpt"),
 }
+NAMED = {*USUAL["instruction"], *USUAL["response"]}
 CONTEXTS = ("context", "input", "passage", "background", "document")
 TEXTUAL = {  # columns that the model should see, unless the user says otherwise -> the part it could be
     **dict.fromkeys(CONTEXTS, "context"), "system": "system", "system_prompt": "system", "tools": "tools",
@@ -197,10 +198,12 @@ def _completed(keys: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
     columns = dict(chosen)
     if "messages" in columns:
         return columns
+    strange = [k for k in keys if k not in columns.values() and k.strip().lower() not in NAMED]
+    answered = "response" in columns or any(key.strip().lower() in USUAL["response"] for key in keys)
     for part, names in USUAL.items():
         found = [key for key in keys if key.strip().lower() in names and key not in columns.values()]
-        if part == "instruction" and len(keys) > len(columns) + 2:  # else "input" may be its context
-            found = [key for key in found if key.strip().lower() != "input"]
+        if part == "instruction" and (len(found) > 1 or len(strange) > (not answered)):
+            found = [key for key in found if key.strip().lower() != "input"]  # it may be the context
         if part not in columns and len(found) == 1:
             columns[part] = found[0]
     return columns
@@ -227,11 +230,8 @@ def _unknown(
     missing = [part for part in ("instruction", "response") if part not in columns]
     parts = " and ".join(f"no {PARTS[part]}" for part in missing)
     if all(isinstance(row.get(key), str | None) for row in rows[:1] for key in keys) and _is_sentence(keys):
-        first = "; ".join(keys)[:60]
-        return (
-            f"{place} does not name its columns in its first line ({first}). "
-            "Put a line above it, e.g. question,answer."
-        )
+        said = f"{place} does not name its columns in its first line ({'; '.join(keys)[:60]})."
+        return f"{said} Put a line above it, e.g. question,answer."
     if len(keys) == 1 and any(mark in keys[0] for mark in ",;|\t:"):
         return f"{place} has one column only, {keys[0]!r}. Separate columns by commas, semicolons or tabs."
     taken, proposals = set(columns.values()), []

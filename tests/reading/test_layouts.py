@@ -293,3 +293,19 @@ def test_input_is_no_question_where_another_column_may_be_one(tmp_path: Path) ->
 
     assert "no question and no answer" in message
     assert "data.columns.instruction=fråga data.columns.response=svar" in message
+
+
+def test_input_is_no_question_where_only_the_answer_is_named(tmp_path: Path) -> None:
+    row = {"fråga": "Hur?", "svar": "Så här, och sedan så.", "input": "Nummer ett"}
+
+    message = refusal(write(tmp_path / "se.jsonl", row, columns=ColumnsConfig(response="svar")))
+
+    assert "no question" in message
+    assert "data.columns.instruction=fråga" in message
+
+
+def test_the_answer_may_be_named_where_the_question_is_plain(tmp_path: Path) -> None:
+    row = {"instruction": QA[0], "input": "", "output": QA[1]}
+    config = write(tmp_path / "a.jsonl", row, columns=ColumnsConfig(response="output"))
+
+    assert load_rows(config).rows == [Row(QA[0], "", QA[1], "a.jsonl:1")]

@@ -193,7 +193,7 @@ def test_a_write_whose_answer_was_lost_is_not_done_twice_nor_is_a_claim(
 
     work(study, CurveEngine(2), RecordingTracker(), quiet()[0], check)
 
-    assert Lossy.lost >= 3
+    assert Lossy.lost >= 1
     study.storage.engine.dispose()
     Lossy.period = 10**9
     assert_nothing_is_missing(study, 4)
