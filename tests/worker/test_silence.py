@@ -179,7 +179,7 @@ def lose_answers(study: SweepStudy, period: int) -> None:
 
 
 @slow
-@pytest.mark.parametrize("period", [11, 13, 17])  # of about 55 commits; a claim takes up to ten
+@pytest.mark.parametrize("period", [7, 9, 11])  # of about 35 commits
 def test_a_write_whose_answer_was_lost_is_not_done_twice_nor_is_a_claim(
     tmp_path: Path, period: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_write_whose_answer_was_lost_is_not_done_twice_nor_is_a_claim(
 
     work(study, CurveEngine(2), RecordingTracker(), quiet()[0], check)
 
-    assert Lossy.lost >= 1
+    assert Lossy.lost >= 3
     study.storage.engine.dispose()
     Lossy.period = 10**9
     assert_nothing_is_missing(study, 4)
