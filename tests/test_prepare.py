@@ -118,6 +118,16 @@ def test_a_space_in_which_a_trial_would_train_nothing_is_refused(overrides: list
         check_rates(config, parse_space(config), EIGHT)
 
 
+@pytest.mark.parametrize(("steps", "batch"), [("4", "2"), ("choice(1,9)", "2"), ("2", "choice(2,8)")])
+def test_a_warm_up_that_a_trial_does_not_outlast_is_refused(steps: str, batch: str) -> None:
+    overrides = ["space.train.batch_size=null", f"optim.warmup_steps={steps}", f"train.batch_size={batch}"]
+    config = compose("smoke", ["train.epochs=1", *overrides])
+    message = r"^optim.warmup_steps: must be below the optimizer steps of each trial, .*8 training examples"
+
+    with pytest.raises(ConfigError, match=message):
+        check_rates(config, parse_space(config), EIGHT)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -69,20 +69,21 @@ def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:
 
 
 def check_effect(trials: Iterable[TrialSettings], axis: DataAxis) -> None:
-    """Raise ConfigError if the learning rate of all steps of a trial is 0, so it would train nothing."""
+    """Raise ConfigError if a trial would train nothing, as the learning rate of all its steps is 0, or if it
+    would end before its warm-up."""
     for settings in trials:
         steps = axis.total_steps(settings)
-        if any(learning_rate(settings, step, steps) > 0 for step in range(steps)):
-            continue
         epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
         count = f"{len(axis.examples)} training examples in steps of {settings.examples_per_step}, {epochs}"
-        rule = "must leave a step whose learning rate is above 0, as warm-up starts from 0"
-        key = "warmup_ratio" if settings.warmup_steps is None else "warmup_steps"
-        remedy = (
-            f"There is no other step ({count}): set optim.{key}=0, lower train.batch_size, raise "
-            "train.epochs, or give more data."
-        )
-        raise ConfigError(f"optim.{key}", getattr(settings, key), rule, remedy)
+        more = "lower train.batch_size, raise train.epochs, or give more data."
+        warmup = settings.warmup_steps
+        if warmup is not None and warmup >= steps:
+            rule = f"must be below the optimizer steps of each trial, and one has {steps} ({count})"
+            raise ConfigError("optim.warmup_steps", warmup, rule, f"Lower it, {more}")
+        if not any(learning_rate(settings, step, steps) > 0 for step in range(steps)):
+            rule = "must leave a step whose learning rate is above 0, as warm-up starts from 0"
+            remedy = f"There is no other step ({count}): set optim.warmup_ratio=0, {more}"
+            raise ConfigError("optim.warmup_ratio", settings.warmup_ratio, rule, remedy)
 
 
 def warn_of_few(num_validation: int) -> list[str]:

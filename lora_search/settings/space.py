@@ -23,10 +23,11 @@ from optuna.distributions import (
 
 from lora_search.errors import ConfigError
 from lora_search.settings.overlay import FIXED, _encode, _get, _types, searchable_keys, trial_settings
-from lora_search.settings.schema import SweepConfig
+from lora_search.settings.schema import OptimConfig, SweepConfig
 from lora_search.trial import TrialSettings
 
 HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
+USED_BY = {"min_lr_ratio": ("cosine", "linear", "wsd"), "decay_ratio": ("wsd",)}  # key of optim -> schedules
 MAX_POINTS = 10_000  # larger spaces are not enumerated
 
 
@@ -90,6 +91,7 @@ def parse_space(config: SweepConfig) -> Space:
         raise ConfigError("space", {}, "must search something when study.n_trials is above 1", remedy)
     if config.sampler.name == "grid":
         _require_grid(space)
+    _require_effect(config, space)
     return space
 
 
@@ -236,6 +238,27 @@ def _require_ordered(full_key: str, low: float, high: float) -> None:
         raise ConfigError(
             full_key, f"low={low}, high={high}", "low < high must hold", "Swap them or widen the range."
         )
+
+
+def _require_effect(config: SweepConfig, space: Space) -> None:
+    """Raise ConfigError for a key that is set or searched and would change no trial."""
+    schedules = _ends(config, space, "optim.schedule")
+    for name, users in USED_BY.items():
+        value, is_searched = getattr(config.optim, name), f"optim.{name}" in space.distributions
+        is_given = is_searched or value != getattr(OptimConfig(), name)
+        if is_given and not set(users) & set(schedules):
+            shown = space.expressions[f"optim.{name}"] if is_searched else value
+            rule = f"has no effect with optim.schedule={', '.join(map(str, schedules))}"
+            remedy = f"Leave it out, or set optim.schedule={' or '.join(users)}."
+            raise ConfigError(f"optim.{name}", shown, rule, remedy)
+    ratio, steps = "optim.warmup_ratio", _ends(config, space, "optim.warmup_steps")
+    if ratio in space.distributions and None not in steps:
+        rule, remedy = (
+            "has no effect while optim.warmup_steps is set",
+            "Set space.optim.warmup_ratio=null, or",
+        )
+        remedy += " optim.warmup_steps=null."
+        raise ConfigError(f"space.{ratio}", space.expressions[ratio], rule, remedy)
 
 
 def _require_grid(space: Space) -> None:

@@ -93,3 +93,42 @@ def test_what_names_no_layer_is_refused(key: str, value: object) -> None:
 
     assert str(refused.value).startswith(f"lora.{key}: must ")
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["optim.min_lr_ratio=0.1", "optim.schedule=constant"],
+            "^optim.min_lr_ratio: has no effect with optim",
+        ),
+        (
+            ["optim.min_lr_ratio=interval(0,0.2)", "optim.schedule=choice(constant,inverse_sqrt)"],
+            "schedule=constant, inverse_sqrt, got 'interval.*Leave it out, or set optim.schedule=cosine or",
+        ),
+        (
+            ["optim.decay_ratio=0.3", "optim.schedule=cosine"],
+            "^optim.decay_ratio: has no .* set optim.schedule=wsd",
+        ),
+        (
+            ["optim.warmup_ratio=interval(0,0.2)", "optim.warmup_steps=3"],
+            "^space.optim.warmup_ratio: has no effect while optim.warmup_steps is set",
+        ),
+    ],
+)
+def test_a_setting_that_would_change_no_trial_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_space(compose("smoke", overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.min_lr_ratio=0.1", "optim.schedule=choice(constant,cosine)"],
+        ["optim.decay_ratio=interval(0.1,0.3)", "optim.schedule=wsd"],
+        ["optim.warmup_ratio=interval(0,0.2)", "optim.warmup_steps=null"],
+    ],
+)
+def test_a_setting_that_changes_some_trial_is_accepted(overrides: list[str]) -> None:
+    assert parse_space(compose("smoke", overrides)).distributions
