@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_search.model.tiny import make_tiny_model
+from lora_search.settings import secrets
 from lora_search.trial import TrialRun, TrialSettings
 from tests.servers import MARIADB
 
@@ -26,6 +27,12 @@ def make_run(folder: Path, number: int = 0, **changes: object) -> TrialRun:
     """Return a trial with some settings changed."""
     settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
     return TrialRun(number=number, seed=100 + number, settings=settings, folder=str(folder / str(number)))
+
+
+@pytest.fixture(autouse=True)
+def own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's secrets are its own: a random password of one may be a word in another's message."""
+    monkeypatch.setattr(secrets, "_known", set())
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.rows import Pair
 from lora_search.data.serving import serving_template
-from lora_search.data.templates import FAULTS, Renderer, dated_template
+from lora_search.data.templates import FAULTS, SKIP, Renderer, dated_template
 from lora_search.data.thinking import (
     EMPTY,
     ENDS,
@@ -105,9 +105,8 @@ class ConversationRenderer:
             if found < 0:
                 what = f"loses or changes a message of the {role} ({source}: {text[:40]!r})"
                 rule = f"the tokenizer's chat template {what}"
-                raise ConfigError(
-                    "template.name", self.template.name, rule, "Fix the tokenizer's chat_template."
-                )
+                remedy = f"Fix the tokenizer's chat_template, or {SKIP}."
+                raise ConfigError("template.name", self.template.name, rule, remedy)
             place = place if role == "system" else found + len(text)
         dropping = turns[:-1] if is_last_kept else turns
         thoughts = [
@@ -192,7 +191,7 @@ class _Asker:
 
     def _fault(self, what: str) -> ConfigError:
         rule = f"the tokenizer's chat template {what} ({self.source})"
-        remedy = "Leave such rows out of the file, or choose a base whose template renders them."
+        remedy = "Leave such rows out (data.on_bad_row=skip), or choose a base whose template renders them."
         return ConfigError("template.name", "chat", rule, remedy)
 
 

@@ -120,7 +120,8 @@ def _store(
     fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         for name, members in kept.items():
-            items = tokenize_rows(members, renderer, config.train.loss_on)
+            skip = config.data.on_bad_row == "skip"
+            items = tokenize_rows(members, renderer, config.train.loss_on, skip=skip)
             write_items(watch(items, f"tokenizing {name} rows", len(members)), fresh / f"{name}.arrow")
         counts += renderer.counts
         write_meta(

@@ -27,7 +27,7 @@ KEPT = 16  # folders; the least recently used are deleted first
 ROWS_PER_BATCH = 1000
 R = TypeVar("R")
 Numbers = np.ndarray[Any, Any]
-FREE = ("max_length", "max_length_percentile", "max_length_choices", "on_bad_row")  # rows are cut when read
+FREE = ("max_length", "max_length_percentile", "max_length_choices")  # rows are cut when read
 
 
 def stored_folder() -> Path:
@@ -49,7 +49,7 @@ def store_key(config: SweepConfig, rows_digest: str, tokenizer: PreTrainedTokeni
 
 def rows_key(data: DataConfig, rows_digest: str) -> str:
     """Return a key of the rows as they are read, independent of the tokenizer."""
-    settings = {key: value for key, value in as_dict(data).items() if key not in FREE[:-1]}
+    settings = {key: value for key, value in as_dict(data).items() if key not in FREE}
     return hashlib.sha256(json.dumps([FORMAT, rows_digest, settings]).encode()).hexdigest()[:32]
 
 

@@ -34,6 +34,7 @@ Message = dict[str, str]  # {"role": "user", "content": "Why?"}
 # Exceptions that a template, which is a program, may raise.
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 USE_INST = "Use template=inst, or fix the tokenizer's chat_template."
+SKIP = "leave such rows out with data.on_bad_row=skip"
 SHOWN = 24  # characters on each side of a difference
 MARK = "70319482650{:04d}31"  # digits have no capitals, no white space, nothing to escape
 
@@ -163,7 +164,7 @@ class Renderer:
                 self.counts[f"{role} texts whose outer white space the template trims"] += 1
             if place < 0:
                 difference = _difference(expected, prompt, "given", "the model would see")
-                raise self._fault(role, f"changes the {role} message ({source}: {difference})")
+                raise self._fault(role, f"changes the {role} message ({source}: {difference})", SKIP)
             end = end if role == "system" else place + len(text)
 
     def _completion(self, frame: Frame, seen: str, answer: str, source: str) -> str:
@@ -177,7 +178,7 @@ class Renderer:
                 before, after = seen[:place], seen[place + len(answer) :]
             else:
                 difference = _difference(before + answer, seen, "given", "the model would see")
-                raise self._fault("assistant", f"changes the answer ({source}: {difference})")
+                raise self._fault("assistant", f"changes the answer ({source}: {difference})", SKIP)
         if before.strip():
             self.counts[f"answers that follow {before!r}, which the template inserts"] += 1
         return before + answer + self.ended(after.rstrip())
@@ -188,19 +189,19 @@ class Renderer:
         place = seen.find(answer.strip())
         if place < 0 or seen[:place].strip():
             difference = _difference(answer, seen, "given", "the model would see")
-            raise self._fault("assistant", f"changes the answer ({source}: {difference})")
+            raise self._fault("assistant", f"changes the answer ({source}: {difference})", SKIP)
         self.counts[EMPTY] += not has_thinking(turn)
         given = answer.lstrip() if has_thinking(turn) else answer
         after = seen[place + len(answer.strip()) :].rstrip()
         return thinking_of(turn, opening) + given + self.ended(after)
 
-    def _fault(self, role: str, what: str) -> ConfigError:
-        """Return the error for a template that changes a text."""
+    def _fault(self, role: str, what: str, other: str = "") -> ConfigError:
+        """Return the error for a template that changes a text; ``other`` is another remedy."""
         rule = f"the tokenizer's chat template {what}"
         if role == "system" and self.template.system_prompt is not None:
             value = textwrap.shorten(self.template.system_prompt, 60)
             return ConfigError("template.system_prompt", value, rule, f"{USE_INST} Or set it to null.")
-        return ConfigError("template.name", "chat", rule, USE_INST)
+        return ConfigError("template.name", "chat", rule, f"{USE_INST} Or {other}." if other else USE_INST)
 
     def _apply_all(self, chats: Sequence[Sequence[Message]], *, add_generation_prompt: bool) -> list[str]:
         """Render all at once, which saves a third of the time."""

@@ -16,7 +16,7 @@ from lora_search.data.masks import ConversationRenderer
 from lora_search.data.rows import Example, Item, Pair
 from lora_search.data.store import Numbers, StoredItems
 from lora_search.data.templates import Renderer
-from lora_search.errors import DataError, ModelError
+from lora_search.errors import ConfigError, DataError, ModelError
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import DataConfig, require
 
@@ -24,30 +24,59 @@ LONGEST = 100_000  # tokenizers without a limit report 10**30
 
 SHOWN_ROWS = 3
 BATCH = 1000
+REFUSED = "rows that the template refuses (left out)"
 LENGTH = "tokens in a training row:"  # prefix of the counts of the token distribution
 
 
 def tokenize_rows(
-    rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns"
+    rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns", *, skip: bool = False
 ) -> Iterator[Item]:
-    """Yield the items of rows. A thread tokenizes one batch, without the interpreter's lock, while this one
-    renders the next and uses the previous."""
+    """Yield the items of rows; with ``skip``, without those that the template refuses, which it counts. A
+    thread tokenizes one batch, without the interpreter's lock, while this one renders the next and uses the
+    previous. Raises ConfigError for a row that the template refuses; with ``skip``, DataError for all."""
     conversations, tokens = ConversationRenderer(renderer, loss_on), Tokens(renderer.tokenizer)
     under_way: deque[tuple[Sequence[Row], list[Pair], Future[list[Example]]]] = deque()
+    refused: list[ConfigError] | None = [] if skip else None
     with ThreadPoolExecutor(1) as thread:
         for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            pairs = _pairs(batch, renderer, conversations)
+            batch, pairs = _rendered(rows[start : start + BATCH], renderer, conversations, refused)
+            if refused and not pairs and not start:
+                all_of_them = f"data.on_bad_row: skip would leave out all of {len(refused)} rows"
+                raise DataError(f"{all_of_them}. The first: {refused[0]}")
             under_way.append((batch, pairs, thread.submit(_examples, pairs, tokens)))
             if len(under_way) > 1:
                 yield from _items(*under_way.popleft())
         while under_way:
             yield from _items(*under_way.popleft())
+    renderer.counts[REFUSED] += len(refused or ())
 
 
 def _items(rows: Sequence[Row], pairs: list[Pair], examples: Future[list[Example]]) -> Iterator[Item]:
     for row, pair, example in zip(rows, pairs, examples.result(), strict=True):
         yield Item(row.source, pair, example, _times(row))
+
+
+def _rendered(
+    rows: Sequence[Row],
+    renderer: Renderer,
+    conversations: ConversationRenderer,
+    refused: list[ConfigError] | None,
+) -> tuple[Sequence[Row], list[Pair]]:
+    """Return the rows with their texts; halves find those that the template refuses, if they are wanted."""
+    before = renderer.counts.copy()
+    try:
+        return rows, _pairs(rows, renderer, conversations)
+    except ConfigError as error:
+        if refused is None:
+            raise
+        renderer.counts.clear()
+        renderer.counts.update(before)
+        if len(rows) == 1:
+            refused.append(error)
+            return [], []
+    half = len(rows) // 2
+    parts = [_rendered(part, renderer, conversations, refused) for part in (rows[:half], rows[half:])]
+    return [row for part, _ in parts for row in part], [pair for _, part in parts for pair in part]
 
 
 def _pairs(rows: Sequence[Row], renderer: Renderer, conversations: ConversationRenderer) -> list[Pair]:

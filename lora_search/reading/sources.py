@@ -244,10 +244,14 @@ def _chosen(tables: Mapping[str, Any], name: str, key: str, config: DataConfig, 
 
 
 def _beside(training: str, tables: Mapping[str, Any]) -> dict[str, str]:
-    """Return the validation and test tables that belong to a training table: test_sft to train_sft."""
-    ending = _ending(training)
-    kinds = {table: split_of(table) for table in tables if table != training and _ending(table) == ending}
-    return {table: kind for table, kind in kinds.items() if kind in ("validation", "test")}
+    """Return the validation and test tables that belong to a training table: test_sft to train_sft,
+    validation to train, or else validation_matched and validation_mismatched to train."""
+    ending, beside = _ending(training), {}
+    for kind in ("validation", "test"):
+        of_kind = [table for table in tables if split_of(table) == kind and table != training]
+        same = [table for table in of_kind if _ending(table) == ending]
+        beside |= dict.fromkeys(same or (of_kind if split_of(training) and not ending else []), kind)
+    return beside
 
 
 def _ending(table: str) -> str:

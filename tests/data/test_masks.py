@@ -10,7 +10,7 @@ from lora_search.data.masks import DROPPED
 from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
 from lora_search.data.tokens import cut, cut_pair, tokenize_rows
-from lora_search.errors import ConfigError
+from lora_search.errors import ConfigError, DataError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.conversations import conversation_row
 from lora_search.reading.rows import Record, Row
@@ -233,6 +233,36 @@ def test_turns_in_an_order_that_a_template_refuses_are_refused_with_their_row(ch
         ConfigError, match=r"conversation: Conversation roles must alternate \(chat.jsonl:1\)"
     ):
         next(tokenize_rows([row_of(UNUSUAL[chat])], Renderer(TemplateConfig(), tokenizer)))
+
+
+def test_rows_that_a_template_refuses_can_be_left_out_and_are_counted_once() -> None:
+    tokenizer = tokenizer_for("gemma")
+    tokenizer.chat_template = ALTERNATING + GEMMA
+    renderer, good, bad = (
+        Renderer(TemplateConfig(), tokenizer),
+        row_of([USER, ANSWER]),
+        row_of(UNUSUAL["greeting"]),
+    )
+    rows = [good, bad, good, good, Row("Why?", "", "So.", "chat.jsonl:9"), bad, good]
+
+    items = list(tokenize_rows(rows, renderer, skip=True))
+
+    assert [item.source for item in items] == [row.source for row in rows if row is not bad]
+    assert +renderer.counts == {"rows that the template refuses (left out)": 2}
+    assert [item.example for item in items] == [
+        item.example for row in rows if row is not bad for item in tokenize_rows([row], renderer)
+    ]
+
+
+def test_a_template_that_refuses_every_row_is_one_message_even_when_rows_may_be_skipped() -> None:
+    tokenizer = tokenizer_for("gemma")
+    tokenizer.chat_template = ALTERNATING + GEMMA
+    rows = [row_of(UNUSUAL["greeting"]), row_of(UNUSUAL["two questions"])]
+
+    with pytest.raises(
+        DataError, match=r"data.on_bad_row: skip would leave out all of 2 rows. The first: .*alternate"
+    ):
+        list(tokenize_rows(rows, Renderer(TemplateConfig(), tokenizer), skip=True))
 
 
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "area", "arguments": '{"side": 2}'}}]}

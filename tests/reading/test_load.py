@@ -174,6 +174,8 @@ def saved(path: Path, *names: str) -> str:
         (("train", "eval", "train_small"), {}, {"train": 1, "validation": 2}),
         (("train_sft", "test_sft", "train_gen", "test_gen"), {"split": "train_gen"}, {"train": 3, "test": 4}),
         (("all", "validation"), {"split": "all"}, {"train": 1, "validation": 2}),
+        (("train", "test_hard", "test"), {}, {"train": 1, "test": 3}),
+        (("train_sft", "test_gen"), {}, {"train": 1}),
         (("train_sft",), {}, {"train": 1}),
     ],
 )
@@ -186,6 +188,14 @@ def test_splits_are_found_by_the_names_that_hubs_give_them(
     used = [note.partition(": ")[0] for note in loaded.notes]
     assert len(used) == len(expected)
     assert all(f"({split})" in note for split, note in zip(expected, used, strict=True))
+
+
+def test_several_validation_splits_beside_a_plain_train_are_all_used(tmp_path: Path) -> None:
+    path = saved(tmp_path / "d", "train", "validation_matched", "validation_mismatched", "test_hard", "test")
+
+    loaded = load_rows(DataConfig(path=path))
+
+    assert Counter(row.split for row in loaded.rows) == {"train": 1, "validation": 2 + 3, "test": 5}
 
 
 @pytest.mark.parametrize("others", [(), ("validation",)])
