@@ -41,6 +41,7 @@ class TrialSettings:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
     init: str = "kaiming"
+    use_dora: bool = False
     warmup_steps: int | None = None  # in place of warmup_ratio
     min_lr_ratio: float = 0.0
     decay_ratio: float = 0.2  # wsd: share of the steps in which the rate falls

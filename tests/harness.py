@@ -54,7 +54,9 @@ def build_engine(
     base = load_base(resolve_model(config), config, EngineConfig(device=device, dtype=dtype))
     layers = target_layers(base.model, ("all-linear",))
     names = tuple(name for name, _ in base.model.named_modules())
-    bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped)
+    bank = SlotBank(
+        base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped, has_magnitudes=True
+    )
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(base.model, bank),

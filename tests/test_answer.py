@@ -23,7 +23,7 @@ from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
 from lora_search.model.loading import load_tokenizer, resolve_model
-from lora_search.output.model_card import rank_option
+from lora_search.output.model_card import needs_merging, rank_option
 from lora_search.results.ranking import best_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.recorded import recorded_config
@@ -165,6 +165,15 @@ def test_an_exported_adapter_has_what_vllm_asks_for_and_nothing_that_it_refuses(
     assert names == {
         f"{target}.lora_{side}.weight" for target in config["target_modules"] for side in ("A", "B")
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "merging"),
+    [({}, False), ({"lora.use_dora": False}, False), ({"lora.use_dora": True}, True),
+     ({"lora.rank_pattern": None}, False), ({"lora.rank_pattern.q_proj": 8}, True)],
+)  # fmt: skip
+def test_what_vllm_cannot_serve_is_merged_first(settings: dict[str, object], merging: bool) -> None:
+    assert needs_merging(settings) is merging
 
 
 @pytest.mark.parametrize(

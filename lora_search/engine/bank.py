@@ -2,21 +2,24 @@
 
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
 A slot's adapters are one flat row of theta_SP: A [R, D] of every layer, then B transposed [R, O] of every
-layer, sized for the largest rank; entries that a trial does not use stay zero. Optimizer and checkpoint work
-on rows, the layers on views into them, in the dtype of the base.
+layer, sized for the largest rank, then magnitudes [O] if a trial may have DoRA; entries not in use are zero.
+Optimizer and checkpoint work on rows, the layers on views into them, in the dtype of the base.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 
-from lora_search.files.peft import lora_rank, lora_scaling
+from lora_search.files.peft import lora_rank, lora_scaling, plain_weight
+from lora_search.ops.dora import Magnitude, Rescale
 from lora_search.ops.lora import AddAdapters, AddGrouped, Dense, LayerBank, Plan, SlotAdapter
 from lora_search.trial import TrialSettings
 
+MAGNITUDE = "lora_magnitude_vector"
 ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
 
 
@@ -62,6 +65,10 @@ class SlotLinear(nn.Module):
             )  # type: ignore[no-untyped-call]
         else:
             added = AddAdapters.apply(y, x, self._dense, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        magnitudes = bank.magnitudes[self.layer]
+        if not magnitudes.keys().isdisjoint(bank.plan.slots):
+            weight = partial(plain_weight, self.base)
+            added = Rescale.apply(added, x, weight, self.base.bias, magnitudes, bank.plan, self.layer)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, added)
 
 
@@ -76,20 +83,23 @@ class SlotBank:
         max_rank: int,
         dtype: torch.dtype = torch.float32,
         is_grouped: bool | None = None,
+        has_magnitudes: bool = False,
     ) -> None:
-        self.names = list(layers)
+        self.names, self._bases = list(layers), list(layers.values())
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
         device = next(iter(layers.values())).weight.device
         self.is_grouped = fits_grouped(device, dtype, self.shapes) if is_grouped is None else is_grouped
         self.max_rank = -(-max_rank // ALIGNED) * ALIGNED if self.is_grouped else max_rank
         max_rank = self.max_rank
         self.start_of_b = max_rank * sum(d_in for d_in, _ in self.shapes)
-        num_parameters = self.start_of_b + max_rank * sum(d_out for _, d_out in self.shapes)
+        self._start_of_m = self.start_of_b + max_rank * sum(d_out for _, d_out in self.shapes)
+        num_parameters = self._start_of_m + has_magnitudes * sum(d_out for _, d_out in self.shapes)
         self.theta_SP = torch.zeros(num_slots, num_parameters, device=device)
         self.grad_SP = torch.zeros_like(self.theta_SP)
         self.used_SP = self.theta_SP.to(dtype)  # the matmuls' copy; in float32 it is theta itself
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
         self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
+        self.magnitudes: list[dict[int | None, Magnitude]] = [{} for _ in self.names]
         self.stacked = [LayerBank(*views) for views in self._stacked_views()] if self.is_grouped else []
         self.plan: Plan | None = None
         for index, (name, layer) in enumerate(layers.items()):
@@ -114,6 +124,15 @@ class SlotBank:
             if self.names[index] in names:
                 r = lora_rank(settings, self.names[index])
                 yield index, row_P[places[0]].view(-1, d_in)[:r], row_P[places[1]].view(-1, d_out)[:r]
+
+    def _magnitudes(
+        self, row_P: torch.Tensor, settings: TrialSettings, names: Sequence[str]
+    ) -> dict[int, torch.Tensor]:
+        """Return layer index -> magnitudes [O], as views into one slot's row; none without DoRA."""
+        if not settings.use_dora:
+            return {}
+        parts = row_P[self._start_of_m :].split([d_out for _, d_out in self.shapes])
+        return {index: part for index, part in enumerate(parts) if self.names[index] in names}
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """Yield where A and B of each layer are in a row."""
@@ -147,29 +166,45 @@ class SlotBank:
             scaling = lora_scaling(settings, self.names[index])
             pair = (used[0], used[1], grads[0], grads[1])
             self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
+        for index, m_O in self._magnitudes(self.theta_SP[slot], settings, names).items():
+            grad_O = self._magnitudes(self.grad_SP[slot], settings, names)[index]
+            parts = m_O, grad_O, torch.empty_like(m_O), torch.empty_like(m_O)
+            self.magnitudes[index][slot] = Magnitude(*parts, settings.dropout)
         self.refresh(slot)
+        for magnitudes in self.magnitudes:
+            if slot in magnitudes:  # as B is zero: W's own norms, and gains of 1
+                magnitudes[slot].m_O.copy_(magnitudes[slot].norm_O)
+                magnitudes[slot].gain_O.fill_(1.0)
 
     def refresh(self, slot: int) -> None:
-        """Copy the slot's changed row of theta to where the matmuls read it."""
+        """Copy the slot's changed row of theta to where the matmuls read it; renew DoRA's norms."""
         if self.used_SP is not self.theta_SP:
             self.used_SP[slot].copy_(self.theta_SP[slot])
+        for base, adapters, magnitudes in zip(self._bases, self.adapters, self.magnitudes, strict=True):
+            if slot in magnitudes:
+                used = adapters[slot]
+                update_OD = used.b_RO.float().T @ used.a_RD.float()
+                magnitudes[slot].renew(plain_weight(base), update_OD.mul_(used.scaling))
 
     def release(self, slot: int) -> None:
         """Empty the slot."""
         for bank_SP in (self.theta_SP, self.used_SP, self.grad_SP):
             bank_SP[slot].zero_()
-        for adapters in self.adapters:
+        for adapters, magnitudes in zip(self.adapters, self.magnitudes, strict=True):
             adapters.pop(slot, None)
+            magnitudes.pop(slot, None)
 
     def tensors(
         self, row_P: torch.Tensor, settings: TrialSettings, names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
-        ``<layer>.lora_B.weight`` [O, r]."""
+        ``<layer>.lora_B.weight`` [O, r], and with DoRA ``<layer>.lora_magnitude_vector`` [O]."""
         state = {}
         for index, a_RD, b_RO in self.views(row_P, settings, names):
             state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()
             state[f"{self.names[index]}.lora_B.weight"] = b_RO.detach().T.cpu().contiguous()
+        for index, m_O in self._magnitudes(row_P, settings, names).items():
+            state[f"{self.names[index]}.{MAGNITUDE}"] = m_O.detach().cpu()
         return state
 
     @torch.no_grad()
@@ -184,3 +219,5 @@ class SlotBank:
         for index, a_RD, b_RO in self.views(row_P, settings, names):
             a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
             b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)
+        for index, m_O in self._magnitudes(row_P, settings, names).items():
+            m_O.copy_(state[f"{self.names[index]}.{MAGNITUDE}"])

@@ -22,26 +22,29 @@ from lora_search.trial import TrialSettings
 
 ADAPTER_KEYS = (
     "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
+    "lora.use_dora",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest batch, trials.
-    ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern."""
+    ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``has_dora``: some trial has."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
     min_batch_size: int
     num_trials: int
     patterns: tuple[str, ...] = ()
+    has_dora: bool = False
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
         """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
         max_rank, min_batch = max(map(_largest_rank, trials)), min(t.batch_size for t in trials)
-        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials))
+        has_dora = any(trial.use_dora for trial in trials)
+        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora)
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: Space) -> "Room":
@@ -76,7 +79,7 @@ def build_engine(
     if config.engine.gradient_checkpointing is True:
         recompute_layers(base.model)
     chosen = _fit(config, room, base, splits, layers)
-    bank = SlotBank(base.model, layers, chosen.slots, room.max_rank, base.dtype)
+    bank = _bank(base, room, layers, chosen.slots)
     engine = Engine(
         PackedModel(base.model, bank),
         bank,
@@ -89,13 +92,18 @@ def build_engine(
     return engine, chosen.note
 
 
+def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -> SlotBank:
+    return SlotBank(base.model, layers, slots, room.max_rank, base.dtype, has_magnitudes=room.has_dora)
+
+
 def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
     """Choose the auto settings by a probe with one slot; the model is left unchanged."""
     slots, tokens = config.engine.slots, config.engine.tokens_per_pass
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)
-    bank = SlotBank(base.model, layers, 1, room.max_rank, base.dtype)
-    bank.admit(0, replace(trial_settings(config, {}), r=bank.max_rank, rank_pattern=()), bank.names, seed=0)
+    bank = _bank(base, room, layers, 1)
+    most = replace(trial_settings(config, {}), r=bank.max_rank, rank_pattern=(), use_dora=room.has_dora)
+    bank.admit(0, most, bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(base.device) // sharing, room.min_batch_size

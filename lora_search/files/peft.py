@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -55,6 +56,12 @@ def lora_scaling(settings: TrialSettings, layer: str = "") -> float:
     return alpha / (math.sqrt(r) if settings.use_rslora else r)
 
 
+def plain_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """Return a linear layer's weight [O, D], unpacked if it is kept in 4 bits."""
+    weight: torch.Tensor = dequantize_module_weight(layer)
+    return weight
+
+
 def export_peft(
     state: Mapping[str, torch.Tensor],
     settings: TrialSettings,
@@ -75,6 +82,7 @@ def export_peft(
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         base_model_name_or_path=base.path,
         revision=base.revision,
         task_type="CAUSAL_LM",

@@ -84,7 +84,7 @@ def model_card(
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
     serve = VLLM.format(base=base, study=study, rank=rank_option(settings.get("lora.r")))
-    if has_patterns(settings):
+    if needs_merging(settings):
         serve = f"\n{MERGE_FIRST}.\n"
     kind = "Merged model" if merged else "LoRA adapter"
     facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
@@ -110,9 +110,10 @@ def model_card(
     )
 
 
-def has_patterns(settings: Mapping[str, object]) -> bool:
-    """Return whether the layers' ranks or alphas differ."""
-    return any(key.startswith(PATTERNS) and value for key, value in settings.items())
+def needs_merging(settings: Mapping[str, object]) -> bool:
+    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA, or layers differ in
+    rank or alpha."""
+    return any(key.startswith((*PATTERNS, "lora.use_dora")) and value for key, value in settings.items())
 
 
 def rank_option(rank: object) -> str:
@@ -122,7 +123,7 @@ def rank_option(rank: object) -> str:
 
 
 MERGE_FIRST = (
-    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern: "
+    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern and have no DoRA: "
     "serve the weights of `lora-search export merge=true`"
 )
 
@@ -139,7 +140,7 @@ def serving_lines(
         ]
     else:
         settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
-        if has_patterns(settings):
+        if needs_merging(settings):
             return [f"# {MERGE_FIRST}", f"hf upload ME/{name} {place}"]
         rank = rank_option(settings.get("lora.r"))
         base = shlex.quote(attributes.get("base_model", "BASE"))

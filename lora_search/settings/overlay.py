@@ -23,7 +23,7 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
     assert isinstance(train, TrainConfig)
     return TrialSettings(
         r=lora.r, alpha=lora.alpha_for_rank(lora.r), dropout=lora.dropout,
-        target_modules=_targets(lora), use_rslora=lora.use_rslora,
+        target_modules=_targets(lora), use_rslora=lora.use_rslora, use_dora=lora.use_dora,
         rank_pattern=tuple((lora.rank_pattern or {}).items()), alpha_pattern=_alphas(lora), init=lora.init,
         lr=optim.lr, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
         max_grad_norm=optim.max_grad_norm, schedule=optim.schedule,  # type: ignore[arg-type]  # checked by OptimConfig

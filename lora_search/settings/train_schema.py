@@ -32,6 +32,7 @@ class LoraConfig:
         None  # the decoder layers that carry adapters, from 0: 31 or [30, 31]; null: all
     )
     use_rslora: bool = False
+    use_dora: bool = False  # DoRA: a trained magnitude for each output of an adapted layer
     rank_pattern: Any = None  # other ranks, by the end of a layer's name: {q_proj: 32}
     alpha_pattern: Any = None
     init: str = "kaiming"  # of A, as PEFT's default; or gaussian: standard deviation 1/r

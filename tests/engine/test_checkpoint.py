@@ -27,6 +27,7 @@ from tests.harness import build_engine, random_splits, train_all
 SPLITS = random_splits()
 STATE = {"theta/a": torch.arange(6.0).view(2, 3), "m/a": torch.zeros(4)}
 OWN_BEST = {"dropout": 0.1, "lr": 5e-3}  # its best rung is its last
+WITH_DORA = {**OWN_BEST, "use_dora": True}
 EARLY_BEST = {
     "dropout": 0.1,
     "lr": 0.05,
@@ -174,7 +175,9 @@ def perplexity_of_adapter(folder: Path, run: TrialRun) -> float:
     return plain_perplexity(plain, SPLITS.validation)
 
 
-@pytest.fixture(scope="module", params=[OWN_BEST, EARLY_BEST], ids=["best last", "best early"])
+@pytest.fixture(
+    scope="module", params=[OWN_BEST, EARLY_BEST, WITH_DORA], ids=["best last", "best early", "DoRA"]
+)
 def changes(request: pytest.FixtureRequest) -> dict[str, object]:
     changes: dict[str, object] = request.param
     return changes
@@ -190,7 +193,7 @@ def undisturbed(
 def test_the_two_trials_have_their_best_rungs_where_the_tests_need_them(
     undisturbed: list[Measurement], changes: dict[str, object]
 ) -> None:
-    assert undisturbed[-1].best_rung == (4 if changes is OWN_BEST else 1)
+    assert undisturbed[-1].best_rung == (1 if changes is EARLY_BEST else 4)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "some layers": {"target_modules": ("q_proj", "up_proj", "layers:1")},
     "regular expression": {"target_modules": (r"re:.*\.(0|1)\.self_attn\.[kv]_proj",)},
     "LoRA+": {"lora_plus_ratio": 8.0, "weight_decay": 0.1},
+    "DoRA": {"use_dora": True, "target_modules": ("all-linear",), "weight_decay": 0.1},
+    "DoRA with LoRA+ and patterns": {
+        "use_dora": True, "lora_plus_ratio": 4.0, "rank_pattern": (("v_proj", 8),), "use_rslora": True,
+    },
     "label smoothing": {"label_smoothing": 0.2},
     "all at once": {
         "lora_plus_ratio": 4.0, "label_smoothing": 0.1, "rank_pattern": (("q_proj", 6),), "schedule": "wsd",
