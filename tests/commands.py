@@ -9,6 +9,7 @@ import pytest
 from lora_search import sweep
 
 TINY = ["-cn", "smoke", "engine.device=cpu"]
+SMOKE = [*TINY, "study.n_trials=4", "optim.lr=5e-3", "pruner=none"]
 
 
 def run_sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:

@@ -4,6 +4,8 @@
 """
 
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from lora_search.model.tiny import make_tiny_model
 from lora_search.settings import secrets
 from lora_search.trial import TrialRun, TrialSettings
+from tests.commands import SMOKE, run_sweep
 from tests.servers import MARIADB
 
 SETTINGS = TrialSettings(
@@ -38,6 +41,28 @@ def own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def smoke_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished smoke sweep of four trials. Tests change only copies of it."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_sweep(patch, folder, *SMOKE) == 0
+    return folder
+
+
+@pytest.fixture
+def typed(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """A function that runs a command's main as if it was typed where the sweep of the module's ``finished``
+    ran."""
+    monkeypatch.chdir(finished)
+
+    def run(main: Callable[[], int], *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", "study.name=smoke", *arguments])
+        return main()
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_search import delete, export, generate, report, score, status, sweep
+from lora_search import delete, export, generate, report, score, status
 from lora_search import list as list_command
 from lora_search.data.rows import Example
 from lora_search.errors import FingerprintError
@@ -39,31 +38,11 @@ STUDY = StudyConfig(name="smoke")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a finished smoke sweep."""
+def finished(smoke_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished sweep."""
     folder = tmp_path_factory.mktemp("answer")
-    arguments = ["-cn", "smoke", "engine.device=cpu", "study.n_trials=4", "optim.lr=5e-3", "pruner=none"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["sweep", *arguments])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            assert sweep.main() == 0
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+    shutil.copytree(smoke_sweep / "runs", folder / "runs")
     return folder
-
-
-@pytest.fixture
-def typed(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Return a function that runs a command's main as if it was typed where the sweep ran."""
-    monkeypatch.chdir(finished)
-
-    def run(main: Callable[[], int], *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["command", "study.name=smoke", *arguments])
-        return main()
-
-    return run
 
 
 def study_now() -> tuple[TrialRow, dict[str, str]]:
@@ -88,7 +67,10 @@ def plain_base() -> PreTrainedModel:
     )
 
 
-def test_a_sweep_ends_with_one_look_at_the_test_split(typed: Callable[..., int]) -> None:
+def test_a_sweep_ends_with_one_look_at_the_test_split(
+    smoke_sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(smoke_sweep)
     best, attributes = study_now()
 
     found = read_test_score(attributes)

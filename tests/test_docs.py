@@ -34,10 +34,14 @@ def test_every_link_leads_somewhere(name: str) -> None:
 
 def test_every_file_and_benchmark_that_is_named_exists() -> None:
     named = {(name, path) for name, text in TEXTS.items() for path in FILE.findall(text)}
-    benchmarks = {module.replace(".", "/") for text in TEXTS.values() for module in BENCHMARK.findall(text)}
+    benchmarks = {
+        ROOT / module.replace(".", "/") for text in TEXTS.values() for module in BENCHMARK.findall(text)
+    }
 
     assert [(name, path) for name, path in named if not (ROOT / path).exists()] == []
-    assert [one for one in benchmarks if not (ROOT / f"{one}.py").exists() and not (ROOT / one).is_dir()] == []
+    assert [
+        one for one in benchmarks if not (ROOT / f"{one}.py").exists() and not (ROOT / one).is_dir()
+    ] == []
     assert min(len(named), len(benchmarks)) > 5
 
 

@@ -23,7 +23,7 @@ from lora_search.study.fingerprint import settings_part
 from lora_search.study.metric import read_standing
 from lora_search.study.study import SweepStudy
 from lora_search.trial import AnswerScore, TrialRow
-from tests.service.conftest import ARGUMENTS
+from tests.commands import SMOKE
 from tests.test_answer import plain_answer, plain_base
 
 STUDY = StudyConfig(name="smoke")
@@ -164,7 +164,7 @@ def test_answers_of_base_and_trials_are_scored_once_kept_and_shown(
         "metric.max_new_tokens=6",
     ]
     before = best_of(SweepStudy.read(STUDY)[0])
-    command = ["sweep", *ARGUMENTS, *metric, "study.choose_by=metric"]
+    command = ["sweep", *SMOKE, *metric, "study.choose_by=metric"]
     monkeypatch.setattr(sys, "argv", command)
     assert sweep.main() == 0
 
@@ -198,7 +198,7 @@ def test_answers_of_base_and_trials_are_scored_once_kept_and_shown(
     assert sweep.main() == 0
     assert Path("runs/smoke/trials/0/answers.jsonl").stat().st_mtime_ns == written
 
-    monkeypatch.setattr(sys, "argv", ["sweep", *ARGUMENTS])
+    monkeypatch.setattr(sys, "argv", ["sweep", *SMOKE])
     assert sweep.main() == 0
     after = best_of(SweepStudy.read(STUDY)[0])
     assert before is not None
