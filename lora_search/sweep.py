@@ -9,7 +9,6 @@ import sys
 from argparse import Namespace
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_search.output.streams import greet
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
@@ -40,9 +39,6 @@ from lora_search.trial import TrialRow
 from lora_search.worker.command import Command, received, typed_command
 from lora_search.worker.launcher import leaving_no_folder, run_workers
 from lora_search.worker.team import told_to_launcher
-
-if TYPE_CHECKING:  # these import torch
-    pass
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",

@@ -246,7 +246,8 @@ def _chosen(tables: Mapping[str, Any], name: str, key: str, config: DataConfig, 
 def _beside(training: str, tables: Mapping[str, Any]) -> dict[str, str]:
     """Return the validation and test tables that belong to a training table: test_sft to train_sft,
     validation to train, or else validation_matched and validation_mismatched to train."""
-    ending, beside = _ending(training), {}
+    ending = _ending(training)
+    beside: dict[str, str] = {}
     for kind in ("validation", "test"):
         of_kind = [table for table in tables if split_of(table) == kind and table != training]
         same = [table for table in of_kind if _ending(table) == ending]
