@@ -47,6 +47,7 @@ def test_an_old_study_goes_on_from_its_rung_and_ends_with_the_old_value(
 
     after, attributes = SweepStudy.read(read(old))
     assert [max(row.perplexities) for row in before] == [48, ITS_RUNG]
+    assert before[1].train_tokens > 0  # it kept progress among the user attributes
     assert after[1].perplexities.items() >= before[1].perplexities.items()
     assert after[1].perplexity == pytest.approx(ITS_END, rel=ROUNDING)
     assert after[1].recovery == ""  # its checkpoint was taken

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import NOT_FOUND_MSG, TrialIntermediateValueModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    NOT_FOUND_MSG,
+    TrialIntermediateValueModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+)
 from optuna.trial import FrozenTrial
 from sqlalchemy import func, literal_column, or_, select, union_all
 from sqlalchemy.engine import Connection
@@ -26,7 +31,7 @@ REFRESH_SECONDS = 60.0
 REFRESH_PER_TRIAL = 0.05  # seconds more for each unfinished trial: 4,000 are read again every 4 minutes
 NOTHING_YET = 2**31 - 1  # the largest row id that Optuna's columns hold
 NO_TRIAL: Any = literal_column("0")
-Row = tuple[int, int]  # which of the two tables, and the row's id
+Row = tuple[int, int]  # which of the tables, and the row's id
 
 
 class Changes:
@@ -39,7 +44,7 @@ class Changes:
         self._study_id = study_id
         self._known: dict[int, tuple[object, object]] = {}  # unfinished trial's id -> its state and start
         self._last_id = 0
-        self._marks: list[tuple[float, tuple[int, int]]] = []  # when, and the highest row ids by then
+        self._marks: list[tuple[float, list[int]]] = []  # when, and the highest row ids by then
         self._seen: set[Row] = set()  # rows above the first mark
         self._refresh_at = self._clock() + LATE_SECONDS  # for what was being written at the first look
 
@@ -84,9 +89,9 @@ class Changes:
         columns = select(trial.trial_id, trial.state, trial.datetime_start)
         return columns.where(trial.study_id == self._study_id, unseen).order_by(trial.trial_id)
 
-    def _touched(self, connection: Connection) -> tuple[tuple[int, int], dict[Row, int]]:
+    def _touched(self, connection: Connection) -> tuple[list[int], dict[Row, int]]:
         """Return the highest row ids, and the unseen rows of reports and attributes with their trials."""
-        floor = self._marks[0][1] if self._marks else (NOTHING_YET, NOTHING_YET)
+        floor = self._marks[0][1] if self._marks else [NOTHING_YET] * len(_TABLES)
         selects = []
         for place, (model, key) in enumerate(_TABLES):
             table = table_of(model)
@@ -98,9 +103,11 @@ class Changes:
         rows = connection.execute(union_all(*selects)).all()
         top = {place: row for place, row, trial in rows if not trial}
         new = {(place, row): trial for place, row, trial in rows if trial}
-        return (top[0], top[1]), {row: trial for row, trial in new.items() if row not in self._seen}
+        return [top[place] for place in range(len(_TABLES))], {
+            row: trial for row, trial in new.items() if row not in self._seen
+        }
 
-    def _mark(self, now: float, top: tuple[int, int]) -> None:
+    def _mark(self, now: float, top: list[int]) -> None:
         """Move the floor: rows below it have been seen, and none may still appear there."""
         self._marks.append((now, top))
         while len(self._marks) > 1 and self._marks[1][0] <= now - LATE_SECONDS:
@@ -112,4 +119,5 @@ class Changes:
 _TABLES = (
     (TrialIntermediateValueModel, "trial_intermediate_value_id"),
     (TrialUserAttributeModel, "trial_user_attribute_id"),
+    (TrialSystemAttributeModel, "trial_system_attribute_id"),
 )

@@ -138,20 +138,24 @@ class LockedTrial:
         """Set a user attribute of a trial that may have ended: Optuna's own way refuses those."""
         self.attributes[key] = value
 
-    def keep(self, key: str, text: str) -> None:
-        """Set a system attribute, which optuna-dashboard does not show."""
-        self.kept[key] = text
+    def keep(self, key: str, value: object) -> None:
+        """Set a system attribute of a trial that has not ended; optuna-dashboard does not show it."""
+        self._check_unfinished()
+        self.kept[key] = value
 
     def write(
         self, attributes: Mapping[str, object], state: TrialState | None = None, value: float | None = None
     ) -> None:
         """Set user attributes and, if given, the state. A PRUNED trial gets the value of its last rung."""
-        if self.seen.state.is_finished():
-            raise UpdateFinishedTrialError(f"Trial {self.seen.number} has ended.")
+        self._check_unfinished()
         self.attributes |= attributes
         if state == TrialState.PRUNED and self.seen.last_step is not None:
             value = self.seen.intermediate_values[self.seen.last_step]
         self.state, self.value = state, value
+
+    def _check_unfinished(self) -> None:
+        if self.seen.state.is_finished():
+            raise UpdateFinishedTrialError(f"Trial {self.seen.number} has ended.")
 
 
 def _write(connection: Connection, trials: Sequence[LockedTrial]) -> None:

@@ -1,5 +1,6 @@
 """What optuna-dashboard shows of a study: a note with the meaning of the figures and the result, a plot with
-the base as a reference, and learning curves, best adapter and report as files.
+the base as a reference, learning curves, best adapter and report as files, and of each of the best trials
+its curve.
 
 The files are copies in runs/.dashboard: the dashboard serves one folder for all studies of a database.
 """
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import optuna
 from optuna.artifacts import ArtifactMeta, FileSystemArtifactStore
@@ -24,6 +26,7 @@ from lora_search.database.storage import explained_errors, open_storage
 from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.terminal import DASHBOARD_FILES
+from lora_search.page.charts import curve_file
 from lora_search.results.certainty import certainty_of
 from lora_search.results.findings import how_sure
 from lora_search.results.formatting import show_change, show_perplexity
@@ -60,6 +63,8 @@ MOST_CURVES = 40  # in the plot, which is kept in the study in pieces of 2 kB
 MOST_BYTES = 256 * 2**20  # of a file that is copied for the dashboard; the note names the folder anyway
 CURVES = "learning_curves.csv"
 FILES = (CURVES, "best/adapter/adapter_model.safetensors", "report.html")
+TRIAL_CURVE = "learning_curve.svg"
+OF_TRIAL = "dashboard:artifacts:{}:"  # in the study: Optuna's own place refuses trials that have ended
 BASE_NAME = "base model"
 
 
@@ -121,7 +126,7 @@ def write_result(
     links = f"- report: `{folder / 'report.html'}`\n- best adapter: `{folder / 'best' / 'adapter'}`"
     before = get_note(study).partition(RESULT)[0].rstrip()
     save_note(study, f"{before}\n{RESULT}\n{headline}\n\n{sure}\n{links}\n")
-    ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
+    ids = trial_ids(study)
     for row in ranked(rows)[:MOST_TRIALS]:
         state = "best" if row is best else state_of(row, certainty)
         text = (
@@ -130,6 +135,11 @@ def write_result(
         trial = NotedTrial(study, study._storage, ids[row.number])
         if text not in get_note(trial):
             save_note(trial, f"{text}\n\n{row.reason}".rstrip())
+
+
+def trial_ids(study: optuna.Study) -> dict[int, int]:
+    """Return the id in the database of every trial, by number."""
+    return {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
 
 
 @dataclass(frozen=True)
@@ -184,22 +194,30 @@ def artifact_id(study_id: str, name: str) -> str:
 def attach_files(
     study: optuna.Study, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
 ) -> None:
-    """Copy learning curves, best adapter and report for the dashboard. Raises WriteError."""
+    """Copy learning curves, best adapter and report for the dashboard, and draw each of the best trials'
+    curves. Raises WriteError."""
     place, study_id = artifact_folder(folder.parent), attributes.get("study_id", study.study_name)
     store, known = FileSystemArtifactStore(place), study._storage.get_study_system_attrs(study._study_id)
+
+    def attach(prefix: str, name: str, file_id: str, content: BinaryIO) -> None:
+        with content:
+            store.write(file_id, content)
+        of_file = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        value = json.dumps(asdict(ArtifactMeta(file_id, Path(name).name, of_file, None)))
+        if known.get(prefix + file_id) != value:
+            study._storage.set_study_system_attr(study._study_id, prefix + file_id, value)
+
     with explained_writing(place):
         place.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             content = io.BytesIO(curves_as_csv(rows).encode()) if name == CURVES else opened(folder / name)
-            if content is None:
-                continue
-            with content:
-                store.write(artifact_id(study_id, name), content)
-            of_file = mimetypes.guess_type(name)[0] or "application/octet-stream"
-            meta = ArtifactMeta(artifact_id(study_id, name), Path(name).name, of_file, None)
-            key, value = ARTIFACTS_ATTR_PREFIX + meta.artifact_id, json.dumps(asdict(meta))
-            if known.get(key) != value:
-                study._storage.set_study_system_attr(study._study_id, key, value)
+            if content is not None:
+                attach(ARTIFACTS_ATTR_PREFIX, name, artifact_id(study_id, name), content)
+        ids, best = trial_ids(study), best_of(rows)
+        for row in [row for row in ranked(rows) if row.perplexities][:MOST_TRIALS]:
+            drawn = curve_file(row, best, base_of(attributes)).encode()
+            file_id = f"{artifact_id(study_id, TRIAL_CURVE)}-{row.number}"
+            attach(OF_TRIAL.format(ids[row.number]), TRIAL_CURVE, file_id, io.BytesIO(drawn))
 
 
 def opened(path: Path) -> io.BufferedReader | None:
@@ -216,8 +234,9 @@ def curves_as_csv(rows: Sequence[TrialRow]) -> str:
 def remove_files(runs_dir: Path, study_id: str) -> None:
     """Delete the study's files for the dashboard, and their folder where no other study has any."""
     place = artifact_folder(runs_dir)
-    for name in FILES:
-        (place / artifact_id(study_id, name)).unlink(missing_ok=True)
+    of_trials = place.glob(f"{artifact_id(study_id, TRIAL_CURVE)}-*")
+    for path in (*(place / artifact_id(study_id, name) for name in FILES), *of_trials):
+        path.unlink(missing_ok=True)
     if place.is_dir() and not any(place.iterdir()):
         place.rmdir()
 

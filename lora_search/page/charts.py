@@ -21,6 +21,12 @@ SMALL = {  # of many trials: crosses, diamonds, else dots
     "failed": "m0-3l3 3l-3 3l-3-3z",
     "complete": "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
 }
+ALONE = """<style>svg { background:#fff; } text { font:13px system-ui,sans-serif; fill:#4a5562; }
+path { fill:none; } .grid { stroke:#d5dbe2; } .line { stroke:#0072b2; stroke-width:1.8; }
+.best { stroke:#007a5a; }
+.line.best { stroke-width:3.4; } .pruned, .failed { stroke:#b34e00; } .base { stroke:#4a5562; stroke-width:1;
+stroke-dasharray:6 4; } .mark { stroke-width:1.8; fill:none; stroke:#0072b2; } .mark.best { fill:#007a5a; }
+.mark.pruned, .mark.failed { stroke:#b34e00; }</style>"""  # the page's colours on paper
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "WAITING": "waiting"}
 
 
@@ -72,6 +78,14 @@ def learning_curves(
     titles = ("epochs of examples seen" if evals_per_epoch else "rung", "validation perplexity")
     label = f"Learning curves of {len(curves)} trials: validation perplexity over epochs"
     return chart(WIDE, HIGH, label, x, y, titles, marks)
+
+
+def curve_file(row: TrialRow, best: TrialRow | None, base_perplexity: float) -> str:
+    """Return an SVG file with the learning curve of one trial, beside the best one's."""
+    shown = [row] if best is None or row.number == best.number else [row, best]
+    picture = learning_curves(shown, best, base_perplexity, None)
+    head, _, body = picture.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{ALONE}{body}'
 
 
 def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perplexity: float, key: str) -> str:

@@ -15,7 +15,7 @@ from lora_search.trial import Measurement, TrialRow
 # Reasons of trials that ended before they began; counts and reports leave them out.
 DUPLICATE, SURPLUS = "duplicate of", "surplus:"
 SETTINGS = "lora_search:settings"  # system attribute: what a trial began with, as JSON
-PROGRESS = "progress"  # user attribute: how much a trial has trained so far
+PROGRESS = "lora_search:progress"  # system attribute: how much a trial has trained so far
 NO_PROGRESS = {
     "best_rung": None, "examples_seen": 0, "train_tokens": 0, "train_seconds": 0.0,
     "untrained_rung": 0,  # the last rung at which it measured the bare base
@@ -50,8 +50,9 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
 
 
 def progress_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return how much the trial has trained so far. Other programs' values of another type are ignored."""
-    stored, progress = trial.user_attrs.get(PROGRESS), dict(NO_PROGRESS)
+    """Return how much the trial has trained so far. Other programs' values of another type are ignored. Older
+    versions kept it among the user attributes, as the settings."""
+    stored, progress = trial.system_attrs.get(PROGRESS, trial.user_attrs.get("progress")), dict(NO_PROGRESS)
     if isinstance(stored, dict):
         progress |= {key: stored[key] for key in progress if isinstance(stored.get(key), int | float)}
     return progress

@@ -62,7 +62,7 @@ class HeldTrials:
                 for rung in sorted(rungs.keys() - trial.seen.intermediate_values.keys()):
                     trial.report(rung, rungs[rung])
                 progress = progress_after(trial.seen, news[number])
-                trial.write({PROGRESS: progress})
+                trial.keep(PROGRESS, progress)
                 trained[number] = progress["train_tokens"] - progress_of(trial.seen)["train_tokens"]
         return trained
 

@@ -18,6 +18,7 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
 from lora_search.database.storage import quieten_optuna
+from lora_search.search.trials import PROGRESS
 from lora_search.settings.schema import StudyConfig, SweepConfig, TrainConfig
 from lora_search.settings.space import Space, parse_space
 from lora_search.study.study import SweepStudy
@@ -59,11 +60,12 @@ def crowd(study: SweepStudy, space: Space, finished: int, running: int) -> None:
     for number in range(SEED):
         past = past_trial(space, finished + number)
         progress = {"best_rung": 2, "examples_seen": 20, "train_tokens": 200, "train_seconds": 2.0}
-        attributes = {"worker": "elsewhere:1:1", "settings": SETTINGS, "reason": "", "progress": progress}
+        attributes = {"worker": "elsewhere:1:1", "settings": SETTINGS, "reason": ""}
         study.study.add_trial(
             create_trial(
                 state=TrialState.RUNNING, params=past.params, distributions=past.distributions,
                 intermediate_values={1: 15.0 + number / SEED, 2: 14.0 + number / SEED}, user_attrs=attributes,
+                system_attrs={PROGRESS: progress},
             )
         )  # fmt: skip
     multiply(study, SEED, running, first=finished)

@@ -33,6 +33,7 @@ COPIED = {  # Optuna's tables, and what is copied of them besides the trial
     "trial_params": "param_name, param_value, distribution_json",
     "trial_values": "objective, value, value_type",
     "trial_user_attributes": "key, value_json",
+    "trial_system_attributes": "key, value_json",
     "trial_intermediate_values": "step, intermediate_value, intermediate_value_type",
 }
 CALLS = ("claim", "report", "judge", "end", "summary")

@@ -64,6 +64,10 @@ def test_every_writers_change_is_told_once(pair: Pair) -> None:
         with pair.table.locked(1) as locked:
             locked.write({"worker": "mine"})
         assert pair.told() == {1: "RUNNING"}
+    for tokens in (7, 8):
+        with pair.table.locked(1) as locked:
+            locked.keep("progress", {"train_tokens": tokens})
+        assert pair.told() == {1: "RUNNING"}
     assert pair.told() == {}
     pair.study.add_trial(create_trial(value=2.0, params={"x": 0.1}, distributions=X))
     pair.study.tell(trial, 1.5)

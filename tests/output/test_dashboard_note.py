@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
+from xml.etree import ElementTree
 
 import optuna
 import optuna_dashboard
@@ -131,8 +132,25 @@ def test_curves_adapter_and_report_are_the_study_s_files(study: optuna.Study, tm
     assert f"5,12,{ROWS[5].perplexities[12]}" in curves
     assert len(curves) == 1 + sum(len(row.perplexities) for row in ROWS)
 
-    remove_files(tmp_path / "runs", "faq")
+    remove_files(tmp_path / "runs", "faq")  # the trials' curves too
     assert not (tmp_path / "runs/.dashboard").exists()
+
+
+def test_each_of_the_best_trials_has_its_curve_as_a_picture(study: optuna.Study, tmp_path: Path) -> None:
+    for _ in range(2):
+        attach_files(study, ROWS, ATTRIBUTES, tmp_path / "runs/faq")
+
+    with served(study, tmp_path / "runs/.dashboard") as address:
+        found = json.loads(fetched(f"{address}/api/studies/0"))
+        shown = {trial["number"]: trial["artifacts"] for trial in found["trials"]}
+        (of_third,) = shown[3]
+        drawn = ElementTree.fromstring(
+            fetched(f"{address}/artifacts/0/{study.trials[3]._trial_id}/{of_third['artifact_id']}")
+        )
+    assert (of_third["filename"], of_third["mimetype"]) == ("learning_curve.svg", "image/svg+xml")
+    titles = [title.text or "" for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert [title.split(":")[0] for title in titles] == ["trial 3, complete", "trial 5, complete"]
+    assert sum(map(len, shown.values())) == sum(bool(row.perplexities) for row in ROWS)
 
 
 def test_a_study_shows_a_dozen_attributes_and_knows_them_all(study: optuna.Study) -> None:

@@ -48,7 +48,8 @@ def trial_of(state: str, curve: Mapping[int, float]) -> FrozenTrial:
         state=TrialState.RUNNING if is_paused else TrialState[state],
         value=8.5 if state == "COMPLETE" else None,
         intermediate_values=dict(curve),
-        user_attrs={**begun, "reason": "a reason", **({PROGRESS: progress} if curve else {})},
+        user_attrs={**begun, "reason": "a reason"},
+        system_attrs={PROGRESS: progress} if curve else {},
     )
 
 

@@ -17,7 +17,7 @@ from optuna.trial import TrialState, create_trial
 from lora_search.database.presence import worker_name
 from lora_search.errors import ConfigError, LoraSearchError, StudyError
 from lora_search.results.ranking import base_of
-from lora_search.search.trials import trial_rows
+from lora_search.search.trials import PROGRESS, SETTINGS, trial_rows
 from lora_search.settings.schema import SamplerConfig, SweepConfig
 from lora_search.study.adoption import check_adoptable
 from lora_search.study.identity import Identity, find_identity
@@ -260,7 +260,7 @@ def test_a_deleted_file_is_not_called_done(tmp_path: Path) -> None:
 
 
 GARBAGE = [None, 5, -1.5, "garbage", [1, 2], {"a": [None]}, True]
-KEYS = ["worker", "progress", "reason", "settings", "retries", "died_at_rung", "recovery", "paused"]
+KEYS = ["worker", PROGRESS, "reason", SETTINGS, "retries", "died_at_rung", "recovery", "paused"]
 
 
 @pytest.mark.parametrize("key", [*KEYS[:2], *(pytest.param(key, marks=pytest.mark.slow) for key in KEYS[2:])])
@@ -271,12 +271,13 @@ def test_a_study_in_which_others_wrote_attributes_is_read_and_goes_on(tmp_path: 
     study.report([measure(run, 1) for run in runs])
     study.finish(measure(runs[0], 1, "finished"))
     for run, value in zip(runs, GARBAGE, strict=False):
-        statement = "UPDATE trial_user_attributes SET value_json = ? WHERE trial_id = ? AND key = ?"
+        table = "trial_system_attributes" if key in (PROGRESS, SETTINGS) else "trial_user_attributes"
+        statement = f"UPDATE {table} SET value_json = ? WHERE trial_id = ? AND key = ?"
         arguments = (json.dumps(value), study.table.id_of(run.number), key)
         with closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
             changed = connection.execute(statement, arguments).rowcount
             if not changed:
-                insert = "INSERT INTO trial_user_attributes (value_json, trial_id, key) VALUES (?, ?, ?)"
+                insert = f"INSERT INTO {table} (value_json, trial_id, key) VALUES (?, ?, ?)"
                 connection.execute(insert, arguments)
 
     view = StudyView(config.study)
