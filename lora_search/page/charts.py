@@ -22,11 +22,10 @@ SMALL = {  # of many trials: crosses, diamonds, else dots
     "complete": "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
 }
 ALONE = """<style>svg { background:#fff; } text { font:13px system-ui,sans-serif; fill:#4a5562; }
-path { fill:none; } .grid { stroke:#d5dbe2; } .line { stroke:#0072b2; stroke-width:1.8; }
-.best { stroke:#007a5a; }
-.line.best { stroke-width:3.4; } .pruned, .failed { stroke:#b34e00; } .base { stroke:#4a5562; stroke-width:1;
-stroke-dasharray:6 4; } .mark { stroke-width:1.8; fill:none; stroke:#0072b2; } .mark.best { fill:#007a5a; }
-.mark.pruned, .mark.failed { stroke:#b34e00; }</style>"""  # the page's colours on paper
+.grid { stroke:#d5dbe2; } .line, .mark { fill:none; stroke:#0072b2; stroke-width:1.8; }
+.line.best { stroke-width:3.4; } .line.base { stroke:#4a5562; stroke-width:1; stroke-dasharray:6 4; }
+.line.best, .mark.best { stroke:#007a5a; } .mark.best { fill:#007a5a; } .mark.complete { fill:#0072b2; }
+.line.pruned, .mark.pruned, .line.failed, .mark.failed { stroke:#b34e00; }</style>"""  # the page's colours on paper
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "WAITING": "waiting"}
 
 
