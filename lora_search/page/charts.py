@@ -25,7 +25,7 @@ ALONE = """<style>svg { background:#fff; } text { font:13px system-ui,sans-serif
 .grid { stroke:#d5dbe2; } .line, .mark { fill:none; stroke:#0072b2; stroke-width:1.8; }
 .line.best { stroke-width:3.4; } .line.base { stroke:#4a5562; stroke-width:1; stroke-dasharray:6 4; }
 .line.best, .mark.best { stroke:#007a5a; } .mark.best { fill:#007a5a; } .mark.complete { fill:#0072b2; }
-.line.pruned, .mark.pruned, .line.failed, .mark.failed { stroke:#b34e00; }</style>"""  # the page's colours on paper
+.line.pruned, .mark.pruned, .line.failed, .mark.failed { stroke:#b34e00; }</style>"""  # as the page prints
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "WAITING": "waiting"}
 
 
