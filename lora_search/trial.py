@@ -105,7 +105,7 @@ class StepRecord:
     """One optimizer step of one trial."""
 
     examples_seen: int
-    loss: float  # mean NLL per completion token of the effective batch
+    loss: float  # mean NLL per completion token of the effective batch, weighted as its rows are
     lr: float
     grad_norm: float  # before clipping
 

@@ -27,7 +27,7 @@ def data_content(
 
 
 def _examples(examples: Sequence[Example]) -> str:
-    """Return a digest of tokens, prompt lengths and masks in order, which determines an epoch's order."""
+    """Return a digest of tokens, prompt lengths, masks and weights in order: that of an epoch."""
     digest = hashlib.sha256()
     for example in examples:
         masked = [bound for part in example.masked for bound in part]
@@ -35,4 +35,6 @@ def _examples(examples: Sequence[Example]) -> str:
             [len(example.input_ids), example.num_prompt_tokens, *example.input_ids, *masked], dtype="<i8"
         )
         digest.update(ids.tobytes())
+        if example.weight != 1.0:
+            digest.update(repr(example.weight).encode())
     return digest.hexdigest()

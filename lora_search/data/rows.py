@@ -17,11 +17,12 @@ class Pair:
 @dataclass(frozen=True)
 class Example:
     """Token ids of prompt and completion; the loss is on ``input_ids[num_prompt_tokens:]``, except ``masked``
-    spans, which belong to other roles."""
+    spans, which belong to other roles. ``weight``: how much its tokens count in the training loss."""
 
     input_ids: tuple[int, ...]
     num_prompt_tokens: int
     masked: tuple[tuple[int, int], ...] = ()
+    weight: float = 1.0
 
     @property
     def learnt(self) -> tuple[tuple[int, int], ...]:

@@ -126,15 +126,20 @@ def identity(row: Row) -> tuple[str, str, str]:
 
 
 def without_duplicates(rows: Iterable[Row]) -> list[Row]:
-    """Return one row per identity; of different spellings always the same one, in any order of the rows. Each
-    of the user's splits is handled separately."""
+    """Return one row per identity; of different spellings, or weights, always the same one, in any order of
+    the rows. Each of the user's splits is handled separately."""
     unique: dict[bytes, Row] = {}
     for row in rows:
         text = json.dumps((*identity(row), row.split))
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if key not in unique or words(row) < words(unique[key]):
+        if key not in unique or _rank(row) < _rank(unique[key]):
             unique[key] = row
     return list(unique.values())
+
+
+def _rank(row: Row) -> tuple[object, ...]:
+    """Order duplicates: the one to keep is first, of equal texts the one that counts most."""
+    return *words(row), -row.loss_weight
 
 
 def cap(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -> dict[str, list[Row]]:

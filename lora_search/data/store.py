@@ -22,7 +22,7 @@ from lora_search.files.atomic import write_file
 from lora_search.settings.schema import DataConfig, SweepConfig, as_dict
 
 META = "meta.json"
-FORMAT = "1"  # of the files, and of the rendering of rows: increase it when either changes
+FORMAT = "2"  # of the files, and of the rendering of rows: increase it when either changes
 KEPT = 16  # folders; the least recently used are deleted first
 ROWS_PER_BATCH = 1000
 R = TypeVar("R")
@@ -74,6 +74,8 @@ class StoredItems:
             np.concatenate([np.zeros(0, np.int32), *(self._numbers(b, name) for b in self._batches)])
             for name in ("length", "num_prompt", "times")
         )
+        weights = (self._numbers(batch, "weight") for batch in self._batches)
+        self.weights: Numbers = np.concatenate([np.zeros(0), *weights])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -105,7 +107,8 @@ class StoredItems:
     def example(self, index: int) -> Example:
         number, row = self._place(index)
         masked = _pairs(self._list(number, "masked", row))
-        return Example(self._list(number, "input_ids", row), int(self.num_prompts[index]), masked)
+        ids, weight = self._list(number, "input_ids", row), float(self.weights[index])
+        return Example(ids, int(self.num_prompts[index]), masked, weight)
 
     def item(self, index: int) -> Item:
         number, row = self._place(index)
@@ -129,7 +132,7 @@ def write_items(items: Iterable[Item], path: Path) -> None:
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = datasets.Features(
         source=text, prompt=text, completion=text, masked_text=numbers, input_ids=numbers, masked=numbers,
-        length=number, num_prompt=number, times=number,
+        length=number, num_prompt=number, times=number, weight=datasets.Value("float64"),
     )  # fmt: skip
     with ArrowWriter(features=features, path=str(path)) as writer:
         for batch in _batched(items):
@@ -167,6 +170,7 @@ def _table(batch: Sequence[Item]) -> Any:
         "input_ids": _lists([item.example.input_ids for item in batch]),
         "masked": _lists(masked),
         **{name: np.array(values, np.int32) for name, values in numbers.items()},
+        "weight": np.array([item.example.weight for item in batch], np.float64),
     })  # fmt: skip
 
 

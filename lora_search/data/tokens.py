@@ -53,7 +53,7 @@ def tokenize_rows(
 
 def _items(rows: Sequence[Row], pairs: list[Pair], examples: Future[list[Example]]) -> Iterator[Item]:
     for row, pair, example in zip(rows, pairs, examples.result(), strict=True):
-        yield Item(row.source, pair, example, _times(row))
+        yield Item(row.source, pair, replace(example, weight=row.loss_weight), _times(row))
 
 
 def _rendered(

@@ -170,7 +170,7 @@ class Engine:
         nothing references the graph when memory runs out and the pass is repeated."""
         nlls = self.model.nll([rows for _, _, rows in packed])
         pairs = zip(nlls, packed, strict=True)
-        losses = [nll.sum() / slot.batch.num_completion_tokens for nll, (_, slot, _) in pairs]
+        losses = [self.model.weighted_sum(nll, rows) / slot.batch.weight for nll, (_, slot, rows) in pairs]
         torch.stack(losses).sum().backward()
         return [loss.detach() for loss in losses]
 

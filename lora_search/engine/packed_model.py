@@ -99,6 +99,14 @@ class PackedModel:
             smoothing_N = self._upload(smoothing.repeat_interleave(torch.tensor(counts)))
         return list(self.head.nll(hidden_ND, target_N, smoothing_N).split(counts))
 
+    def weighted_sum(self, nll_N: torch.Tensor, pack: SlotRows) -> torch.Tensor:
+        """Return the sum over a slot's tokens, each times its row's weight."""
+        if all(row.weight == 1.0 for row in pack.rows):
+            return nll_N.sum()
+        counts = torch.tensor([num_completion_tokens(row) for row in pack.rows])
+        weights_R = torch.tensor([row.weight for row in pack.rows], dtype=nll_N.dtype)
+        return nll_N @ self._upload(weights_R.repeat_interleave(counts))
+
     def _hidden(self, packs: Sequence[SlotRows]) -> tuple[torch.Tensor, torch.Tensor]:
         segments = lay_end_to_end(packs)
         ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])

@@ -20,7 +20,7 @@ class Batch:
 
     rows: deque[tuple[Example, int]]
     num_examples: int
-    num_completion_tokens: int
+    weight: float  # of all completion tokens, each counted as its row's weight says
     losses: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
     laps: list[tuple[Lap, float]] = field(default_factory=list)  # the passes and this batch's share of each
@@ -79,7 +79,7 @@ class Slot:
         """Queue an effective batch from its start."""
         seen = self.position.examples_seen
         rows = deque((row, seen + i) for i, row in enumerate(examples))
-        self.batch = Batch(rows, len(rows), sum(num_completion_tokens(row) for row in examples))
+        self.batch = Batch(rows, len(rows), sum(row.weight * num_completion_tokens(row) for row in examples))
 
     def take(self, index: int, count: int) -> SlotRows:
         """Return this slot's next rows for a pass."""

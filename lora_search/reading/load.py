@@ -1,8 +1,10 @@
 """Reads all sources that the settings name into rows. Unusable rows are refused, or skipped and counted;
 nothing is dropped silently."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -15,6 +17,7 @@ from lora_search.settings.data_schema import DataConfig
 from lora_search.watching import Watch, unwatched
 
 SHOWN_COMPLAINTS = 3
+MOST_WEIGHT = 1000
 PEEKED = 1000  # records from which to recognise a file's layout
 
 
@@ -75,6 +78,7 @@ def _read(source: Source, config: DataConfig, rows: list[Row], counts: Counter[s
         )
     layout.check_unused(place, num_read)
     counts["rows read"] += num_read
+    counts["rows with a loss weight of their own"] += sum(row.loss_weight != 1.0 for row in rows[before:])
     counts.update({f"bad rows skipped ({reason})": number for reason, number in complaints.items()})
     return layout
 
@@ -93,4 +97,20 @@ def _row(record: Record, layout: Layout, source: Source, config: DataConfig) -> 
         changes["split"] = source.split
     if source.weight != 1.0:
         changes["weight"] = source.weight
+    if config.columns.weight is not None and source.split not in ("validation", "test"):
+        number = _loss_weight(record, config.columns.weight)
+        if isinstance(number, Complaint):
+            return number
+        changes["loss_weight"] = number
     return replace(row, **changes) if changes else row  # type: ignore[arg-type]
+
+
+def _loss_weight(record: Record, column: str) -> float | Complaint:
+    """Return the number in a row's column of weights, or what is wrong with it."""
+    value = record.content.get(column)
+    with suppress(ValueError):
+        number = float(value) if isinstance(value, str | int | float) and value is not True else math.nan
+        if 0 < number <= MOST_WEIGHT:
+            return number
+    rule = f"not a number above 0 and at most {MOST_WEIGHT} (data.columns.weight)"
+    return Complaint("wrong weight", f'{record.place}: "{column}" is {value!r:.40}, {rule}.')

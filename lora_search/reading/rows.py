@@ -41,6 +41,7 @@ class Row:
     group: str = ""  # rows of one group stay in the same split
     split: str = ""  # train, validation or test if the user split the rows; "": to be split here
     weight: float = 1.0  # how often an epoch repeats it
+    loss_weight: float = 1.0  # how much its tokens count in the training loss
 
     @property
     def question(self) -> str:

@@ -28,6 +28,7 @@ class ColumnsConfig:
     messages: str = AUTO  # turns of a conversation
     system: str | None = AUTO
     tools: str | None = AUTO
+    weight: str | None = None  # a number for each training row: how much its tokens count in the loss
     ignore: list[str] = field(default_factory=list)  # text columns to leave out
 
     def __post_init__(self) -> None:
@@ -37,6 +38,7 @@ class ColumnsConfig:
             require(name != "", key, name, "must name a column of the file")
             rule = "must differ from the columns of the other parts"
             require(list(chosen.values()).count(name) <= 1, key, name, rule)
+        require(self.weight != "", "data.columns.weight", self.weight, "must name a column of the file")
         turns, rule = chosen.get("messages"), "excludes data.columns.instruction, context and response"
         others = {"instruction", "context", "response"} & chosen.keys()
         require(turns is None or not others, "data.columns.messages", turns, rule, "Give one or the other")

@@ -1,6 +1,7 @@
 """What was tokenized once is read from then on, whatever is asked for and by whom."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lora_search.data.store import (
 from lora_search.errors import DataError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.load import load_rows
-from lora_search.settings.schema import DataConfig, SweepConfig, TemplateConfig
+from lora_search.settings.schema import ColumnsConfig, DataConfig, SweepConfig, TemplateConfig
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +119,25 @@ def test_weights_show_rows_as_often_as_they_say(tmp_path: Path) -> None:
     assert twice % 2 == 0
     assert twice == 2 * len({pair.prompt for pair in splits.pairs["train"] if "Question" in pair.prompt})
     assert 80 < others < 160  # half of about 240
+
+
+def test_loss_weights_are_stored_and_change_the_content(tmp_path: Path) -> None:
+    rows = [{"q": f"Question {i}?", "a": "A.", "w": 0.5 + i % 2} for i in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    weighted, plain = start(str(path), columns=ColumnsConfig(weight="w")), start(str(path))
+
+    expected = [
+        0.5 + int(re.search(r"Question (\d+)", pair.prompt)[1]) % 2 for pair in weighted.pairs["train"]
+    ]
+    assert [row.weight for row in weighted.train] == expected
+    assert {*expected} == {0.5, 1.5}
+    assert [row.weight for row in plain.train] == [1.0] * len(expected)
+    contents = [
+        data_content(s, TemplateConfig(name="inst"), None)["content.train"] for s in (weighted, plain)
+    ]
+    assert contents[0] != contents[1]
 
 
 def test_the_longest_rows_are_found_by_their_lengths(tmp_path: Path) -> None:

@@ -55,14 +55,17 @@ def losses(curve: list[Measurement]) -> torch.Tensor:
 
 
 def plain_loss(model: torch.nn.Module, rows: list[Example], smoothing: float) -> torch.Tensor:
-    """The mean over all completion tokens of the batch, by torch's own cross-entropy."""
-    logits, targets = [], []
+    """The mean over all completion tokens of the batch, weighted as its rows are, by torch itself."""
+    logits, targets, weights = [], [], []
     for row in rows:
         own = model(torch.tensor([row.input_ids])).logits[0, :-1].float()
         places = [place - 1 for start, stop in row.learnt for place in range(start, stop)]
         logits.append(own[places])
         targets.append(torch.tensor(row.input_ids)[1:][places])
-    return F.cross_entropy(torch.cat(logits), torch.cat(targets), label_smoothing=smoothing)
+        weights.append(torch.full((len(places),), row.weight))
+    smoothed = {"label_smoothing": smoothing, "reduction": "none"}
+    nll, weight = F.cross_entropy(torch.cat(logits), torch.cat(targets), **smoothed), torch.cat(weights)
+    return (nll * weight).sum() / weight.sum()
 
 
 def plain_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> list[float]:
@@ -115,6 +118,29 @@ def test_a_trajectory_equals_plain_peft_and_torch(tiny_llama: Path, tmp_path: Pa
     with torch.no_grad():
         nll = plain_loss(plain, list(SPLITS.validation), 0.0).item()
     assert math.exp(nll) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_rows_count_as_their_weights_say(tiny_llama: Path, tmp_path: Path, slots: int) -> None:
+    """A batch's loss is sum(weight * NLL) / sum(weight) over its tokens; validation is the plain mean."""
+    weighted = tuple(replace(row, weight=0.25 * (i + 1)) for i, row in enumerate(SPLITS.train))
+    splits = replace(SPLITS, train=weighted)
+    runs = [make_run(tmp_path, i, target_modules=("all-linear",)) for i in range(slots)]
+    engine = build_engine(tiny_llama, splits)
+    engine.admit(runs[:1])
+    start = engine.bank.tensors(engine.bank.theta_SP[0], runs[0].settings, engine.bank.names)
+    export_peft(
+        start, runs[0].settings, engine.bank.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start"
+    )
+    expected = plain_losses(tiny_llama, tmp_path / "start", runs[0], splits)
+
+    curves = train_all(build_engine(tiny_llama, splits, slots=slots, tokens_per_pass=200), runs)
+    unweighted = train_all(build_engine(tiny_llama, SPLITS), [make_run(tmp_path / "other", 0)])
+
+    torch.testing.assert_close(
+        losses(curves[0]), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    assert not torch.allclose(losses(curves[0]), losses(unweighted[0]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])

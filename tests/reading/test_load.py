@@ -256,6 +256,35 @@ def test_rows_know_their_group(tmp_path: Path) -> None:
     assert [row.group for row in read(config)[0]] == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["faq.jsonl", "faq.csv"])
+def test_rows_know_how_much_they_count(tmp_path: Path, name: str) -> None:
+    rows = {
+        "jsonl": '{"q": "A?", "a": "a", "w": 0.5}\n{"q": "B?", "a": "b", "w": 1}\n',
+        "csv": "q,a,w\nA?,a,0.5\nB?,b,1\n",
+    }
+    (tmp_path / name).write_text(rows[name.partition(".")[2]])
+    config = DataConfig(path=str(tmp_path / name), columns=ColumnsConfig(weight="w"))
+
+    loaded = load_rows(config)
+
+    assert [row.loss_weight for row in loaded.rows] == [0.5, 1.0]
+    assert loaded.counts["rows with a loss weight of their own"] == 1
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize("value", [None, 0, -1, 1001, True, "much", [1], float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_above_0_is_refused_with_its_line(tmp_path: Path, value: object) -> None:
+    config = write_lines(
+        tmp_path / "faq.jsonl", json.dumps({**GOOD, "w": 2}), json.dumps({**GOOD, "w": value})
+    )
+    config.columns = ColumnsConfig(weight="w")
+
+    message = refusal(config)
+
+    assert 'line 2 of faq.jsonl: "w" is ' in message
+    assert "not a number above 0 and at most 1000 (data.columns.weight)" in message
+
+
 def test_the_column_of_the_groups_is_no_text_that_nothing_uses(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     path.write_text(json.dumps({"question": "Why?", "answer": "So.", "document": "law.pdf"}) + "\n")
