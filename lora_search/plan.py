@@ -76,7 +76,7 @@ def shape_of(config: SweepConfig, space: Space, engine: "Engine") -> Shape:
 
 def measure(engine: "Engine", config: SweepConfig, space: Space, setup_seconds: float) -> Probe:
     """Train trials of the space in all slots for some seconds, then evaluate them once."""
-    params = drawn_params(space.distributions, len(engine.slots), config.seed)
+    params = drawn_params(space, len(engine.slots), config.seed)
     with tempfile.TemporaryDirectory() as folder:
         chosen = [trial_settings(config, drawn) for drawn in params]
         endless = [replace(one, epochs=1000, evals_per_epoch=1) for one in chosen]  # no rung in between

@@ -179,7 +179,7 @@ def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Id
     check_amount(config, space, len(inputs.splits.train))
     check_rates(config, space, DataAxis(inputs.splits.train, config.seed))
     if identity is not None and identity.fingerprint:
-        wanted = {**settings_part(config), **inputs.content, **space_part(space.distributions)}
+        wanted = {**settings_part(config), **inputs.content, **space_part(space)}
         stored = known_so_far(identity.fingerprint, wanted)
         dtype = {key: stored[key] for key in ("engine.dtype",) if key in stored}
         check_fingerprint(config.study.name, stored, {**wanted, **dtype})

@@ -24,3 +24,11 @@ def write_once(storage: RDBStorage, study_id: int, values: Mapping[str, object])
         for key, value in lacking.items():
             session.add(StudyUserAttributeModel(study_id=study_id, key=key, value_json=json.dumps(value)))
     return storage.get_study_user_attrs(study_id)
+
+
+def read_attribute(storage: RDBStorage, study_id: int, key: str) -> Any:
+    """Return one attribute of a study, as it is now; None if there is none."""
+    row = StudyUserAttributeModel
+    with Session(storage.engine) as session:
+        text = session.query(row.value_json).filter_by(study_id=study_id, key=key).scalar()
+    return None if text is None else json.loads(text)

@@ -25,6 +25,7 @@ from lora_search.results.lanes import Bar, Lanes
 from lora_search.trial import TrialRow
 
 LANE, ROW = 18, 26  # pixels of height
+ABSENT = "not set"  # a setting that a trial does not have
 MOST_LANES, MOST_LINES, MOST_TITLES = 64, 120, 150
 STEPS = (5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)  # seconds between ticks
 
@@ -61,13 +62,12 @@ def _bar(bar: Bar, x: Axis, top: float, best: TrialRow | None, *, has_title: boo
 
 def parallel(rows: Sequence[TrialRow], best: TrialRow | None, keys: Sequence[str], base: float) -> str:
     """Return a line for each of the best trials, through the values of its settings to its perplexity."""
-    shown = [row for row in rows if is_finite(row.perplexity) and all(key in row.params for key in keys)]
-    shown = shown[:MOST_LINES]
+    shown = [row for row in rows if is_finite(row.perplexity)][:MOST_LINES]
     if len(shown) < 2 or not keys:
         return ""
     height, left, right = 320, 70, WIDE - 70
     places = [left + (right - left) * i / len(keys) for i in range(len(keys) + 1)]
-    axes = [_setting_axis([row.params[key] for row in shown], height - 30) for key in keys]
+    axes = [_setting_axis([row.params.get(key, ABSENT) for row in shown], height - 30) for key in keys]
     y = value_axis([row.perplexity for row in shown if row.perplexity], base, height + 14)
     ticks = [axis[1] for axis in axes] + [[(y.at(v), name) for v, name in y.ticks()]]
     parts: list[str] = []
@@ -80,7 +80,9 @@ def parallel(rows: Sequence[TrialRow], best: TrialRow | None, keys: Sequence[str
         parts += [text_at(beside[0], at + 4, text, beside[1]) for at, text in marks]
     worst_first = [*(row for row in shown[::-1] if row is not best), *(row for row in shown if row is best)]
     for row in worst_first:
-        heights = [axis[0][show_value(row.params[key])] for key, axis in zip(keys, axes, strict=True)]
+        heights = [
+            axis[0][show_value(row.params.get(key, ABSENT))] for key, axis in zip(keys, axes, strict=True)
+        ]
         points = zip(places, [*heights, y.at(row.perplexity or base)], strict=True)
         path = "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
         title = f"<title>{escape(describe(row, row.perplexity))}</title>"
@@ -94,11 +96,15 @@ def _setting_axis(
 ) -> tuple[dict[str, float], list[tuple[float, str]]]:
     """Return where each value is drawn, and what is written at the axis."""
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) == len(values) and len(set(numbers)) > MAX_CATEGORIES:
+    present = [value for value in values if value != ABSENT]
+    if len(numbers) == len(present) and len(set(numbers)) > MAX_CATEGORIES:
         is_log = min(numbers) > 0 and max(numbers) / min(numbers) > LOG_RATIO
-        axis = axis_over(numbers, height, 14.0, is_log=is_log)
-        places = {show_value(v): axis.at(n) for v, n in zip(values, numbers, strict=True)}
-        return places, [(axis.at(v), name) for v, name in axis.ticks()]
+        foot = height if len(present) == len(values) else height - 24
+        axis = axis_over(numbers, foot, 14.0, is_log=is_log)
+        places = {show_value(v): axis.at(n) for v, n in zip(present, numbers, strict=True)}
+        places |= {ABSENT: height} if foot < height else {}
+        absent = [(height, ABSENT)] if foot < height else []
+        return places, [*absent, *((axis.at(v), name) for v, name in axis.ticks())]
     names = list(dict.fromkeys(show_value(value) for value in sorted(values, key=choice_order)))
     room = (height - 14.0) / (len(names) + 1)
     places = {name: height - room * (i + 1) for i, name in enumerate(names)}

@@ -60,10 +60,10 @@ def over_default(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow
 ) -> list[str]:
     """Return the gain over the given settings, if a trial has trained those."""
-    settings, keys = recorded_values(attributes), best.params
-    given = [row for row in rows if all(plain(row.params.get(key)) == settings.get(key) for key in keys)]
+    settings = recorded_values(attributes)
+    given = [row for row in rows if all(plain(v) == settings.get(key) for key, v in row.params.items())]
     default = next((row for row in given if row.perplexity is not None), None)
-    if default is None or not keys or not settings:
+    if default is None or not default.params or not settings:
         return []
     name = f"the settings as they were given, trial {default.number}"
     if default is best:
@@ -84,10 +84,12 @@ def hints(
     """Return what might help further, each with the override to type."""
     if best is None:
         return []
+    settings = recorded_values(attributes)
+    own = [key for key in best.params if not str(settings.get(f"space.{key}")).startswith("when(")]
     found = [(f"{key} of the best is the {word} value that was tried.", override)
-             for key in best.params for word, override in at_edge(rows, best, key)]  # fmt: skip
+             for key in own for word, override in at_edge(rows, best, key)]  # fmt: skip
     if best.perplexities and best.best_rung == max(best.perplexities):
-        epochs = best.params.get("train.epochs", recorded_values(attributes).get("train.epochs"))
+        epochs = best.params.get("train.epochs", settings.get("train.epochs"))
         more = 2 * epochs if isinstance(epochs, int) else "N"
         text = (
             "The best trial was still improving at its end: more epochs may help, in a study of another name."

@@ -1,16 +1,17 @@
 """Forecasts the tokens and time of a sweep from the measurements of a probe. Pure: no torch, no I/O."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from optuna import create_study
-from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.search.pruning import RungPruner
+from lora_search.search.sampling import suggest
+from lora_search.settings.space import Space
 
 DRAWS = 40  # simulated sweeps
 
@@ -117,9 +118,10 @@ def _running(number: int) -> FrozenTrial:
     )  # fmt: skip
 
 
-def drawn_params(
-    distributions: Mapping[str, BaseDistribution], count: int, seed: int
-) -> list[dict[str, object]]:
+def drawn_params(space: Space, count: int, seed: int) -> list[dict[str, object]]:
     """Return random points of the space."""
     study = create_study(sampler=RandomSampler(seed=seed))
-    return [dict(study.ask(dict(distributions)).params) for _ in range(count)]
+    trials = [study.ask() for _ in range(count)]
+    for trial in trials:
+        suggest(trial, space)
+    return [dict(trial.params) for trial in trials]

@@ -22,7 +22,7 @@ def first_points(config: SweepConfig, space: Space, base_width: float | None) ->
     """
     default, given = space.default_params(config), space.given_params(config)
     points = [default] if default is not None and config.study.first_trial_is_default else []
-    rates = space.distributions.get(LR)
+    rates = space.of(given).get(LR)
     if config.study.first_trials and base_width and rates is not None:
         for wanted in prior_rates(base_width):
             rate = nearest(rates, wanted)

@@ -13,12 +13,13 @@ from typing import Any
 from optuna import Study, create_study, samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lora_search.errors import ConfigError
 from lora_search.search.extrapolation import as_complete
 from lora_search.search.trials import Cursor, settled
 from lora_search.settings.schema import SamplerConfig
+from lora_search.settings.space import Space
 from lora_search.trial import draw_seed
 
 # Optuna's optional dependencies.
@@ -80,6 +81,8 @@ class Outlook(samplers.BaseSampler):
     size. Paused trials appear as pruned, and the space is the sweep's own, so that a widened range stays part
     of it.
 
+    A key that depends on another one is drawn by the trials in which that one is the same.
+
     With ``completes``, for samplers that learn only from COMPLETE trials, pruned ones appear as COMPLETE.
     With ``keeps_state``, for CMA-ES, the trial stores what the sampler notes at it; choices are left out.
     """
@@ -88,11 +91,13 @@ class Outlook(samplers.BaseSampler):
         self,
         sampler: samplers.BaseSampler,
         space: Mapping[str, BaseDistribution],
+        parents: Mapping[str, str] | None = None,
         *,
         completes: bool = False,
         keeps_state: bool = False,
     ) -> None:
         self._completes, self._keeps_state = completes, keeps_state
+        self._parents = parents or {}
         self._sampler, self._view = sampler, create_study()
         choices = CategoricalDistribution if keeps_state else ()
         self._space = {k: d for k, d in space.items() if not d.single() and not isinstance(d, choices)}
@@ -134,7 +139,12 @@ class Outlook(samplers.BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> object:
-        return self._sampler.sample_independent(self._view, trial, param_name, param_distribution)
+        view, parent = self._view, self._parents.get(param_name)
+        if parent is not None:
+            shown = self._view.get_trials(deepcopy=False)
+            alike = [t for t in shown if t.params.get(parent) == trial.params[parent]]
+            view = create_study(storage=_Shown(alike))
+        return self._sampler.sample_independent(view, trial, param_name, param_distribution)
 
 
 class _Shown(InMemoryStorage):
@@ -194,25 +204,41 @@ def _rank(trial: FrozenTrial) -> tuple[bool, int, float, int]:
     return True, -(step or 0), value, trial.number
 
 
+def suggest(trial: Trial, space: Space) -> None:
+    """Draw all parameters of a new trial: first those that every trial has."""
+    for key, distribution in space.distributions.items():
+        trial._suggest(key, distribution)
+    for key, distribution in space.of(trial.params).items():
+        trial._suggest(key, distribution)
+
+
 def make_sampler(
-    config: SamplerConfig, distributions: Mapping[str, BaseDistribution], seed: int
+    config: SamplerConfig,
+    distributions: Mapping[str, BaseDistribution],
+    seed: int,
+    parents: Mapping[str, str] | None = None,
 ) -> samplers.BaseSampler:
     """Return the sampler of a sweep. Raises ConfigError if it cannot search this space.
 
     grid needs no sampler here: the study itself hands out the untried points of the space, in seeded order.
-    cmaes optimizes numbers only and draws choices at random.
+    cmaes optimizes numbers only and draws choices at random. ``parents``: of keys that some trials have, the
+    key that each depends on.
     """
     missing = [name for name in NEEDS.get(config.name, ()) if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f"Run: pip install {' '.join(missing)}"
         raise ConfigError("sampler.name", config.name, f"needs {' and '.join(missing)}", remedy)
+    if parents and config.name in ("gp", "cmaes", "qmc"):
+        rule = f"cannot search keys that depend on others ({', '.join(parents)})"
+        raise ConfigError("sampler.name", config.name, rule, "Use sampler=tpe, random or grid")
     if config.name == "cmaes" and not any(hasattr(d, "high") for d in distributions.values()):
         remedy = "Use sampler=tpe, or search numbers by interval(...)"
         raise ConfigError("sampler.name", "cmaes", "cannot search a space of choices only", remedy)
     sampler = PerTrialSampler(lambda number: _make(config, seed, draw_seed(seed, number)), distributions)
     if config.name not in ("tpe", "gp", "cmaes"):
         return sampler
-    return Outlook(sampler, distributions, completes=config.name != "tpe", keeps_state=config.name == "cmaes")
+    keeps_state = config.name == "cmaes"
+    return Outlook(sampler, distributions, parents, completes=config.name != "tpe", keeps_state=keeps_state)
 
 
 def _make(config: SamplerConfig, sweep_seed: int, trial_seed: int) -> samplers.BaseSampler:

@@ -15,7 +15,6 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_search.errors import InputError, LoraSearchError
 from lora_search.settings.explanations import explain, known_keys, leaves, unknown
+from lora_search.settings.grammar import WhenCall, make_parser
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
 from lora_search.settings.sweep_file import (
@@ -45,6 +45,8 @@ Search LoRA hyperparameters: many trials train packed over one frozen base model
 
   python -m lora_search.sweep data=jsonl data.path=my.jsonl study.name=mine
   python -m lora_search.sweep 'optim.lr=tag(log, interval(1e-5, 1e-3))' 'lora.r=choice(8, 16)'
+  python -m lora_search.sweep 'optim.schedule=choice(cosine, wsd)' \\
+      'optim.decay_ratio=when(optim.schedule, wsd, choice(0.1, 0.3))'
   python -m lora_search.sweep -cd my/folder -cn my_sweep
 
 == Sweeps (-cn) ==
@@ -136,7 +138,7 @@ def as_override(text: str) -> str:
     Raises InputError for overrides that crash Hydra.
     """
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = make_parser().parse_override(text)
     except HydraException:
         return text  # `compose` reports it
     key = override.key_or_group
@@ -149,7 +151,7 @@ def as_override(text: str) -> str:
     is_section = key in {known.partition(".")[0] for known in known_keys()} and not (CONF / key).is_dir()
     if override.is_delete() and is_section:
         raise InputError(f"~{key}: settings cannot be left out. Give them values; groups can be left out.")
-    if override.is_sweep_override():
+    if override.is_sweep_override() or isinstance(override.value(), WhenCall):
         key = key if key.startswith("space.") else f"space.{key}"
         return f"++{key}={_quoted(text.partition('=')[2])}"
     if (CONF / key).is_dir() and not override.is_delete():

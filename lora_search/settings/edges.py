@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_search.errors import ConfigError
+from lora_search.settings.grammar import stepped
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space
@@ -19,20 +20,44 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
     The same study may widen a range and add choices.
     """
     notes = []
-    for key, distribution in space.distributions.items():
+    for key, distribution in space.of(params).items():
         value = params.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or key == "train.seed":
             continue  # seeds have no order
         if isinstance(distribution, CategoricalDistribution):
-            notes += _choice_note(config, key, [*distribution.choices], value)
+            found = _choice_note(config, key, [*distribution.choices], value)
         elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):
-            notes += _range_note(config, key, distribution, value)
+            found = _range_note(config, key, distribution, value)
+        else:
+            continue
+        notes += [f"{text}: 'space.{key}={_in_place(space, key, params, wide)}'" for text, wide in found]
     return notes
+
+
+def _in_place(space: Space, key: str, params: Mapping[str, object], wide: str) -> str:
+    """Return the wider sweep; of a key that depends on another, with the sweeps for that one's choices."""
+    if key not in space.conditions:
+        return wide
+    when = space.conditions[key]
+    mine = params[when.parent]
+    pairs = [f"{choice}, {wide if choice == mine else _written(d)}" for choice, d in when.branches.items()]
+    return f"when({when.parent}, {', '.join(pairs)})"
+
+
+def _written(distribution: BaseDistribution) -> str:
+    """Return a distribution in Hydra's grammar."""
+    if isinstance(distribution, CategoricalDistribution):
+        return f"choice({','.join(map(str, distribution.choices))})"
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step not in (None, 1):
+        return f"range({low},{stepped(high, step, 1)},{step})"
+    return f"tag(log,interval({low},{high}))" if distribution.log else f"interval({low},{high})"
 
 
 def _range_note(
     config: SweepConfig, key: str, distribution: FloatDistribution | IntDistribution, value: float
-) -> list[str]:
+) -> list[tuple[str, str]]:
     low, high, log = distribution.low, distribution.high, distribution.log
     place = _place(value, low, high, log=log)
     if NEAR < place < 1 - NEAR:
@@ -46,13 +71,14 @@ def _range_note(
         return []  # no valid value beyond: a rank of 0, a learning rate of 1
     inner = f"interval({ends[0]},{ends[1]})"
     wide = f"tag(log,{inner})" if log else inner
-    return [
+    text = (
         f"{key}={value:.4g} is at the {'lower' if is_low else 'upper'} end of its range; the best value may "
-        f"be outside. To extend the range in the same study: 'space.{key}={wide}'"
-    ]
+        "be outside. To extend the range in the same study"
+    )
+    return [(text, wide)]
 
 
-def _choice_note(config: SweepConfig, key: str, choices: list[object], value: float) -> list[str]:
+def _choice_note(config: SweepConfig, key: str, choices: list[object], value: float) -> list[tuple[str, str]]:
     numbers = sorted(c for c in choices if isinstance(c, int | float) and not isinstance(c, bool))
     if len(numbers) < 2 or len(numbers) < len(choices) or value not in (numbers[0], numbers[-1]):
         return []
@@ -62,10 +88,11 @@ def _choice_note(config: SweepConfig, key: str, choices: list[object], value: fl
         return []  # no valid value beyond
     listed = [*numbers, new] if word == "larger" else [new, *numbers]
     wide = f"choice({','.join(map(str, listed))})"
-    return [
+    text = (
         f"{key}={value} is the {end} choice: a {word} one may be better. To extend the choices in the same "
-        f"study: 'space.{key}={wide}'"
-    ]
+        "study"
+    )
+    return [(text, wide)]
 
 
 def _next_choice(numbers: Sequence[float]) -> float:

@@ -34,5 +34,5 @@ def check_study(
     """Return sampler and pruner. Raises ConfigError if they do not fit this space or these rungs."""
     quieten_optuna()
     num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
-    sampler = make_sampler(config.sampler, space.distributions, config.seed)
+    sampler = make_sampler(config.sampler, space.distributions, config.seed, space.parents)
     return sampler, make_pruner(config.pruner, num_rungs)

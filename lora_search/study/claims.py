@@ -8,6 +8,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.database.once import read_attribute
 from lora_search.database.presence import worker_is_dead
 from lora_search.database.storage import (
     explained_errors,
@@ -19,6 +20,7 @@ from lora_search.database.trial_storage import DrawingStorage
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import ConfigError, StudyError
 from lora_search.failures import failure_reason
+from lora_search.search.sampling import suggest
 from lora_search.search.trials import (
     DUPLICATE,
     FINISHED,
@@ -34,6 +36,7 @@ from lora_search.search.trials import (
 )
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
+from lora_search.study.fingerprint import ATTRIBUTE, changed_choices, space_part
 from lora_search.study.ledger import Ledger
 from lora_search.trial import draw_seed
 
@@ -51,11 +54,12 @@ class Draws:
         self.storage = study._storage
         self.config, self.space, self.study, self.table, self.ledger = config, space, study, table, ledger
         self.exhausted = False  # every point of the space was tried before the total was reached
+        self.outdated = ""  # why this worker can draw no more: the study has got other choices
 
     def draw(self, worker: str) -> int | None:
         """Return the number of a RUNNING trial, signed by the worker; None if there is no trial to claim."""
         duplicates = 0
-        while duplicates < MAX_DUPLICATES_IN_A_ROW:
+        while duplicates < MAX_DUPLICATES_IN_A_ROW and not self.outdated:
             self.ledger.read()
             self._fail_strangers()
             if not self._has_room():
@@ -70,24 +74,47 @@ class Draws:
             if refusal.startswith(SURPLUS):
                 return None
             duplicates += 1
+        if self.outdated:
+            return None
         self._exhaust(f"{duplicates} points drawn in a row had been tried before")
         return None
 
     def _ask(self) -> optuna.Trial | None:
         """Return the next trial, with its parameters; None if another worker has ended it, or if another
         program has just enqueued it outside the space."""
+        drawn = None
         try:
             with locked_from_the_start(), self.storage.drawing():
-                return self.study.ask(self.space.distributions)
+                drawn = self.study.ask()
+                suggest(drawn, self.space)
         except UpdateFinishedTrialError:
             return None
         except (ValueError, TypeError) as error:
             self.ledger.read()
-            if self._fail_strangers():
+            if self._fail_strangers() or self._is_outdated(drawn):
                 return None
             remedy = "Has another program written to the study? Choose another study.name."
             text = f"study.name: {self.config.study.name!r} draws no trial: {failure_reason(error)}. {remedy}"
             raise StudyError(text) from None
+        return None if self._is_outdated(drawn) else drawn
+
+    def _is_outdated(self, drawn: optuna.Trial | None) -> bool:
+        """Return whether another start has added choices since this one; then the trial is put back. None are
+        added from now on until it has ended: it runs."""
+        stored = read_attribute(self.table.storage, self.table.study_id, ATTRIBUTE) or {}
+        keys = changed_choices(dict(stored), space_part(self.space))
+        if not keys:
+            return False
+        self.outdated = (
+            f"space.{', space.'.join(keys)}: another start has added choices, which this worker does not "
+            "know: it ends. Give that start's command here too, to go on with them"
+        )
+        if drawn is not None:
+            self.table.know(drawn.number, drawn._trial_id)
+            with self.table.locked(drawn.number) as trial:
+                if trial.seen.state == TrialState.RUNNING and not trial.seen.user_attrs.get("worker"):
+                    trial.write({}, TrialState.WAITING)
+        return True
 
     def _fail_strangers(self) -> bool:
         """Fail the enqueued trials of other programs that are not in the space; return whether there were
@@ -121,7 +148,7 @@ class Draws:
             return True
         has_drawn_twice = self.ledger.last_reason.startswith(DUPLICATE)
         is_grid = self.config.sampler.name == "grid"
-        num_points, num_trials = self.space.num_points(), self.ledger.num_trials
+        num_points, num_trials = self.space.num_points, self.ledger.num_trials
         if num_points is None or not (is_grid or has_drawn_twice or num_trials >= num_points):
             return True
         untried = self.space.untried(self.ledger.points.values())

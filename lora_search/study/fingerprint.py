@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 
 from optuna.distributions import (
-    BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
@@ -21,6 +20,7 @@ from optuna.distributions import (
 
 from lora_search.errors import FingerprintError
 from lora_search.settings.schema import SweepConfig, as_dict
+from lora_search.settings.space import Space
 
 ATTRIBUTE = "fingerprint"
 FREE_SECTIONS = (  # the space has its own rule
@@ -69,9 +69,14 @@ def settings_part(config: SweepConfig) -> dict[str, str]:
     return {key: text for key, text in {**texts, **caps}.items() if key not in DEMO_CAPS}
 
 
-def space_part(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
-    """Return the space in Optuna's JSON."""
-    return {f"{SPACE}{key}": distribution_to_json(d) for key, d in distributions.items()}
+def space_part(space: Space) -> dict[str, str]:
+    """Return the space in Optuna's JSON, `space.KEY[PARENT=CHOICE]` for a key that some trials have."""
+    always = {f"{SPACE}{key}": distribution_to_json(d) for key, d in space.distributions.items()}
+    return always | {
+        f"{SPACE}{key}[{when.parent}={choice}]": distribution_to_json(d)
+        for key, when in space.conditions.items()
+        for choice, d in when.branches.items()
+    }
 
 
 def flat(prefix: str, value: object) -> dict[str, str]:
@@ -137,8 +142,10 @@ def _leads_to_same_rows(key: str, stored: Mapping[str, str], wanted: Mapping[str
 
 def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Return whether the key is a range, or choices, that still contains all its earlier values."""
-    if not key.startswith(SPACE) or key not in stored or key not in wanted:
+    if not key.startswith(SPACE) or key not in wanted:
         return False
+    if key not in stored:
+        return _is_of_new_choice(key, stored)
     old, new = json_to_distribution(stored[key]), json_to_distribution(wanted[key])
     if isinstance(old, CategoricalDistribution) and isinstance(new, CategoricalDistribution):
         return all(choice in new.choices for choice in old.choices)
@@ -153,12 +160,21 @@ def _widens(key: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> b
     return old.step is None or abs(math.remainder(old.low - new.low, old.step)) < 1e-9 * old.step
 
 
+def _is_of_new_choice(key: str, stored: Mapping[str, str]) -> bool:
+    """Return whether the key is searched only where another has a choice that it had not before."""
+    parent, _, choice = key.partition("[")[2].removesuffix("]").partition("=")
+    if f"{SPACE}{parent}" not in stored:
+        return False
+    old = json_to_distribution(stored[f"{SPACE}{parent}"])
+    return isinstance(old, CategoricalDistribution) and choice not in map(str, old.choices)
+
+
 def changed_choices(
     stored: Mapping[str, str], wanted: Mapping[str, str]
 ) -> dict[str, CategoricalDistribution]:
     """Return the searched keys whose choices are others than they were."""
     keys = [k for k, text in wanted.items() if k.startswith(SPACE) and stored.get(k, text) != text]
-    found = {key.removeprefix(SPACE): json_to_distribution(wanted[key]) for key in keys}
+    found = {key.removeprefix(SPACE).partition("[")[0]: json_to_distribution(wanted[key]) for key in keys}
     return {key: d for key, d in found.items() if isinstance(d, CategoricalDistribution)}
 
 

@@ -113,7 +113,7 @@ class SweepStudy:
                 sampler=sampler,
                 pruner=pruner,
             )
-            wanted = {**fingerprint, **space_part(space.distributions)}
+            wanted = {**fingerprint, **space_part(space)}
             identity = give_identity(storage, config.study.name, wanted)
             changes = check_fingerprint(config.study.name, identity.fingerprint, wanted)
             take_changes(config.study, study, TrialTable(storage, config.study.name), identity, wanted)
@@ -252,9 +252,10 @@ class SweepStudy:
             )
 
     def num_running_elsewhere(self) -> int:
-        """Return how many trials other workers hold or have put back, 0 once the total is reached."""
+        """Return how many trials other workers hold or have put back, 0 once the total is reached or this
+        worker can take none."""
         self.ledger.read()
-        if self.ledger.count(*FINISHED) >= self.config.study.most_trials:
+        if self.draws.outdated or self.ledger.count(*FINISHED) >= self.config.study.most_trials:
             return 0
         unfinished = [TrialState.RUNNING]
         if self.budget.has_room(self.held):

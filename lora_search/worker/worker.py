@@ -38,6 +38,8 @@ def work(
             worker.keep_alive()
             worker.settle(measurements)
             worker.show()
+        if study.draws.outdated:
+            progress.event(study.draws.outdated)
     finally:
         worker.leave()
 

@@ -1,10 +1,11 @@
 """`python -m tests.benchmarks.pruning`: what the rung rule saves and what it costs, as Markdown tables.
 
-Replays recorded validation curves (curves.json, from `record_curves`) through the rule in many orders.
+Replays recorded validation curves (the first family of curves.json) through the rule in many orders.
 Regret: how much worse the chosen trial is than the best of the same trials, had all been trained to the end.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ HEADER = (
 
 
 def recorded_curves() -> list[list[float]]:
-    return [trial["perplexities"] for trial in json.loads(CURVES.read_text())["trials"]]
+    trials = json.loads(CURVES.read_text())["faq"]["trials"]
+    return [[math.exp(loss) for loss in trial["losses"]] for trial in trials]
 
 
 @dataclass(frozen=True)

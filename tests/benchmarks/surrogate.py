@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-FOLDER = Path(__file__).parent
+CURVES = Path(__file__).with_name("curves.json")  # from `record`
 KEYS = ("optim.lr", "lora.r", "train.batch_size")
 WORST = 4.0  # NLL of a diverged trial: how far it went tells nothing
 SEED_NOISE = 0.0025  # sd of a perplexity between two seeds, relative; measured on SmolLM2
@@ -37,19 +38,16 @@ class Family:
 
 def families(*names: str) -> list[Family]:
     """Return what is recorded: all, or the families of these names."""
-    faq = json.loads((FOLDER / "curves.json").read_text())["trials"]
-    docs = json.loads((FOLDER / "curves_docs.json").read_text())["trials"]
-    faq_nll = [[math.log(value) for value in trial["perplexities"]] for trial in faq]
-    docs_nll = [trial["losses"] for trial in docs]
-    known = [
-        Family("faq", (5e-5, 5e-3), _params(faq), np.log(faq_nll)),
-        Family("docs", (5e-5, 2e-2), _params(docs), np.log(np.minimum(docs_nll, WORST))),
-    ]
-    return [family for family in known if not names or family.name in names]
+    recorded = json.loads(CURVES.read_text())
+    return [family_of(name, recorded[name]["trials"]) for name in names or recorded]
 
 
-def _params(trials: Sequence[Mapping[str, object]]) -> tuple[Mapping[str, float], ...]:
-    return tuple(t["params"] for t in trials)  # type: ignore[misc]
+def family_of(name: str, trials: Sequence[Mapping[str, Any]]) -> Family:
+    """Return recorded curves as a family; a diverged one stays where it was worst."""
+    num_rungs = max(len(trial["losses"]) for trial in trials)
+    losses = [[*t["losses"], *[WORST] * (num_rungs - len(t["losses"]))] for t in trials]
+    rates = (5e-5, 5e-3 if name == "faq" else 2e-2)
+    return Family(name, rates, tuple(t["params"] for t in trials), np.log(np.minimum(losses, WORST)))
 
 
 def features(params: Sequence[Mapping[str, float]]) -> np.ndarray:

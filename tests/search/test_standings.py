@@ -1,9 +1,7 @@
 """Judging from sums that are kept equals judging all trials anew: recorded sweeps in many orders."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.search.pruning import NOBODY, RungPruner, Standings
 from lora_search.search.trials import best_until
+from tests.benchmarks.pruning import recorded_curves
 from tests.replay import make_trial
-
-CURVES = Path(__file__).parents[1] / "benchmarks/curves.json"
 
 
 def losers_of_all(
@@ -50,7 +47,7 @@ def place(rule: RungPruner, trial: FrozenTrial) -> tuple[int, float]:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_trials_are_stopped_for_the_same_reasons_at_every_look(rule: RungPruner, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    curves = [trial["perplexities"] for trial in json.loads(CURVES.read_text())["trials"]]
+    curves = recorded_curves()
     order = rng.permutation(len(curves))
     standings, trials, waiting, stopped = Standings(rule), list[FrozenTrial](), [*order], 0
 

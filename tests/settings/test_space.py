@@ -112,10 +112,10 @@ def test_the_points_of_a_countable_space_are_counted_and_crossed_off() -> None:
 
     untried = space.untried([])
 
-    assert space.num_points() == 12
+    assert space.num_points == 12
     assert untried == [pytest.approx(point) for point in points]
     assert space.untried(points[:-1]) == [pytest.approx(points[-1])]
-    assert parse_space(SweepConfig(space=MIXED)).num_points() is None
+    assert parse_space(SweepConfig(space=MIXED)).num_points is None
     assert parse_space(SweepConfig(space=MIXED)).untried([]) is None
 
 

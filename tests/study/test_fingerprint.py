@@ -12,6 +12,7 @@ from optuna.distributions import (
 
 from lora_search.errors import FingerprintError
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.space import Space
 from lora_search.study.fingerprint import check_fingerprint, settings_part, space_part
 
 LR = FloatDistribution(1e-4, 1e-3, log=True)
@@ -27,7 +28,7 @@ class Study:
         self.stored: dict[str, str] = {}
 
     def check(self, settings: Mapping[str, str], distributions: Mapping[str, BaseDistribution]) -> list[str]:
-        wanted = {**settings, **space_part(distributions)}
+        wanted = {**settings, **space_part(Space(dict(distributions), {}))}
         changes = check_fingerprint("faq", self.stored or wanted, wanted)
         self.stored = wanted
         return changes

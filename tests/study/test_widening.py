@@ -9,6 +9,8 @@ import pytest
 from optuna_dashboard import wsgi
 
 from lora_search.errors import FingerprintError
+from lora_search.results.ranking import best_of
+from lora_search.settings.edges import edge_notes
 from lora_search.settings.schema import SamplerConfig
 from lora_search.study.study import SweepStudy
 from lora_search.study.widening import take_changes
@@ -112,3 +114,38 @@ def test_of_two_starts_with_more_choices_the_second_goes_on_though_the_first_tra
     take_changes(config.study, first.study, first.table, seen, wanted)
 
     assert first.study.user_attrs["fingerprint"] == wanted
+
+
+def test_a_best_value_outside_the_first_range_is_found_by_the_overrides_of_the_report(tmp_path: Path) -> None:
+    """The simulated perplexity is lowest at a learning rate of 1e-3, ten times the end of the range."""
+    text, found = "tag(log, interval(1e-5, 1e-4))", list[float]()
+    for n_trials in (10, 20, 30, 40):
+        config = make_config(tmp_path, n_trials=n_trials, space={"optim": {"lr": text}})
+        study = open_study(config, tmp_path)
+        simulate(study)
+        best = best_of(study.rows())
+        assert best is not None
+        found.append(float(str(best.params["optim.lr"])))
+        notes = edge_notes(config, study.space, best.params)
+        if not notes:
+            break
+        text = notes[0].partition("'space.optim.lr=")[2].removesuffix("'")
+
+    assert found[0] < 1e-4
+    assert 3e-4 < found[-1] < 3e-3
+    assert notes == []
+
+
+def test_a_worker_that_knows_only_the_old_choices_ends_with_a_word(tmp_path: Path) -> None:
+    old = searched(tmp_path, n_trials=4)
+    old.config.study.n_trials = 12  # it waited for trials of others, say
+    config = make_config(tmp_path, n_trials=12, space=WIDE, sampler=SamplerConfig(name="random"))
+    new = open_study(config, tmp_path)
+
+    assert old.claim(1) == []
+    assert old.claim(1) == []
+    assert old.draws.outdated.startswith("space.lora.r, space.lora.target_modules: another start has added ")
+    assert (old.is_finished, old.num_running_elsewhere()) == (False, 0)
+    assert "exhausted" not in new.study.user_attrs
+    simulate(new)
+    assert new.summary().finished == 12
