@@ -252,8 +252,7 @@ class SweepStudy:
             )
 
     def num_running_elsewhere(self) -> int:
-        """Return how many trials other workers hold or have put back, 0 once the total is reached or this
-        worker can take none."""
+        """Return how many trials of others this worker may have to take; 0 once the total is reached."""
         self.ledger.read()
         if self.draws.outdated or self.ledger.count(*FINISHED) >= self.config.study.most_trials:
             return 0

@@ -160,6 +160,15 @@ def test_samplers_that_know_no_conditions_are_refused(sampler: str) -> None:
 
 
 @pytest.mark.wrong_input
+def test_a_setting_of_one_schedule_is_not_searched_for_another() -> None:
+    text = "when(optim.schedule, cosine, choice(0.1, 0.2))"
+    config = config_with(schedule="choice(cosine, wsd)", decay_ratio=text)
+
+    with pytest.raises(ConfigError, match="optim.decay_ratio: has no effect with optim.schedule=cosine, got"):
+        parse_space(config)
+
+
+@pytest.mark.wrong_input
 def test_a_grid_needs_values_that_can_be_counted_in_every_branch() -> None:
     config = SweepConfig(space=SPACE, sampler=SamplerConfig(name="grid"))
 

@@ -112,8 +112,8 @@ def test_ranges_and_choices_of_a_branch_may_grow_and_a_new_choice_may_have_its_o
         ("lr", "tag(log, interval(1e-3, 1e-2))", "space.optim.lr: not set -> 0.001 to 0.01, log"),
         (
             "decay_ratio",
-            "when(optim.schedule, cosine, choice(0.1))",
-            "decay_ratio[optim.schedule=cosine]: not",
+            "when(lora.target_modules, all-linear, choice(0.1))",
+            "decay_ratio[lora.target_modules=all-linear]: not",
         ),
     ],
 )
