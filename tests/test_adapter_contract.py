@@ -77,7 +77,7 @@ def test_best_alone_asks_as_trained_and_ends_its_answers(
         f"model.path={hub_model}",
         f"template={template}",
         f"template.system_prompt={system}",
-        "train.epochs=40",
+        "train.epochs=20",
         "train.evals_per_epoch=1",
         "optim.lr=0.01",
     )

@@ -73,7 +73,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_the_same_numbers(
 
 def smoke_sweep(folder: Path, device: type[PackedModel]) -> tuple[list[TrialRow], int]:
     """Run the smoke sweep on a device of that kind; return its trials and the tokens per pass at its end."""
-    own = [f"runs_dir={folder}", f"study.storage=sqlite:///{folder}/study.db", "study.n_trials=4"]
+    own = [f"runs_dir={folder}", f"study.storage=sqlite:///{folder}/study.db", "study.n_trials=2"]
     config = compose("smoke", [*own, "engine.device=cpu", "sampler=random", "pruner=none"])
     space, source = parse_space(config), resolve_model(config.model)
     splits = prepare(config, load_rows(config.data), load_tokenizer(source, config.model))
