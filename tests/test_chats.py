@@ -43,8 +43,29 @@ def learnt(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> t
     return whole, labels
 
 
+def row_losses(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each learnt token."""
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")
+    return losses[labels[0, 1:] != -100]
+
+
+SMOLLM2 = [
+    "engine.dtype=float32", "tracker=none", "study.sample_answers=0", "train.epochs=1", "space.optim.lr=null",
+    "optim.lr=1e-3", "space.lora.r=null",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "falls_by"),
+    [
+        pytest.param("tiny-llama", [*TINY, "optim.lr=5e-3"], 0.0, id="tiny"),
+        pytest.param("smollm2-135m-instruct", SMOLLM2, 0.5, id="smollm2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_best_adapter_of_a_sweep_on_chats_gives_in_plain_peft_what_the_study_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, settings: list[str], falls_by: float
 ) -> None:
     chats = [chat(number) for number in range(32)]
     for name, part in (("train", chats[:24]), ("test", chats[24:28]), ("validation", chats[28:])):
@@ -52,25 +73,26 @@ def test_the_best_adapter_of_a_sweep_on_chats_gives_in_plain_peft_what_the_study
         (tmp_path / f"{name}.jsonl").write_text(lines)
     paths = [f"data.{name}_path={tmp_path}/{name}.jsonl" for name in ("validation", "test")]
 
-    given = ["data=jsonl", f"data.path={tmp_path}/train.jsonl", *paths, "study.name=chats"]
-    assert (
-        run_sweep(
-            monkeypatch, tmp_path, *TINY, "optim.lr=5e-3", "study.n_trials=3", "data.max_length=512", *given
-        )
-        == 0
-    )
+    given = [
+        "data=jsonl",
+        f"data.path={tmp_path}/train.jsonl",
+        *paths,
+        "study.name=chats",
+        "study.n_trials=3",
+    ]
+    assert run_sweep(monkeypatch, tmp_path, *settings, *given, "data.max_length=512") == 0
 
     best = json.loads((tmp_path / "runs/chats/best/settings.json").read_text())
-    source = resolve_model(ModelConfig(path="tiny-llama"))
-    tokenizer = load_tokenizer(source, ModelConfig(path="tiny-llama"))
+    source = resolve_model(ModelConfig(path=model))
+    tokenizer = load_tokenizer(source, ModelConfig(path=model))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     tuned = PeftModel.from_pretrained(base, str(tmp_path / "runs/chats/best/adapter")).eval()
-    losses = []
+    losses, before = [], []
     for turns in chats[28:]:
         ids, labels = (torch.tensor([row]) for row in learnt(turns, tokenizer))
-        with torch.no_grad():
-            logits = tuned(input_ids=ids).logits[0, :-1]
-        losses.append(
-            torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")[labels[0, 1:] != -100]
-        )
-    assert best["perplexity"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
+        losses.append(row_losses(tuned, ids, labels))
+        with tuned.disable_adapter():
+            before.append(row_losses(tuned, ids, labels))
+    perplexity, base_perplexity = (torch.cat(rows).mean().exp().item() for rows in (losses, before))
+    assert best["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    assert perplexity < base_perplexity * (1 - falls_by)

@@ -5,6 +5,7 @@ same question are in the same split. Costs two tokenizations of the data, once p
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -118,6 +119,7 @@ def _store(
     renderer = Renderer(config.template, tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
+    gc.freeze()  # the rows stay: going through them for garbage again and again took 14 % of the time
     try:
         for name, members in kept.items():
             skip = config.data.on_bad_row == "skip"
@@ -131,6 +133,7 @@ def _store(
         with contextlib.suppress(OSError):  # another worker was first
             fresh.replace(target)
     finally:
+        gc.unfreeze()
         shutil.rmtree(fresh, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -239,7 +240,8 @@ class Renderer:
         compiled = compile_template(self._dated)
         shared = {**compiled.globals, "tools": None, "documents": None, **self.tokenizer.special_tokens_map}
         shared["add_generation_prompt"] = add_generation_prompt
-        contexts = (compiled.new_context({**shared, "messages": list(chat)}, shared=True) for chat in chats)
+        new = partial(compiled.environment.context_class, compiled.environment)
+        contexts = (new({**shared, "messages": list(chat)}, compiled.name, compiled.blocks) for chat in chats)
         texts = ["".join(compiled.root_render_func(context)) for context in contexts]
         return texts if texts[:1] == self._rendered_by_library(chats[:1], add_generation_prompt) else None
 

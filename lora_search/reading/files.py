@@ -164,12 +164,25 @@ def _json(file: DataFile, encoding: str) -> Iterator[Record]:
     except (_RepeatedKeyError, ValueError, RecursionError) as error:
         said = f"{error} is there twice" if isinstance(error, _RepeatedKeyError) else str(error)
         raise file.error(f"cannot be read: {said}. Fix the JSON.") from None
-    if isinstance(content, dict):
-        lists = [name for name, value in content.items() if isinstance(value, list) and _holds_objects(value)]
-        content = content[lists[0]] if len(lists) == 1 else [content]
-    rows = content if isinstance(content, list) else [content]
+    rows = _rows_of(content, file) if isinstance(content, dict) else content
+    rows = rows if isinstance(rows, list) else [rows]
     for number, row in enumerate(rows, start=1):
         yield Record(f"row {number} of {file.name}", f"{file.name}:{number}", row)
+
+
+def _rows_of(content: dict[str, Any], file: DataFile) -> list[object]:
+    """Return the rows of an object: its only list of objects, its columns as in pandas, or itself."""
+    parts = content.items()
+    lists = {name: part for name, part in parts if isinstance(part, list) and _holds_objects(part)}
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    if len(lists) > 1 and not any("role" in part[0] for part in lists.values()):
+        example = f"data.path={next(iter(lists))}.json"
+        raise file.error(f"has several lists of rows: {', '.join(lists)}. Write each to a file, {example}.")
+    columns = [list(part.values()) if isinstance(part, dict) else part for part in content.values()]
+    if len(columns) > 1 and all(isinstance(part, list) and len(part) == len(columns[0]) for part in columns):
+        return [dict(zip(content, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return [content]
 
 
 def _holds_objects(rows: list[object]) -> bool:

@@ -7,44 +7,32 @@ once and the most likely columns; unused text is refused as well.
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from lora_search.errors import DataError
+from lora_search.reading.columns import (
+    CONTEXTS,
+    LAYOUTS,
+    NAMED,
+    PARTS,
+    USUAL,
+    Content,
+    listed,
+    missing_columns,
+    unknown_columns,
+)
 from lora_search.reading.conversations import conversation_row
 from lora_search.reading.rows import Complaint, Record, Row
 from lora_search.reading.text import is_blank
 from lora_search.settings.data_schema import AUTO, OPTIONAL, DataConfig
 
-Content = dict[str, Any]
-
-LAYOUTS: tuple[
-    tuple[str, dict[str, str], dict[str, str]], ...
-] = (  # name, required, optional: part -> column
-    ("messages", {"messages": "messages"}, {}),
-    ("sharegpt", {"messages": "conversations"}, {}),
-    ("messages", {"messages": "conversation"}, {}),
-    ("messages", {"messages": "chat"}, {}),
-    ("gemini", {"messages": "contents"}, {}),
-    ("prompt_completion", {"instruction": "prompt", "response": "completion"}, {}),
-    ("instruction_response", {"instruction": "instruction", "response": "response"}, {"context": "context"}),
-    ("alpaca", {"instruction": "instruction", "response": "output"}, {"context": "input"}),
-    ("question_answer", {"instruction": "question", "response": "answer"}, {"context": "context"}),
-)
-USUAL = {  # further names; exactly one column of each part also makes a layout
-    "instruction": ("instruction", "question", "prompt", "query", "q", "user", "human", "input"),
-    "response": ("response", "answer", "output", "completion", "a", "reply", "assistant", "target", "gpt"),
-}
-NAMED = {*USUAL["instruction"], *USUAL["response"]}
-CONTEXTS = ("context", "input", "passage", "background", "document")
 TEXTUAL = {  # columns that the model should see, unless the user says otherwise -> the part it could be
     **dict.fromkeys(CONTEXTS, "context"), "system": "system", "system_prompt": "system", "tools": "tools",
     "functions": "tools", "history": "", "reasoning": "", "thinking": "", "explanation": "", "rationale": "",
 }  # fmt: skip
 EXTRAS = {"system": ("system", "systemInstruction", "system_instruction"), "tools": ("tools",)}
 PROSE, DISTINCT = 60, 0.5  # mean characters and share of distinct values from which a column is text
-PARTS = {"instruction": "question", "response": "answer", "messages": "messages"}
 
 
 @dataclass
@@ -71,7 +59,7 @@ class Layout:
             self.columns[part] for part in PARTS if part in self.columns and self.columns[part] not in content
         ]
         if missing:
-            return _missing(record, missing)
+            return missing_columns(record, missing)
         made = self._conversation(record) if self._is_conversation(content) else self._pair(record)
         if isinstance(made, Row):
             self._note_unused(content, made)
@@ -137,11 +125,11 @@ class Layout:
         """Raise DataError if the rows contain unused text."""
         if not self.unused:
             return
-        listed = ", ".join(f'"{name}" ({count} of {num_rows} rows)' for name, count in self.unused.items())
+        names = ", ".join(f'"{name}" ({count} of {num_rows} rows)' for name, count in self.unused.items())
         proposals = [f"data.columns.{TEXTUAL[n]}={n}" for n in self.unused if TEXTUAL.get(n)][:1]
         ignore = f"data.columns.ignore=[{','.join(self.unused)}]"
         remedy = f"Set {proposals[0]} to use it, or" if proposals else "To leave it out, set"
-        raise DataError(f"{place} has text that is not used: {listed}. {remedy} {ignore}.")
+        raise DataError(f"{place} has text that is not used: {names}. {remedy} {ignore}.")
 
 
 def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Layout:
@@ -154,11 +142,11 @@ def recognise(contents: Sequence[object], config: DataConfig, place: str) -> Lay
             remedy = f" or set data.columns.{part}=null" if part in OPTIONAL else ""
             near = difflib.get_close_matches(column, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Name the column{remedy}."
-            raise DataError(f"data.columns.{part}: no row has {column!r} (keys: {_list(keys)}). {hint}")
+            raise DataError(f"data.columns.{part}: no row has {column!r} (keys: {listed(keys)}). {hint}")
     name, columns = _known(rows, keys, config, chosen)
     needed = {"messages"} if "messages" in columns else {"instruction", "response"}
     if keys and not needed <= columns.keys():
-        raise DataError(_unknown(rows, keys, columns, place, config))
+        raise DataError(unknown_columns(rows, keys, columns, place, config))
     if not needed <= columns.keys():  # no readable row: each gets its own complaint
         columns = {"instruction": "instruction", "response": "response"}
     columns |= _extras(keys, columns, config)
@@ -219,55 +207,6 @@ def _extras(keys: Sequence[str], columns: dict[str, str], config: DataConfig) ->
     }
 
 
-def _unknown(
-    rows: Sequence[Content], keys: Sequence[str], columns: dict[str, str], place: str, config: DataConfig
-) -> str:
-    """Return the message with all missing parts, and what to set."""
-    wanted = next((required for name, required, _ in LAYOUTS if name == config.format), None)
-    if wanted is not None:
-        absent = ", ".join(column for column in wanted.values() if column not in keys)
-        return f"data.format: {config.format} needs the columns {absent} (there are: {_list(keys)})."
-    missing = [part for part in ("instruction", "response") if part not in columns]
-    parts = " and ".join(f"no {PARTS[part]}" for part in missing)
-    if all(isinstance(row.get(key), str | None) for row in rows[:1] for key in keys) and _is_sentence(keys):
-        said = f"{place} does not name its columns in its first line ({'; '.join(keys)[:60]})."
-        return f"{said} Put a line above it, e.g. question,answer."
-    if len(keys) == 1 and any(mark in keys[0] for mark in ",;|\t:"):
-        return f"{place} has one column only, {keys[0]!r}. Separate columns by commas, semicolons or tabs."
-    taken, proposals = set(columns.values()), []
-    for part in missing:
-        guess = _propose(part, rows, [key for key in keys if key not in taken])
-        taken.add(guess)
-        proposals.append(f"data.columns.{part}={guess}")
-    return (
-        f"{place} has {parts} that could be recognised (columns: {_list(keys)}). Set {' '.join(proposals)}."
-    )
-
-
-def _propose(part: str, rows: Sequence[Content], keys: Sequence[str]) -> str:
-    """Return the most likely column of this part, by its name or its text; or NAME."""
-    texts = [key for key in keys if any(isinstance(row.get(key), str) and row[key].strip() for row in rows)]
-    usual = [key for key in texts if key.lower() in USUAL[part] and key.lower() != "input"]
-    near = [
-        key for name in USUAL[part][:4] for key in difflib.get_close_matches(name, texts, n=1, cutoff=0.75)
-    ]
-    if usual or near:
-        return [*usual, *near][0]
-
-    def asks(key: str) -> tuple[float, float]:
-        values = [row[key].strip() for row in rows if isinstance(row.get(key), str)]
-        return sum(v.endswith("?") for v in values) / len(values), -sum(map(len, values)) / len(values)
-
-    if not texts:
-        return "NAME"
-    if part == "instruction":
-        asking = [key for key in texts if asks(key)[0] > 0.5]
-        longest = max(texts, key=lambda key: -asks(key)[1])
-        others = [key for key in texts if key != longest]
-        return max(asking, key=asks) if asking else (others or texts)[0]
-    return max(texts, key=lambda key: -asks(key)[1])
-
-
 def complain(value: object, what: str, required: bool) -> Complaint | None:
     if value is None:
         return Complaint("missing field", f"{what} is missing or null.")
@@ -292,28 +231,6 @@ def _no_object(record: Record) -> Complaint:
     return Complaint("not an object", message)
 
 
-def _missing(record: Record, missing: Sequence[str]) -> Complaint:
-    names = " and ".join(f'no "{name}"' for name in missing)
-    free = [key for key in record.content if key not in missing]
-    pairs = [(name, next(iter(_alike(name, free)), None)) for name in missing]
-    hints = [f'"{near}" to "{name}"' for name, near in pairs if near]
-    remedy = f"Rename {' and '.join(hints)}" if hints else "Write it"
-    return Complaint(
-        "missing field",
-        f"{record.place} has {names} (keys: {_list(free)}). {remedy} as the other rows have it.",
-    )
-
-
-def _alike(name: str, keys: Sequence[str]) -> list[str]:
-    part = next((part for part, names in USUAL.items() if name.lower() in names), None)
-    usual = [key for key in keys if part and str(key).lower() in USUAL[part]]
-    return usual or difflib.get_close_matches(name, [str(key) for key in keys], n=1)
-
-
-def _list(keys: Iterable[object]) -> str:
-    return ", ".join(map(str, keys))
-
-
 def _parsed(value: object) -> object:
     """Return the list if the value is one as JSON text; else the value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -332,10 +249,6 @@ def _repeats(value: str, row: Row, used: str) -> bool:
     """Return whether the row already contains the text, or the text is a rendering of the row."""
     text = value.strip()
     return text in used or (row.response.strip() in text and row.instruction.strip() in text)
-
-
-def _is_sentence(keys: Sequence[str]) -> bool:
-    return any(len(key) > 30 or key.rstrip().endswith(("?", ".")) for key in keys)
 
 
 def _is_prose(rows: Sequence[Content], key: str) -> bool:

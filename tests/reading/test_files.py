@@ -125,6 +125,32 @@ def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
     assert "data.subset: faq.xlsx has no sheet 'Faq'. There are: FAQ, Notes." in refusal(path, subset="Faq")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"question": ["Why?", "When?"], "answer": ["So.", "Now."]},
+        {"question": {"0": "Why?", "1": "When?"}, "answer": {"0": "So.", "1": "Now."}},
+        {
+            "version": 2,
+            "rows": [{"question": "Why?", "answer": "So."}, {"question": "When?", "answer": "Now."}],
+        },
+    ],
+)
+def test_an_object_of_columns_and_a_list_inside_an_object_are_read(
+    tmp_path: Path, content: dict[str, object]
+) -> None:
+    path = write(tmp_path / "faq.json", json.dumps(content).encode())
+
+    assert texts(path) == [("Why?", "So."), ("When?", "Now.")]
+
+
+def test_several_lists_of_rows_in_one_file_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": "Why?", "answer": "So."}]
+    path = write(tmp_path / "faq.json", json.dumps({"train": rows, "test": rows}).encode())
+
+    assert "faq.json has several lists of rows: train, test. Write each to a file" in refusal(path)
+
+
 def test_places_in_a_table_are_lines_of_the_file(tmp_path: Path) -> None:
     content = b'sep=;\r\nquestion;answer\r\n"Why\nso?";"So."\r\nWhen?;\r\n'
 

@@ -200,6 +200,15 @@ UNKNOWN = [
     ({"antwort": QA[1], "frage": QA[0]}, "instruction=frage data.columns.response=antwort."),
     ({"questions": QA[0], "answers": QA[1]}, "instruction=questions data.columns.response=answers."),
     ({"question": QA[0], "svar": QA[1]}, "no answer that could be recognised (columns: question, svar)"),
+    (
+        {"context": "Text.", "question": QA[0], "answers": [QA[1]]},
+        '"answers" is a list, not text. Write one text',
+    ),
+    (
+        {"context": "Text.", "question": QA[0], "answers": {"text": [QA[1]]}},
+        '"answers" is an object, not text.',
+    ),
+    ({"context": "Text.", "question": QA[0], "score": 1}, "Set data.columns.response=NAME."),
     ({"question": QA[0], "svar": QA[1]}, "Set data.columns.response=svar."),
     ({"id": "1", "svar": QA[1], "answer": "yes"}, "Set data.columns.instruction=id"),
     ({"n": 1}, "Set data.columns.instruction=NAME data.columns.response=NAME."),
