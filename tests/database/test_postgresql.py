@@ -10,13 +10,13 @@ from lora_search.database.storage import check_storage, open_storage
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.identity import find_identity
-from tests.processes import postgres_server
+from tests.servers import postgres_url
 from tests.study.test_study import make_config, open_study, simulate, states
 
 
 @pytest.fixture(scope="module")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with postgres_server(tmp_path_factory.mktemp("server") / "pg") as url:
+def server_url() -> Iterator[str]:
+    with postgres_url() as url:
         yield url
 
 

