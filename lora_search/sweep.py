@@ -111,6 +111,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
     from lora_search.service.answering import score_answers_once
+    from lora_search.service.export_check import check_best_export
     from lora_search.service.metrics import check_metric
     from lora_search.service.samples import keep_samples_once
     from lora_search.service.scoring import score_test_once
@@ -141,6 +142,9 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                     score_answers_once(engine, config, study.folder, progress, interrupts.check)
                     keep_samples_once(engine, config, study.folder, progress, interrupts.check)
                     score_test_once(engine, config.study, study.folder, interrupts.check)
+                if config.launcher.worker in (None, 0):
+                    for line in check_best_export(engine, config.study, study.folder):
+                        progress.event(line)
             engine.close()
         except (KeyboardInterrupt, LoraSearchError):
             engine.close()

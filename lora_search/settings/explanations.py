@@ -111,7 +111,20 @@ def _unreadable(text: str, override: str) -> str:
     return f"cannot be read by Hydra's grammar. {remedy}"
 
 
+OF_PEFT = (
+    "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "loftq_config",
+    "eva_config",
+)  # fmt: skip
+NOT_OFFERED = (
+    "is an option of PEFT that is not offered: a trial trains A and B of the decoder's linear layers, with "
+    "lora.use_dora their magnitudes too, but no biases, embeddings, head or experts, and the base is shared. "
+    "Leave it out; docs/options.md has what can be set"
+)
+
+
 def unknown(key: str) -> str:
+    if key.startswith("lora.") and key.removeprefix("lora.").partition(".")[0] in OF_PEFT:
+        return f"{key}: {NOT_OFFERED}."
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
     return f"{key}: there is no such setting. " + (
         f"Did you mean {', '.join(near)}?" if near else "See --help."
