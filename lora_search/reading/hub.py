@@ -6,6 +6,7 @@ A missing, gated or broken data set is one DataError.
 
 import contextlib
 import re
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ def load_hub(path: str, config: DataConfig, key: str, revision: str | None) -> t
     """Return split -> table of a hub data set, and its commit; offline, from the cache."""
     datasets = library()
     try:
-        if _hub_answers(datasets.config.HF_ENDPOINT):
+        if hub_answers(datasets.config.HF_ENDPOINT):
             found = datasets.load_dataset(path, name=config.subset, revision=revision)
         else:
             found = _from_cache(path, config.subset, revision, datasets)
@@ -90,7 +91,9 @@ def _from_cache(path: str, subset: str | None, revision: str | None, datasets: A
         ) from error
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str, *, if_distrusted: bool = False) -> bool:
+    """Return whether the hub answers at all, whatever it says; ``if_distrusted`` where its certificate is not
+    trusted."""
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
@@ -99,8 +102,8 @@ def _hub_answers(endpoint: str) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS).close()
     except urllib.error.HTTPError:
         return True
-    except (urllib.error.URLError, OSError):
-        return False
+    except (urllib.error.URLError, OSError) as error:
+        return if_distrusted and isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
 
