@@ -64,7 +64,7 @@ class ConversationRenderer:
     def _after_thinking(
         self, turn: dict[str, Any], opening: str, whole: str, spans: list[tuple[int, int]]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text up to the end of the last answer, which goes on from the thinking that its prompt
+        """Return the text up to the end of the last answer, which continues the thinking that its prompt
         opens, and where each answer is."""
         start, end = spans[-1]
         if not opening:

@@ -223,7 +223,7 @@ def write_pairs(
     splits: Splits, folder: Path, watch: Watch = unwatched, content: Mapping[str, str] | None = None
 ) -> None:
     """Write the text that the model sees to ``folder``/{train,validation,test}.jsonl, unless rows of that
-    ``content`` lie there already."""
+    ``content`` are there already."""
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / WRITTEN
     if content and _written_there(marker) == [content[f"content.{name}"] for name in SPLITS]:
@@ -240,7 +240,7 @@ def write_pairs(
 
 
 def _written_there(marker: Path) -> list[str]:
-    """Return the digests of the rows that lie there, if nobody has touched them."""
+    """Return the digests of the rows that are there, if they are unchanged."""
     try:
         rows = json.loads(marker.read_text())
         return [rows[name][0] for name in SPLITS if rows[name][1:] == _place(marker.parent, name)]

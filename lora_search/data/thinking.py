@@ -1,6 +1,6 @@
 """Thinking that a generation prompt opens and the template leaves out of answers, as DeepSeek R1's and QwQ's.
 
-An answer has to continue what the model is asked with. So the last answer goes on from the opened block: with
+An answer has to continue what the model is asked with. So the last answer continues the opened block: with
 its own thinking, or with an empty block. Earlier answers stay as the template writes them.
 """
 
@@ -33,7 +33,7 @@ def without_thinking(text: str) -> str:
 
 
 def thinking_of(turn: dict[str, Any], opening: str) -> str:
-    """Return what stands between the opening and the answer; "" is never: an empty block is closed too."""
+    """Return the text between the opening and the answer; "" is never: an empty block is closed too."""
     content, blank = turn["content"], opening.removeprefix("<think>")
     thought, end, answer = content.rpartition(ENDS)
     if end:

@@ -1,7 +1,7 @@
-"""What has changed in a study since the last look, from Optuna's own tables, whoever wrote it: another worker
-of any version, the dashboard, Optuna's command line.
+"""What has changed in a study since the last `read`, from Optuna's own tables, whoever wrote it: another
+worker of any version, the dashboard, Optuna's command line.
 
-A look reads the states of unfinished trials, the new rows of reports and attributes, and whole only the
+`read` takes the states of unfinished trials, the new rows of reports and attributes, and in full only the
 trials that these belong to. Our own writers replace the row of an attribute, so that it is new. What another
 program changes in place is found when all unfinished trials are read again: once a minute, less often when
 thousands run.
@@ -35,7 +35,7 @@ Row = tuple[int, int]  # which of the tables, and the row's id
 
 
 class Changes:
-    """Follows one study. Every trial is told once as finished."""
+    """Follows one study. A finished trial is yielded once."""
 
     def __init__(
         self, storage: RDBStorage, study_id: int, clock: Callable[[], float] = time.monotonic
@@ -46,7 +46,7 @@ class Changes:
         self._last_id = 0
         self._marks: list[tuple[float, list[int]]] = []  # when, and the highest row ids by then
         self._seen: set[Row] = set()  # rows above the first mark
-        self._refresh_at = self._clock() + LATE_SECONDS  # for what was being written at the first look
+        self._refresh_at = self._clock() + LATE_SECONDS  # for what was being written at the first read
 
     def read(self, also: Iterable[int] = ()) -> Iterator[FrozenTrial]:
         """Yield the trials that are new or have changed, by number, and the unfinished ones with the ids
@@ -75,12 +75,12 @@ class Changes:
         self._mark(now, top)
 
     def _note(self, trial: FrozenTrial, heads: dict[int, tuple[object, object]]) -> None:
-        number = trial._trial_id
-        self._last_id = max(self._last_id, number)
+        trial_id = trial._trial_id
+        self._last_id = max(self._last_id, trial_id)
         if trial.state.is_finished():
-            self._known.pop(number, None)
-        elif number in heads:
-            self._known[number] = (trial.state, heads[number][1])
+            self._known.pop(trial_id, None)
+        elif trial_id in heads:
+            self._known[trial_id] = (trial.state, heads[trial_id][1])
 
     def _heads(self) -> Any:
         """Select the unfinished trials, and all that are newer than the newest one seen."""

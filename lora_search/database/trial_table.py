@@ -53,7 +53,7 @@ class TrialTable:
         return self._ids[number]
 
     def know(self, number: int, trial_id: int) -> None:
-        """Take a trial's id from someone who has read it."""
+        """Keep the id of a trial that was read elsewhere."""
         self._ids[number] = trial_id
 
     def beat(self, numbers: Iterable[int]) -> None:
@@ -159,7 +159,7 @@ class LockedTrial:
 
 
 def _write(connection: Connection, trials: Sequence[LockedTrial]) -> None:
-    """Write what the trials have got."""
+    """Write the pending changes of the trials."""
     params = [
         {"trial_id": t.id, "param_name": name, "param_value": v, "distribution_json": distribution_to_json(d)}
         for t in trials
@@ -182,7 +182,7 @@ def _replace(
     table: Table,
     trials: Sequence[tuple[int, Mapping[str, object], Mapping[str, object]]],
 ) -> None:
-    """Write attributes as new rows, so that others see them at their next look (``Changes``).
+    """Write attributes as new rows, so that others see them at their next `Changes.read`.
 
     ``trials``: the id of each, its new attributes and those it has.
     """

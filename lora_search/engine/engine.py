@@ -75,7 +75,7 @@ class Engine:
             self.keeper.artifacts.put_end(trial_number)
 
     def close(self) -> None:
-        """Return when all copies that were begun are whole, or have failed."""
+        """Return when every copy that was started is complete or has failed."""
         if self.keeper.artifacts is not None:
             self.keeper.artifacts.close()
 

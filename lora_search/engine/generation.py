@@ -1,6 +1,6 @@
 """Greedy answers of several slots at once over the packed base, with a cache of keys and values.
 
-Rows are padded on the left and lie slot by slot; the base's matmuls run once over all of them, the LoRA part
+Rows are padded on the left and ordered by slot; the base's matmuls run once over all of them, the LoRA part
 per slot, attention by PyTorch's own kernel. The same answers as plain PEFT, one trial at a time.
 """
 
@@ -59,7 +59,7 @@ def generate(
 
 
 def _place(slot: int | None) -> int:
-    """Return where a slot's rows lie: grouped matmuls need them in the order of the slots, the base first."""
+    """Return the place of a slot's rows: grouped matmuls need them by slot, the base first."""
     return -1 if slot is None else slot
 
 
@@ -93,8 +93,8 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 @contextmanager
 def each_slot_its_rows(model: PackedModel, slots: Sequence[int | None], num_rows: int) -> Iterator[None]:
-    """Before every step of the decoder, tell the bank which of the tokens are whose: each slot has so many
-    rows, one after the other."""
+    """Before every step of the decoder, tell the bank which tokens belong to which slot: each slot has
+    ``num_rows`` of them, one after the other."""
 
     def plan(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named["input_ids"] if named.get("input_ids") is not None else named.get("inputs_embeds")

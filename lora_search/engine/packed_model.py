@@ -157,7 +157,7 @@ class PackedModel:
         return uniform(self._upload(torch.cat(keys)), width) * size_T[:, None]
 
     def set_plan(self, parts: Sequence[SlotTokens]) -> None:
-        """Say whose the tokens of the next pass are, where it is not `nll` that runs it."""
+        """Assign the tokens of the next pass to slots, for passes that `nll` does not run."""
         bounds = (0, *accumulate(part.num_tokens for part in parts))
         grouping = self._grouping(parts) if self.bank.is_grouped else ()
         self.bank.plan = Plan(tuple(part.slot for part in parts), bounds, None, None, *grouping)

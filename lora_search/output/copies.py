@@ -1,4 +1,4 @@
-"""The conclusion of a sweep whose trials ran on several nodes: what lies on other disks comes from
+"""The conclusion of a sweep whose trials ran on several nodes: files on other disks come from
 artifacts.uri, and the answer goes there. Whatever fails there is a line on the screen: the answer stays."""
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -56,7 +56,7 @@ Searched:
 ```
 """
 
-RESULT = "\n## Result\n"  # what follows is the sweep's; what stands before it, people may change
+RESULT = "\n## Result\n"  # the sweep writes what follows; people may change what comes before
 MOST_TRIALS = 20  # of the best, with a note: each is written into the study
 MOST_LETTERS = 90  # of a line in the note
 MOST_CURVES = 40  # in the plot, which is kept in the study in pieces of 2 kB
@@ -98,8 +98,8 @@ def folded(command: str) -> str:
 def note_result(
     config: StudyConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
 ) -> None:
-    """Write result, plot and files for the dashboard. A database that is gone by now, or a full disk, is told
-    of, and no error."""
+    """Write result, plot and files for the dashboard. If the database is gone or the disk is full,
+    that is reported and nothing is raised."""
     try:
         with explained_errors(config):
             study = optuna.load_study(study_name=config.name, storage=open_storage(config))

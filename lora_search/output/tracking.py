@@ -223,7 +223,7 @@ def trial_config(run: TrialRun, extra: Mapping[str, object]) -> dict[str, object
 
 
 def facts_of_sweep(config: SweepConfig) -> dict[str, object]:
-    """Return what the config of every run of a sweep says of it, without secrets."""
+    """Return the facts of a sweep for the config of each of its runs, without secrets."""
     return {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
 
 
@@ -277,8 +277,8 @@ def check_usable(tracker_name: str) -> None:
 
 
 def start_service(is_online: bool) -> None:
-    """Start wandb's service process while data and model are read. Where that fails, so does the first run,
-    which tells."""
+    """Start wandb's service process while data and model are read. If that fails, the first run fails and
+    reports it."""
     import wandb
 
     with suppress(*wandb_errors()):

@@ -33,7 +33,7 @@ from lora_search.trial import TrialRow
 
 KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")
 MOST_COLUMNS = 5  # of settings beside the results, at 1,280 pixels; more become rows of a table of their own
-MOST_ROWS = 200  # of the leaderboard, and of what was stopped: a page of a thousand trials is read by nobody
+MOST_ROWS = 200  # of the leaderboard, and of what was stopped: nobody reads a page of a thousand trials
 
 
 def write_report(

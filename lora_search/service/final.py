@@ -1,7 +1,7 @@
 """Trains a trial's settings once more, on the rows by which trials are scored as well: for use, not scores.
 
 The schedule is the trial's over the longer data; training ends at the rung that was its best, and that rung's
-adapter is kept. Killed, a second start goes on from the last rung. Imports torch.
+adapter is kept. After a kill, a second start continues from the last rung. Imports torch.
 """
 
 import shutil

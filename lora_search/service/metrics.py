@@ -44,7 +44,9 @@ def load_function(config: MetricConfig) -> Score:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # noqa: BLE001 (it is the user's code that is imported)
         rule = f"must be a function that can be imported ({type(error).__name__}: {error})"
-        raise ConfigError("metric.function", config.function, rule, "Start where its module lies.") from None
+        raise ConfigError(
+            "metric.function", config.function, rule, "Start in the folder of its module."
+        ) from None
     if not callable(found):
         raise ConfigError("metric.function", config.function, "must be a function")
     return found  # type: ignore[no-any-return]

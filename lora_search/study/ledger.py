@@ -27,7 +27,7 @@ Read = Callable[[Iterable[int]], Iterable[FrozenTrial]]  # `Changes.read`
 
 
 class Ledger:
-    """Counts, best trial and tried points, as of the last ``look``."""
+    """Counts, best trial and tried points, as of the last `read`."""
 
     def __init__(self, changes: Read, pruner: BasePruner) -> None:
         self._changes = changes
@@ -93,7 +93,7 @@ class Ledger:
         return number not in self._open or bool(settings_of(self._open[number]))
 
     def _put(self, trial: FrozenTrial) -> None:
-        """Take a trial in, in the place of what it was."""
+        """Replace what is known of a trial."""
         is_over, old = trial.state.is_finished(), self._open.get(trial.number)
         trial = settled(trial)
         if old is not None:

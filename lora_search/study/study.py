@@ -177,7 +177,7 @@ class SweepStudy:
         self.held.pop(stop.trial_number, None)
 
     def prune(self, stop: Stop) -> str:
-        """End a held trial as PRUNED, or pause it; return its state. A trial taken over is only let go."""
+        """End a held trial as PRUNED, or pause it; return its state. A trial taken over is only dropped."""
         self._failures.clear()
         number = stop.trial_number
         if self.pauses is None or not self.pauses.pause(number, self.worker, stop.reason):

@@ -1,7 +1,7 @@
 """launcher=ray: one seat (an actor) per GPU of a Ray cluster, or launcher.workers seats on its CPUs.
 
 Ray places the seats and starts those of a lost node again elsewhere; trials, retries and totals are the
-study's. A seat ends with its driver: a sweep whose driver was killed goes on with the same command. Settings
+study's. A seat ends with its driver: the same command continues a sweep whose driver was killed. Settings
 reach a seat as an argument, in memory. Importing this module does not import Ray.
 """
 

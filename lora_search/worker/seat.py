@@ -42,7 +42,7 @@ class Report:
     """What happened on a seat since the last one."""
 
     place: str  # the node
-    start: str  # another one after the seat was started anew
+    start: str  # changes when the seat is restarted
     lines: list[str] = field(default_factory=list)  # of the worker's log
     news: str = ""
     code: int | None = None  # the worker's, once it has ended for good

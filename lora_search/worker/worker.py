@@ -96,7 +96,7 @@ class Worker:
 
     def keep_alive(self) -> None:
         """Send a heartbeat, after every pass. After a gap other workers may have taken some trials: those are
-        let go before anything more is written for them."""
+        dropped before anything more is written for them."""
         self.check_interrupt()
         if self.study.was_silent:
             for number in self.outbox.ask(self.study.trials.drop_lost) or ():
@@ -159,7 +159,7 @@ class Worker:
     def _let_go(self, number: int, reason: str) -> None:
         self.engine.release([number])
         self.tracker.finish(number, "INTERRUPTED", reason)
-        self.progress.event(f"trial {number} let go: {reason}")
+        self.progress.event(f"trial {number} dropped: {reason}")
 
     def show(self) -> None:
         """Show the progress of the study, as of the database's last answer."""

@@ -91,8 +91,8 @@ def test_a_hung_workers_trials_are_taken_over_and_when_it_wakes_it_lets_them_go(
 
     said = (tmp_path / "said").read_text()
     assert hung.exitcode == 0
-    assert "trial 0 let go: taken over by another worker while this one was silent" in said
-    assert "trial 1 let go: taken over by another worker while this one was silent" in said
+    assert "trial 0 dropped: taken over by another worker while this one was silent" in said
+    assert "trial 1 dropped: taken over by another worker while this one was silent" in said
     assert states(study).keys() <= {"COMPLETE", "PRUNED"}
     assert study.summary().finished == 4
     assert study.rows() == finished

@@ -106,7 +106,7 @@ def test_a_trial_that_was_taken_over_is_let_go_and_not_called_pruned(tmp_path: P
 
     work(study, Robbed(2), tracker, progress)
 
-    assert "trial 0 let go: taken over by another worker" in lines.getvalue()
+    assert "trial 0 dropped: taken over by another worker" in lines.getvalue()
     assert tracker.ends[0] == "INTERRUPTED"
     assert states(study)["RUNNING"] == 1
 
