@@ -73,31 +73,22 @@ def _answer(arguments: Namespace, progress: Progress, interrupts: Interrupts) ->
     return 0
 
 
-def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
-    """Run worker processes, then conclude once. Imports no torch."""
-    from lora_search.output.conclusion import conclude_so_far
-    from lora_search.service.metrics import check_metric
-    from lora_search.settings.space import parse_space
-    from lora_search.study.adoption import check_adoptable, check_study
-    from lora_search.study.claims import reclaim_all
-    from lora_search.study.folder import check_folder, find_owned, study_folder
-    from lora_search.study.study import SweepStudy
-
-    check_study(config, parse_space(config))
-    check_metric(config.metric)
-    folder = Path(config.runs_dir) / config.study.name
-    check_folder(config.study, folder.parent)
-    check_adoptable(config.study)
-    find_owned(config.study, folder)
-    try:
-        with leaving_no_folder(folder), interrupts.after_the_pass():
-            study_folder(config)
-            run_workers(config, command, progress, interrupts.check)
-    except KeyboardInterrupt:
-        reclaim_all(config.study)  # the trials of workers that were killed before the interrupt
-        conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
-        raise
-    _finish(SweepStudy.read(config.study), config, progress)
+def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
+    name, folder = _name(arguments), _folder(arguments)
+    overrides = [*received().overrides, *arguments.overrides]
+    config = compose(name, overrides, folder)
+    progress.event(f"sweep {name}: study {config.study.name} in {Path(config.runs_dir) / config.study.name}")
+    if config.launcher.name != "inline" and config.launcher.worker is None:
+        command = Command(
+            sweep=name,
+            config_dir=folder and folder.resolve(),
+            overrides=tuple(overrides),
+            typed=typed_command(sys.argv),
+        )
+        run_together(config, command, progress, interrupts)
+        return
+    with told_to_launcher(config.launcher.worker is not None):
+        run_sweep(config, name, progress, interrupts)
 
 
 def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrupts: Interrupts) -> None:
@@ -132,22 +123,21 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
         known = study.attributes()
         tracker.begin(base_of(known), tracked_facts(known))
         try:
-            if not study.is_finished:
-                with progress, interrupts.after_the_pass():
-                    work(study, engine, tracker, progress, interrupts.check)
-                study.note_peak(peak_bytes(engine.model.device))
-            if study.is_finished:
+            with closing(engine):
                 with interrupts.after_the_pass():
-                    bring_results(study.rows(), study.folder, engine.keeper.artifacts)
-                    score_answers_once(engine, config, study.folder, progress, interrupts.check)
-                    keep_samples_once(engine, config, study.folder, progress, interrupts.check)
-                    score_test_once(engine, config.study, study.folder, interrupts.check)
-                if config.launcher.worker in (None, 0):
+                    if not study.is_finished:
+                        with progress:
+                            work(study, engine, tracker, progress, interrupts.check)
+                        study.note_peak(peak_bytes(engine.model.device))
+                    if study.is_finished:
+                        bring_results(study.rows(), study.folder, engine.keeper.artifacts)
+                        score_answers_once(engine, config, study.folder, progress, interrupts.check)
+                        keep_samples_once(engine, config, study.folder, progress, interrupts.check)
+                        score_test_once(engine, config.study, study.folder, interrupts.check)
+                if study.is_finished and config.launcher.worker in (None, 0):
                     for line in check_best_export(engine, config.study, study.folder):
                         progress.event(line)
-            engine.close()
         except (KeyboardInterrupt, LoraSearchError):
-            engine.close()
             if is_alone:
                 conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
             raise
@@ -164,6 +154,33 @@ def _finish_alone(config: SweepConfig, progress: Progress) -> None:
     _finish(Outbox(config.study).insist(lambda: SweepStudy.read(config.study)), config, progress)
 
 
+def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
+    """Run worker processes, then conclude once. Imports no torch."""
+    from lora_search.output.conclusion import conclude_so_far
+    from lora_search.service.metrics import check_metric
+    from lora_search.settings.space import parse_space
+    from lora_search.study.adoption import check_adoptable, check_study
+    from lora_search.study.claims import reclaim_all
+    from lora_search.study.folder import check_folder, find_owned, study_folder
+    from lora_search.study.study import SweepStudy
+
+    check_study(config, parse_space(config))
+    check_metric(config.metric)
+    folder = Path(config.runs_dir) / config.study.name
+    check_folder(config.study, folder.parent)
+    check_adoptable(config.study)
+    find_owned(config.study, folder)
+    try:
+        with leaving_no_folder(folder), interrupts.after_the_pass():
+            study_folder(config)
+            run_workers(config, command, progress, interrupts.check)
+    except KeyboardInterrupt:
+        reclaim_all(config.study)  # the trials of workers that were killed before the interrupt
+        conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)
+        raise
+    _finish(SweepStudy.read(config.study), config, progress)
+
+
 def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, progress: Progress) -> None:
     """Show the answer, and note it in the dashboard and in W&B. Imports no torch."""
     from lora_search.output.conclusion import conclude
@@ -174,6 +191,12 @@ def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, p
     conclude(*found, config, progress)
     note_result(config.study, *found, folder)
     track_study(config, *found, folder)
+
+
+def _read_arguments() -> Namespace:
+    """Return the arguments; options may come between the settings."""
+    arguments: Namespace = get_args_parser().parse_intermixed_args()
+    return arguments
 
 
 def _refuse_unsupported(arguments: Namespace) -> None:
@@ -194,40 +217,8 @@ def _refuse_unsupported(arguments: Namespace) -> None:
         raise InputError("--package: works only with --cfg. Leave it out.")
 
 
-def _name(arguments: Namespace) -> str:
-    return arguments.config_name or DEFAULT_SWEEP
-
-
-def _folder(arguments: Namespace) -> Path | None:
-    return Path(arguments.config_dir) if arguments.config_dir else None
-
-
-def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> None:
-    name, folder = _name(arguments), _folder(arguments)
-    overrides = [*received().overrides, *arguments.overrides]
-    config = compose(name, overrides, folder)
-    progress.event(f"sweep {name}: study {config.study.name} in {Path(config.runs_dir) / config.study.name}")
-    if config.launcher.name != "inline" and config.launcher.worker is None:
-        command = Command(
-            sweep=name,
-            config_dir=folder and folder.resolve(),
-            overrides=tuple(overrides),
-            typed=typed_command(sys.argv),
-        )
-        run_together(config, command, progress, interrupts)
-        return
-    with told_to_launcher(config.launcher.worker is not None):
-        run_sweep(config, name, progress, interrupts)
-
-
 def _only_informs(arguments: Namespace) -> bool:
     return any(getattr(arguments, flag, None) for flag in INFORMING)
-
-
-def _read_arguments() -> Namespace:
-    """Return the arguments; options may come between the settings."""
-    arguments: Namespace = get_args_parser().parse_intermixed_args()
-    return arguments
 
 
 def _inform(arguments: Namespace) -> None:
@@ -251,6 +242,14 @@ def _inform(arguments: Namespace) -> None:
 
 def _ignore(_: object) -> None:
     """A job for Hydra, which it never runs."""
+
+
+def _name(arguments: Namespace) -> str:
+    return arguments.config_name or DEFAULT_SWEEP
+
+
+def _folder(arguments: Namespace) -> Path | None:
+    return Path(arguments.config_dir) if arguments.config_dir else None
 
 
 if __name__ == "__main__":
