@@ -11,7 +11,7 @@ from lora_search.engine.optim import learning_rate
 from lora_search.errors import ConfigError, ModelError
 from lora_search.files.peft import fault_in_peft
 from lora_search.model.loading import Base, load_outline, untrained_ids
-from lora_search.model.targets import check_patterns, exact_targets, left_out, target_layers
+from lora_search.model.targets import check_patterns, exact_targets, in_words, left_out, target_layers
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
 from lora_search.trial import TrialSettings
@@ -47,7 +47,7 @@ def _check_carriers(outline: PreTrainedModel, targets: tuple[str, ...]) -> None:
     exact = exact_targets(list(layers), [name for name, _ in outline.named_modules()])
     fault = fault_in_peft(outline, layers, exact)
     if fault:
-        kind, named = f"a {outline.config.model_type} model", ", ".join(targets)
+        kind, named = f"a {outline.config.model_type} model", in_words(targets)
         raise ModelError(
             f"lora.target_modules: an adapter on {named} of {kind} could not be loaded in PEFT ({fault}). "
             "Choose other layers, such as q_proj and v_proj, or another base."

@@ -32,13 +32,24 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict
         else:
             _check_target(target, modules, linear)
         if _last(target) in taken or _takes(target, linear, taken):
-            what = f"in PEFT {target!r} of a {model.config.model_type} model means its experts"
+            what = f"in PEFT {in_words([target])} of a {model.config.model_type} model means its experts"
             left = ", ".join(sorted({_last(name) for name in linear} - taken))
             raise ModelError(
                 f"lora.target_modules: {what}, which have no linear layers: an adapter trained here "
                 f"could not be loaded there. Choose among: {left}; or all-linear."
             )
     return {name: layer for name, layer in linear.items() if matches(name, target_modules)}
+
+
+def in_words(target_modules: Sequence[str]) -> str:
+    """Return targets, which are as TrialSettings has them, for a message."""
+    limits = [target.removeprefix(LAYERS) for target in target_modules if target.startswith(LAYERS)]
+    names = [
+        f"the regular expression {name.removeprefix(PATTERN)!r}" if name.startswith(PATTERN) else repr(name)
+        for name in target_modules
+        if not name.startswith(LAYERS)
+    ]
+    return " in layers ".join([", ".join(names), *limits])
 
 
 def left_out(model: PreTrainedModel) -> list[str]:

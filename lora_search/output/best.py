@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_search.files.atomic import write_file
 from lora_search.results.ranking import best_of, progress_note
 from lora_search.settings.recorded import plain, recorded_values
+from lora_search.settings.grammar import as_text
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
@@ -129,7 +130,7 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
         "seed": seed_of(best, attributes),
         "params": {key: plain(value) for key, value in best.params.items()},
         "settings": {
-            **recorded_values(attributes),
+            **recorded_values(attributes, best.params),
             **{key: plain(value) for key, value in best.params.items()},
         },
     }
@@ -192,14 +193,12 @@ def retrain_command(best: TrialRow, attributes: Mapping[str, str], study: str) -
         *(f"{key}=null" for key in BUDGETS if attributes.get(f"setting/sweep.{key}", "None") != "None"),
     ]
     params = {**best.params, "train.seed": seed_of(best, attributes)}
-    values = [f"{key}={hydra_value(plain(value))}" for key, value in params.items()]
+    values = [text for key, value in params.items() for text in overrides_of(key, plain(value))]
     return f"{attributes.get('command') or sweep} {shlex.join([*alone, *values])}"
 
 
-def hydra_value(value: object) -> str:
-    """Return a value in Hydra's override grammar: [q_proj,v_proj], null, 2.5e-05."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{','.join(hydra_value(item) for item in value)}]"
-    return str(value)
+def overrides_of(key: str, value: object) -> list[str]:
+    """Return the overrides that set the key. Hydra merges a mapping into the one that is set: that goes
+    first."""
+    emptied = [f"{key}=null"] if isinstance(value, dict) else []
+    return [*emptied, f"{key}={as_text(value)}"]

@@ -60,7 +60,7 @@ def over_default(
     rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow
 ) -> list[str]:
     """Return the gain over the given settings, if a trial has trained those."""
-    settings = recorded_values(attributes)
+    settings = recorded_values(attributes, best.params)
     given = [row for row in rows if all(plain(v) == settings.get(key) for key, v in row.params.items())]
     default = next((row for row in given if row.perplexity is not None), None)
     if default is None or not default.params or not settings:

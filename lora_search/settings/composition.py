@@ -25,6 +25,7 @@ from lora_search.settings.explanations import explain, known_keys, leaves, unkno
 from lora_search.settings.grammar import WhenCall, make_parser
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
+from lora_search.settings.grammar import quoted
 from lora_search.settings.sweep_file import (
     BEGIN,
     check_groups,
@@ -153,7 +154,7 @@ def as_override(text: str) -> str:
         raise InputError(f"~{key}: settings cannot be left out. Give them values; groups can be left out.")
     if override.is_sweep_override() or isinstance(override.value(), WhenCall):
         key = key if key.startswith("space.") else f"space.{key}"
-        return f"++{key}={_quoted(text.partition('=')[2])}"
+        return f"++{key}={quoted(text.partition('=')[2])}"
     if (CONF / key).is_dir() and not override.is_delete():
         _check_choice(text, key, override.value())
     return f"++{text}" if key.startswith("space.") else text
@@ -178,7 +179,7 @@ def _compose(config_name: str, overrides: Sequence[str], more: Path | None) -> D
     """Return the settings as Hydra composes them. Raises InputError for a key that the schema lacks."""
     first, others = _search_path(config_name, more)
     texts = [as_override(text) for text in overrides]
-    texts += [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]" for folder in others]
+    texts += [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in others]
     with (
         _explained(config_name, more),
         warnings.catch_warnings(),
@@ -248,12 +249,6 @@ def _place(said: str, config_name: str, more: Path | None) -> str:
     own = _own_file(config_name, more)
     line = None if own is None or not own.is_file() else line_of(own, said.partition(":")[0])
     return "" if line is None else f"{own}, line {line}: "
-
-
-def _quoted(text: str) -> str:
-    """Return the text quoted for Hydra's grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _files(ours: Path, more: Path | None, pattern: str) -> list[Path]:

@@ -2,15 +2,18 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from hydra.core.override_parser.types import Quote
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.grammar import quoted
 from lora_search.settings.train_schema import PATTERNS
 
 
@@ -106,9 +109,8 @@ def _unreadable(text: str, override: str) -> str:
     evaluated = _first(r"while evaluating '.*?': (.+)", text)
     if evaluated:
         return f"cannot be read: {evaluated.partition(' See ')[0]}."
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    remedy = f"Quote the value for Hydra and for the shell: '{key}=\"{quoted}\"'"
-    return f"cannot be read by Hydra's grammar. {remedy}"
+    remedy = shlex.quote(f"{key}={quoted(value, Quote.double)}")
+    return f"cannot be read by Hydra's grammar. Quote the value for Hydra and for the shell: {remedy}"
 
 
 OF_PEFT = (

@@ -1,17 +1,19 @@
-"""The text of one searched key in Hydra's sweep grammar -> Optuna's distribution.
+"""The text of one searched key in Hydra's sweep grammar -> Optuna's distribution; and values as its text.
 
 Beside Hydra's functions there is `when(KEY, CHOICE, SWEEP, ...)`: a sweep for some choices of another key.
 Every choice and every bound must pass the rules of its key.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from optuna.distributions import (
     BaseDistribution,
@@ -26,6 +28,7 @@ from lora_search.settings.overlay import _encode, _types, trial_settings
 from lora_search.settings.rules import require
 from lora_search.settings.schema import SweepConfig
 
+ESCAPED = re.compile(r"([\\()\[\]{}:=, \t])")  # in a mapping's key, which takes no quotes
 HINT = "Write choice(8, 16), interval(1e-5, 1e-3), tag(log, interval(1e-5, 1e-3)) or range(8, 33, 8)."
 WHEN = (
     "Write when(lora.target_modules, all-linear, interval(1e-5, 1e-3)): a key, then choices of it, each "
@@ -238,3 +241,26 @@ def stepped(start: float, step: float, count: int) -> float:
     if isinstance(start, int) and isinstance(step, int):
         return start + count * step
     return float(Decimal(str(start)) + count * Decimal(str(step)))
+
+
+def as_text(value: object) -> str:
+    """Return a value in Hydra's grammar: [q_proj,v_proj], {q_proj:8}, null, 2.5e-05, 'a text, quoted'."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(as_text, value))}]"
+    if isinstance(value, dict):
+        pairs = [(ESCAPED.sub(r"\\\1", key), as_text(item)) for key, item in value.items()]
+        return "{" + ",".join(f"{key}:{item}" for key, item in pairs) + "}"
+    return quoted(value) if isinstance(value, str) and not _is_word(value) else str(value)
+
+
+def quoted(text: str, mark: Quote = Quote.single) -> str:
+    """Return the text in quotes, as Hydra's grammar reads it back."""
+    return str(QuotedString(text, mark).with_quotes())
+
+
+def _is_word(text: str) -> bool:
+    """Return whether Hydra's grammar reads the text as itself: null, true and 1e-3 it does not."""
+    is_simple = re.fullmatch(r"[A-Za-z_][\w.-]*", text) is not None
+    return is_simple and OverridesParser.create().parse_override(f"key={text}").value() == text

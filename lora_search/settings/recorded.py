@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,10 +17,11 @@ def recorded_settings(attributes: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(PREFIX): text for key, text in attributes.items() if key.startswith(PREFIX)}
 
 
-def recorded_values(attributes: Mapping[str, str]) -> dict[str, object]:
-    """Return the sweep's settings with their types, by their dotted keys."""
+def recorded_values(attributes: Mapping[str, str], whole: Collection[str] = ()) -> dict[str, object]:
+    """Return the sweep's settings with their types, by their dotted keys; those in ``whole`` in one piece if
+    they are mappings."""
     if "settings" in attributes:
-        return _flat("", json.loads(attributes["settings"]))
+        return _flat("", json.loads(attributes["settings"]), whole)
     return {key: _literal(text) for key, text in recorded_settings(attributes).items()}  # an older version's
 
 
@@ -62,12 +63,12 @@ def _below(key: str, values: Mapping[str, object]) -> dict[str, object]:
     return {k.removeprefix(f"{key}."): value for k, value in values.items() if k.startswith(f"{key}.")}
 
 
-def _flat(prefix: str, tree: Mapping[str, object]) -> dict[str, object]:
+def _flat(prefix: str, tree: Mapping[str, object], whole: Collection[str] = ()) -> dict[str, object]:
     """Return dotted key -> value."""
     flat: dict[str, object] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(f"{prefix}{name}.", value)
+        if isinstance(value, dict) and f"{prefix}{name}" not in whole:
+            flat |= _flat(f"{prefix}{name}.", value, whole)
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_search.engine.effects import check_outline, note_left_out
 from lora_search.errors import ModelError
 from lora_search.files.peft import fault_in_peft
-from lora_search.model.targets import target_layers
+from lora_search.model.targets import in_words, target_layers
 from lora_search.model.tiny import ARCHITECTURES, make_tiny_tokenizer
 from lora_search.settings.schema import ModelConfig
 from tests.conftest import make_run
@@ -135,6 +135,11 @@ def test_the_table_lists_every_architecture_that_the_fast_tests_train() -> None:
             "gate_proj",
             "'gate_proj' of a glm4_moe model means its experts, .* Choose among",
         ),
+        (
+            "glm4_moe",
+            "re:.*gate_proj",
+            "the regular expression '.*gate_proj' of a glm4_moe model",
+        ),
         ("phimoe", "router", "router is a PhimoeTopKRouter; adapters go on linear layers"),
     ],
 )
@@ -145,6 +150,11 @@ def test_a_target_that_peft_could_not_load_is_refused_before_weights_are_read(
 
     with pytest.raises(ModelError, match=f"lora.target_modules: .*{message}"):
         check_outline(config.path, config, [(target,)])
+
+
+def test_targets_are_named_in_messages_as_the_user_wrote_them() -> None:
+    assert in_words(("q_proj", "v_proj")) == "'q_proj', 'v_proj'"
+    assert in_words((r"re:.*\.q_proj", "layers:0,3")) == r"the regular expression '.*\\.q_proj' in layers 0,3"
 
 
 def test_an_adapter_that_peft_puts_elsewhere_is_refused(tiny_llama: Path) -> None:

@@ -9,12 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, example, given, settings, strategies
 
 from lora_search.output.best import export_best, retrain_command
 from lora_search.settings.composition import compose
+from lora_search.settings.overlay import trial_settings
 from lora_search.settings.space import parse_space
 from lora_search.trial import TrialRow
 from tests.rows import ATTRIBUTES, BEST, ROWS, make_row
+
+SMOKE = "python -m lora_search.sweep -cn smoke"
+
+
+def is_regex(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def write_adapter(folder: Path, number: int) -> None:
@@ -120,6 +131,39 @@ def test_the_command_trains_exactly_this_trial() -> None:
     first = parse_space(config).default_params(config)
     assert first is not None
     assert (first["lora.r"], first["optim.lr"]) == (32, 1.4198570000000002e-3)
+
+
+WORDS = strategies.text("ab_.0-/|?*+$@%", min_size=1)
+REGEXES = strategies.text("ab_.|()[]{}\\'\" ,:=+*?^-0#&!~", min_size=1).map(
+    lambda text: f".*{re.escape(text)}"
+)
+ENDS = WORDS.map("q{}".format).filter(is_regex)
+PARAMS = strategies.fixed_dictionaries(
+    {},
+    optional={
+        "lora.target_modules": REGEXES | strategies.lists(REGEXES | WORDS, min_size=1, unique=True),
+        "lora.rank_pattern": strategies.dictionaries(ENDS, strategies.integers(1, 64)),
+        "lora.layers_to_transform": strategies.sampled_from([None, 0, [3], [1, 30]]),
+        "lora.use_rslora": strategies.booleans(),
+        "lora.init": strategies.sampled_from(["kaiming", "gaussian"]),
+        "optim.lr": strategies.floats(1e-9, 0.5),
+        "train.epochs": strategies.integers(1, 5),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(params=PARAMS)
+@example(params={"lora.target_modules": r".*\.layers\.[0-3]\.(q|v)_proj", "lora.rank_pattern": {"q_proj": 8}})
+@example(params={"lora.rank_pattern": {}, "lora.target_modules": ["null", "1e-3", "it's", "a,b", "x\\"]})
+def test_every_command_composes_to_the_settings_of_its_trial(params: dict[str, object]) -> None:
+    kept = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in params.items()}
+    best = replace(BEST, params=kept)
+
+    composed = compose("smoke", retrained(best, command=f"{SMOKE} 'lora.rank_pattern={{k_proj:4}}'")[2:])
+
+    given_rank = {"lora.rank_pattern": json.dumps({"k_proj": 4})}
+    assert trial_settings(composed, {}) == trial_settings(compose("smoke", []), {**given_rank, **kept})
 
 
 def test_without_a_recorded_command_the_sweeps_name_is_used() -> None:

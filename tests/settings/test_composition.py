@@ -25,6 +25,12 @@ def test_a_sweep_is_searched_however_it_is_written(text: str) -> None:
     assert compose("smoke", [text]).space["optim"]["lr"] == "interval(1e-5,1e-3)"
 
 
+def test_backslashes_of_a_searched_pattern_are_kept() -> None:
+    choices = r"choice('.*\.q_proj', '.*\.it\'s', 'x\\')"
+
+    assert compose("smoke", [f"lora.target_modules={choices}"]).space["lora"]["target_modules"] == choices
+
+
 @pytest.mark.parametrize(
     "text", ["optim.lr=1e-4", "model.path=a/b", "~space/lora", "+x=1", "not an override"]
 )
