@@ -58,10 +58,7 @@ def _conclude(
         progress.show(line_of_test(test, best_of(rows)))
     with explained_writing(folder), one_at_a_time(folder):
         best = export_best(rows, attributes, folder)
-        known = dict(attributes)
-        if edges := edges_of_best(rows, config):
-            known["edge of the search"] = "; ".join(edges)
-        write_report(rows, known, base_perplexity, folder / "report.html")
+        write_report(rows, attributes, base_perplexity, folder / "report.html")
     if "exhausted" in attributes and sum(r.state in FINISHED for r in rows) < config.study.most_trials:
         progress.event(
             "the space is exhausted: every combination has been tried, so fewer trials than n_trials ran"

@@ -1,6 +1,7 @@
 """The content of the report as JSON and as Markdown. Imports no torch."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,11 +81,12 @@ def report_markdown(
     lines.insert(1, "|" + "---|" * len(table[0]))
     sure = [f"- {sentence}" for sentence in how_sure(rows, attributes, certainty, best)]
     further = [f"- {text} `{override}`" for text, override in hints(rows, attributes, best)]
-    parts = [f"# {attributes.get('study', folder.name)}", "\n".join(sure), "\n".join(lines)]
+    parts = [f"# {attributes.get('study', folder.name)}", "\n".join(sure)]
+    parts += _samples(folder, best)
+    spent = [f"- {what}: {text}" for what, text in costs(rows, attributes, folder).items()]
+    parts += ["## What it cost\n\n" + "\n".join(spent), "## Leaderboard\n\n" + "\n".join(lines)]
     if confirmed := verdicts(read_confirmation(attributes), rows):
         parts.append("## Confirmed with fresh seeds\n\n" + "\n".join(f"- {text}" for text in confirmed))
-    spent = [f"- {what}: {text}" for what, text in costs(rows, attributes, folder).items()]
-    parts.append("## What it cost\n\n" + "\n".join(spent))
     mattered = [
         f"- {one.key}: explains {one.share:.0%} of the ranking "
         f"(95 % interval {one.low:.0%} to {one.high:.0%})"
@@ -92,4 +94,29 @@ def report_markdown(
     ]
     parts += ["## What mattered\n\n" + "\n".join(mattered)] if mattered else []
     parts += ["## What may help further\n\n" + "\n".join(further)] if further else []
-    return "\n\n".join(parts) + "\n"
+    parts += _stopped(rows)
+    command = f"## How to reproduce it\n\n    {attributes.get('command', '')}"
+    about = [f"- {key}: {text}" for key, text in facts(attributes).get("Data", {}).items()]
+    return "\n\n".join([*parts, "## Data\n\n" + "\n".join(about), command]) + "\n"
+
+
+def _samples(folder: Path, best: TrialRow | None) -> list[str]:
+    """Return the answers of base and best to the same questions, each in a line of its own."""
+    found = [
+        f"### {_line(sample.question)}\n\n- base model: {_line(sample.base)}\n"
+        f"- trial {best.number}: {_line(sample.best)}\n- in the data: {_line(sample.reference)}"
+        for sample in read_samples(folder, best)
+        if best is not None
+    ]
+    return ["## Sample answers", *found] if found else []
+
+
+def _line(text: str) -> str:
+    """Return the text in one line, in which no HTML begins."""
+    return re.sub("<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
+
+
+def _stopped(rows: Sequence[TrialRow]) -> list[str]:
+    stopped = [row for row in ranked(rows) if row.state in ("PRUNED", "FAIL")]
+    said = [f"- trial {row.number}, {row.state.lower()}: {_line(row.reason)}" for row in stopped]
+    return ["## What was stopped, and why\n\n" + "\n".join(said)] if said else []

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from lora_search.files.atomic import write_file
 from lora_search.page.charts import kind_of, learning_curves, parameter_chart
@@ -102,6 +103,11 @@ def pictures(
     }
 
 
+def breakable(name: str) -> Markup:
+    """Return the name of a setting, which a narrow column breaks between its words."""
+    return Markup(escape(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>")))
+
+
 def template() -> Template:
     """Return the page, with everything escaped that is not marked as safe."""
     environment = Environment(
@@ -111,7 +117,7 @@ def template() -> Template:
         trim_blocks=True,
     )
     environment.filters |= {"value": show_value, "perplexity": show_perplexity, "duration": show_seconds}
-    environment.filters |= {"count": show_count}
+    environment.filters |= {"count": show_count, "breakable": breakable}
     environment.globals |= {"change": show_change, "difference": show_difference, "state_of": state_of}
     environment.globals |= {"metric_text": metric_text}
     return environment.get_template("page.html.j2")

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from lora_search.errors import LoraSearchError
 from lora_search.results.certainty import SURE, Certainty
 from lora_search.results.formatting import (
     show_count,
     show_difference,
     show_perplexity,
     show_seconds,
-    show_value,
 )
 from lora_search.results.verdict import line_of_final, line_of_test, metric_line, tied_line
-from lora_search.settings.recorded import plain, recorded_values
+from lora_search.settings.edges import edge_notes
+from lora_search.settings.recorded import plain, recorded_config, recorded_values
+from lora_search.settings.schema import StudyConfig
+from lora_search.settings.space import parse_space
 from lora_search.study.about import LENGTHS, PEAK
 from lora_search.study.budget import WORKED
 from lora_search.study.results import read_finals, read_test_score
@@ -84,10 +87,7 @@ def hints(
     """Return what might help further, each with the override to type."""
     if best is None:
         return []
-    settings = recorded_values(attributes)
-    own = [key for key in best.params if not str(settings.get(f"space.{key}")).startswith("when(")]
-    found = [(f"{key} of the best is the {word} value that was tried.", override)
-             for key in own for word, override in at_edge(rows, best, key)]  # fmt: skip
+    found, settings = edges(attributes, best), recorded_values(attributes)
     if best.perplexities and best.best_rung == max(best.perplexities):
         epochs = best.params.get("train.epochs", settings.get("train.epochs"))
         more = 2 * epochs if isinstance(epochs, int) else "N"
@@ -98,33 +98,17 @@ def hints(
     return found
 
 
-def at_edge(rows: Sequence[TrialRow], best: TrialRow, key: str) -> list[tuple[str, str]]:
-    """Return whether the best value is the smallest or largest of those tried, and a wider range to type."""
-    values = [v for row in rows if isinstance(v := row.params.get(key), int | float)]
-    value, tried = best.params[key], sorted(set(values))
-    if not isinstance(value, int | float) or isinstance(value, bool) or len(tried) < 3:
+def edges(attributes: Mapping[str, str], best: TrialRow) -> list[tuple[str, str]]:
+    """Return what `edge_notes` says of the best trial, each with its override; nothing where the study has no
+    record of its space."""
+    space = recorded_values(attributes, ["space"]).get("space")
+    try:
+        config = recorded_config(attributes, StudyConfig(name="any"))
+        config.space = space if isinstance(space, dict) else {}
+        notes = edge_notes(config, parse_space(config), best.params)
+    except LoraSearchError:
         return []
-    low, high = tried[0], tried[-1]
-    found = []
-    for edge, word, factor in ((low, "smallest", 0.5), (high, "largest", 2.0)):
-        if value != edge:
-            continue
-        if all(isinstance(v, int) for v in tried):
-            choices = sorted({*tried, max(1, round(edge * factor))})
-            found.append((word, f"'{key}=choice({', '.join(map(str, choices))})'"))
-        else:
-            found.append((word, f"'{key}={wider(float(low), float(high), is_low=word == 'smallest')}'"))
-    return found
-
-
-def wider(low: float, high: float, *, is_low: bool) -> str:
-    """Return a range that continues where this one ends; a log range if it spans a decade."""
-    if low > 0 and high / low >= 10:
-        ends = (low / 3, high) if is_low else (low, high * 3)
-        return f"tag(log, interval({show_value(ends[0])}, {show_value(ends[1])}))"
-    half = (high - low) / 2
-    ends = (max(0.0, low - half), high) if is_low else (low, high + half)
-    return f"interval({show_value(ends[0])}, {show_value(ends[1])})"
+    return [(f"{text}:", override) for text, _, override in (note.rpartition(": ") for note in notes)]
 
 
 def tiles(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:

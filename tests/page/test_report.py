@@ -1,6 +1,7 @@
 """The report is one file, says what the study says, and runs nothing that came from data."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 
 from lora_search.files.row_scores import BASE, write_scores
+from lora_search.page.plain import report_markdown
 from lora_search.page.report import write_report
 from lora_search.results.findings import facts, share_saved
+from lora_search.results.samples import Sample, write_samples
+from lora_search.settings.composition import compose
+from lora_search.settings.schema import as_dict
 from lora_search.trial import RowScores, TrialRow
 from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, BEST, HOSTILE, ROWS, make_row
 
@@ -92,6 +97,30 @@ def test_every_stopped_trial_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert reasons["14"] == f"diverged: {HOSTILE}"
 
 
+def test_it_answers_in_the_order_in_which_it_is_asked(tmp_path: Path) -> None:
+    write_samples(
+        tmp_path / "faq", BEST, 96, [Sample("What is a snag list?", "A list.", "A fish.", "A list.")]
+    )
+    rows = [replace(row, began=1020.0, ended=1055.0) for row in ROWS]
+    page = report(tmp_path, rows, {**ATTRIBUTES, "worked": "[[1000.0, 1200.0]]"})
+    markdown = report_markdown(ROWS, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "faq")
+
+    html = (tmp_path / "faq" / "report.html").read_text()
+    shown = re.findall("<h2>(.*?)</h2>", html)
+    assert shown == [
+        "Sample answers", "What it cost", "Leaderboard so far", "What mattered", "What may help further",
+        "Learning curves", "When the slots were busy", "What was stopped, and why", "How to reproduce it",
+    ]  # fmt: skip
+    written = re.findall("^## (.*)$", markdown, re.MULTILINE)
+    assert written == [
+        "Sample answers", "What it cost", "Leaderboard", "What mattered", "What may help further",
+        "What was stopped, and why", "Data", "How to reproduce it",
+    ]  # fmt: skip
+    assert "A fish." in page.text
+    assert "- base model: A fish." in markdown
+    assert HOSTILE not in markdown
+
+
 def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
     page = report(tmp_path, ROWS)
 
@@ -114,11 +143,11 @@ def test_hostile_text_stays_text_everywhere(tmp_path: Path) -> None:
 def test_curves_start_at_the_base_model_and_run_over_epochs(tmp_path: Path) -> None:
     report(tmp_path, [make_row(0, best=8.0, rungs=8)])
 
-    html = (tmp_path / "faq" / "report.html").read_text()
+    html = (tmp_path / "faq" / "report.html").read_text().partition('aria-label="Learning curves"')[2]
     (path,) = re.findall(r'<path class="line best" d="M([^"]+)"', html)
     points = [tuple(map(float, point.split())) for point in path.split("L")]
     steps = [b[0] - a[0] for a, b in itertools.pairwise(points)]
-    base = re.findall(r'<path class="line base" d="M\S+ (\S+)L', html)[0]  # the curves come first
+    base = re.findall(r'<path class="line base" d="M\S+ (\S+)L', html)[0]
     assert len(points) == 9  # the base and 8 rungs, a quarter of an epoch apart
     assert steps == pytest.approx([steps[0]] * 8, abs=0.11)
     assert points[0][1] == float(base)
@@ -148,10 +177,13 @@ def test_it_says_how_sure_the_winner_is(tmp_path: Path) -> None:
 
 
 def test_a_best_value_at_the_edge_comes_with_a_wider_range_to_type(tmp_path: Path) -> None:
-    text = report(tmp_path, ROWS).text
+    given = ["study.name=faq", "lora.r=choice(8,16,32)", "optim.lr=tag(log,interval(1e-5,1e-2))"]
+    recorded = {"settings": json.dumps(as_dict(compose("smoke", given)))}
+    text = " ".join(report(tmp_path, ROWS, {**ATTRIBUTES, **recorded}).text.split())
 
-    assert "lora.r of the best is the largest value that was tried." in text
-    assert "'lora.r=choice(8, 16, 32, 64)'" in text
+    assert "lora.r=32 is the largest choice: a larger one may be better. To extend" in text
+    assert "'space.lora.r=choice(8,16,32,64)'" in text
+    assert "optim.lr=" not in text.partition("What may help further")[2].partition("Learning curves")[0]
     assert "The best trial was still improving at its end" in text
 
 
