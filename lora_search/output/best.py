@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lora_search.files.atomic import write_file
 from lora_search.results.ranking import best_of, progress_note
-from lora_search.settings.recorded import plain, recorded_values
 from lora_search.settings.grammar import as_text
+from lora_search.settings.recorded import plain, recorded_values
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's

@@ -22,10 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_search.errors import InputError, LoraSearchError
 from lora_search.settings.explanations import explain, known_keys, leaves, unknown
-from lora_search.settings.grammar import WhenCall, make_parser
+from lora_search.settings.grammar import WhenCall, make_parser, quoted
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
-from lora_search.settings.grammar import quoted
 from lora_search.settings.sweep_file import (
     BEGIN,
     check_groups,

@@ -12,8 +12,8 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from lora_search.settings.schema import SweepConfig
 from lora_search.settings.grammar import quoted
+from lora_search.settings.schema import SweepConfig
 from lora_search.settings.train_schema import PATTERNS
 
 
