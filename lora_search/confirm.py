@@ -25,13 +25,15 @@ from lora_search.study.folder import find_owned
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
-OWN = {"confirm.top": "3", "confirm.seeds": "3"}
+OWN = {"confirm.top": "", "confirm.seeds": "3"}
+TOP = 3  # or as many as are complete
 MOST_RUNS = 200  # their results are kept in one attribute of the study
 
 
 def main() -> int:
     """Confirm the study that the command line names; return the exit code."""
-    own = "Its own keys: confirm.top=3 (how many of the best), confirm.seeds=3 (fresh seeds for each)."
+    own = f"Its own keys: confirm.top={TOP} (how many of the best; fewer where fewer are complete), "
+    own += "confirm.seeds=3 (fresh seeds for each)."
     return run(
         confirm, study_parser("confirm", f"Retrain the best trials with fresh seeds; compare them. {own}")
     )
@@ -40,7 +42,8 @@ def main() -> int:
 def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
     """Retrain, compare, show the results, and rewrite the report."""
     own = take(arguments, OWN)
-    top, seeds = (whole_number(key, own[key]) for key in OWN)
+    seeds, text = whole_number("confirm.seeds", own["confirm.seeds"]), own["confirm.top"]
+    top = whole_number("confirm.top", text) if text else None
     found = find_study(arguments)
     view = StudyView(found.config)
     rows, attributes = view.rows(), view.attributes()
@@ -63,12 +66,14 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
     track_confirmation(config, rows, known, found.folder)
 
 
-def best_trials(rows: list[TrialRow], top: int, seeds: int) -> list[int]:
-    """Return the best complete trials. Raises ConfigError if there are too few."""
+def best_trials(rows: list[TrialRow], asked: int | None, seeds: int) -> list[int]:
+    """Return the best complete trials, TOP at most if no number is asked for. Raises ConfigError if there are
+    too few."""
     if seeds < 2:
         remedy = "One seed has no spread: give 2 or more"
         raise ConfigError("confirm.seeds", seeds, "must be at least 2", remedy)
     complete = [row.number for row in ranked(rows) if row.state == "COMPLETE"]
+    top = min(TOP, max(1, len(complete))) if asked is None else asked
     if not complete:
         rule = "must be at most the number of complete trials, and no trial is complete yet"
         raise ConfigError("confirm.top", top, rule, "Run the sweep first.")

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # the imports below take a second or more
 # isort: split
 
 from lora_search.command_line import find_study, recorded, run, study_parser
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import InputError, StudyError
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_test
@@ -38,11 +38,9 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
     if best is None:
         raise StudyError(f"study.name: {found.config.name!r} has no complete trial yet. Run the sweep first.")
     if before is not None and not arguments.again:
-        raise ConfigError(
-            "study.name",
-            found.config.name,
-            f"was scored on its test split on {before.scored_at} ({line_of_test(before)})",
-            "A second look turns it into a second validation split. Add --again to score anyway, counted.",
+        raise InputError(
+            f"score: {found.config.name} was scored at {before.scored_at} ({line_of_test(before)}). A second "
+            "look makes the test split a second validation split. Add --again to score anyway, counted."
         )
     config = recorded(arguments, found, attributes)
 

@@ -15,12 +15,15 @@ import pytest
 from peft import PeftModel
 
 from lora_search import confirm, status
+from lora_search.confirm import best_trials
+from lora_search.errors import ConfigError
 from lora_search.results.confirmation import Confirmation, read_confirmation
 from lora_search.results.confirmed import verdicts
 from lora_search.results.ranking import ranked
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.study import SweepStudy
 from tests.engine.test_engine import plain_perplexity
+from tests.rows import make_row
 from tests.test_answer import examples_of, plain_base
 
 STUDY = StudyConfig(name="smoke")
@@ -151,6 +154,16 @@ def test_two_confirmations_in_one_folder_do_not_write_over_each_other(
         assert typed(confirm.main, "confirm.top=1", "confirm.seeds=2") == 1
 
     assert "another process does the same" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_number_the_best_three_are_taken_or_as_many_as_are_complete() -> None:
+    rows = [make_row(number) for number in range(5)]
+
+    assert best_trials(rows, None, 3) == [0, 1, 2]
+    assert best_trials(rows[:2], None, 3) == [0, 1]
+    assert best_trials(rows, 5, 3) == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="no trial is complete yet"):
+        best_trials([], None, 3)
 
 
 def test_what_is_stored_is_json_that_reads_back(typed: Callable[..., int]) -> None:
