@@ -21,6 +21,7 @@ from lora_search.settings.composition import compose
 from lora_search.settings.space import parse_space
 from lora_search.study.about import attributes_of, describe
 from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, ROWS
+from tests.study.test_study import make_config, open_study, simulate
 
 
 @contextmanager
@@ -151,6 +152,17 @@ def test_each_of_the_best_trials_has_its_curve_as_a_picture(study: optuna.Study,
     titles = [title.text or "" for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
     assert [title.split(":")[0] for title in titles] == ["trial 3, complete", "trial 5, complete"]
     assert sum(map(len, shown.values())) == sum(bool(row.perplexities) for row in ROWS)
+
+
+def test_a_trial_shows_nothing_that_its_page_cannot_wrap(tmp_path: Path) -> None:
+    """The page shows an attribute as JSON without spaces; one of 150 letters made it 1,459 pixels wide."""
+    held = open_study(make_config(tmp_path, n_trials=12), tmp_path)
+    simulate(held)
+
+    shown = [value for trial in held.study.get_trials() for value in trial.user_attrs.values()]
+    words = [word for value in shown for word in json.dumps(value, separators=(",", ":")).split()]
+    assert len(shown) >= 12
+    assert max(map(len, words)) < 60
 
 
 def test_a_study_shows_a_dozen_attributes_and_knows_them_all(study: optuna.Study) -> None:
