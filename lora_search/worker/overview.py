@@ -59,4 +59,7 @@ class Overview:
         self._states = {row.number: row.state for row in rows}
         tokens = sum(row.train_tokens for row in rows) - self._tokens
         seconds = max(1e-3, time.monotonic() - self._started)
-        self.progress.update(view.slots(), view.summary(), tokens / seconds)
+        summary = view.summary()
+        if summary.n_trials and summary.finished >= summary.n_trials and {*self._states.values()} <= {*ENDS}:
+            self.progress.wait("all trials have ended; the last worker answers the sample questions")
+        self.progress.update(view.slots(), summary, tokens / seconds)
