@@ -35,17 +35,18 @@ class FoundStudy:
         return self.runs_dir / self.config.name
 
 
-def study_parser(command: str, description: str) -> argparse.ArgumentParser:
+def study_parser(command: str, description: str, *, is_sweep: bool = False) -> argparse.ArgumentParser:
     """Return a parser for a command on a study: study.name=NAME, and study.storage=URL unless it is the
-    default. The command may add its own options."""
+    default; or, with ``is_sweep``, on the settings of a sweep. The command may add its own options."""
     parser = argparse.ArgumentParser(
         prog=f"lora-search {command}", description=description, allow_abbrev=False
     )
+    whose = "" if is_sweep else " whose study.name and study.storage are the defaults"
+    named = "study.name=NAME; study.storage=URL and runs_dir=FOLDER unless they are the default"
+    which = "settings and groups, as for `lora-search sweep`" if is_sweep else named
     parser.add_argument("-cn", "--config-name", dest="sweep", default=DEFAULT_SWEEP, metavar="SWEEP",
-                        help="the sweep whose study.name and study.storage are the defaults "
-                        "(default: %(default)s)")  # fmt: skip
+                        help=f"the sweep{whose} (default: %(default)s)")  # fmt: skip
     parser.add_argument("-cd", "--config-dir", type=Path, metavar="DIR", help="a folder of your own sweeps")
-    which = "study.name=NAME; study.storage=URL and runs_dir=FOLDER unless they are the default"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=which)
     return parser
 

@@ -23,7 +23,7 @@ from lora_search.settings.composition import compose
 
 def main() -> int:
     """Show the rows that the command line names; return the exit code."""
-    parser = study_parser("inspect", "Show rows, lengths and the loss mask, without training.")
+    parser = study_parser("inspect", "Show rows, lengths and the loss mask, without training.", is_sweep=True)
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: %(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     return run(inspect, parser)

@@ -43,7 +43,8 @@ BUDGET_TRIALS = 1000  # assumed if only a budget ends the sweep
 
 def main() -> int:
     """Print the forecast of the sweep that the command line names; return the exit code."""
-    return run(plan, study_parser("plan", "Forecast a sweep from a probe of seconds, without a study."))
+    what = "Forecast a sweep from a probe of seconds, without a study."
+    return run(plan, study_parser("plan", what, is_sweep=True))
 
 
 def plan(arguments: argparse.Namespace, progress: Progress) -> None:

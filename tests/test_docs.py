@@ -12,6 +12,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 FILE = re.compile(r"`(?:python -m pytest )?((?:tests|docs|conf|sweeps|lora_search)/[\w./]*)")
+MODULE = re.compile(r"`((?:[a-z_]+/)?[a-z_]+\.(?:py|html\.j2))`")
 BENCHMARK = re.compile(r"python -m (tests\.benchmarks\.\w+)")
 
 
@@ -43,6 +44,14 @@ def test_every_file_and_benchmark_that_is_named_exists() -> None:
         one for one in benchmarks if not (ROOT / f"{one}.py").exists() and not (ROOT / one).is_dir()
     ] == []
     assert min(len(named), len(benchmarks)) > 5
+
+
+def test_every_module_that_contributing_names_is_in_its_room() -> None:
+    named = set(MODULE.findall(TEXTS["CONTRIBUTING.md"]))
+
+    places = ROOT, ROOT / "lora_search"
+    assert [path for path in sorted(named) if not any((place / path).exists() for place in places)] == []
+    assert len(named) > 30
 
 
 def test_every_page_is_reached_from_the_readme_and_every_command_is_described() -> None:
