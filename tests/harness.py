@@ -10,7 +10,7 @@ from lora_search.data.rows import Example, Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
-from lora_search.files.peft import BaseRecord
+from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.model.loading import load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
@@ -67,6 +67,16 @@ def build_engine(
         base=record,
         resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
     )
+
+
+def starting_adapter(engine: Engine, run: TrialRun, folder: Path) -> Path:
+    """Admit the trial; write its adapter before the first step to the folder, in PEFT's format."""
+    engine.admit([run])
+    slot = engine.slots[0]
+    assert slot is not None
+    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
+    export_peft(start, run.settings, slot.names, engine.keeper.base, folder)
+    return folder
 
 
 def train_all(engine: Engine, runs: Sequence[TrialRun]) -> dict[int, list[Measurement]]:

@@ -11,12 +11,11 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lora_search.data.order import epoch_order
 from lora_search.data.rows import Example, Splits
-from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.model.tiny import ARCHITECTURES, make_tiny_model
 from lora_search.ops.recompute import recompute_layers
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
-from tests.harness import build_engine, random_splits, train_all, with_turns
+from tests.harness import build_engine, random_splits, starting_adapter, train_all, with_turns
 
 SPLITS = replace(random_splits(), train=with_turns(random_splits().train))
 
@@ -173,13 +172,8 @@ def test_trajectory_equals_a_plain_peft_loop(tiny_llama: Path, tmp_path: Path, u
     splits = random_splits(num_train=13)
     splits = replace(splits, train=with_turns(splits.train), validation=with_turns(splits.validation))
     run = make_run(tmp_path, 0, target_modules=("all-linear",), use_rslora=use_rslora, alpha=6.0)
-    engine = build_engine(tiny_llama, splits)
-    engine.admit([run])
-    slot = engine.slots[0]
-    assert slot is not None
-    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
-    export_peft(start, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start")
-    expected = plain_peft_losses(tiny_llama, tmp_path / "start", run, splits)
+    start = starting_adapter(build_engine(tiny_llama, splits), run, tmp_path / "start")
+    expected = plain_peft_losses(tiny_llama, start, run, splits)
 
     curve = train_all(build_engine(tiny_llama, splits), [run])[0]
 

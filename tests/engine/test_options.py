@@ -16,11 +16,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 from lora_search.data.order import epoch_order
 from lora_search.data.rows import Example, Splits
 from lora_search.engine.optim import learning_rate
-from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.ops.dropout import token_keys, uniform
 from lora_search.trial import Measurement, TrialRun, TrialSettings
 from tests.conftest import SETTINGS, make_run
-from tests.harness import build_engine, random_splits, train_all
+from tests.harness import build_engine, random_splits, starting_adapter, train_all
 
 SPLITS = random_splits(num_train=9)
 OPTIONS: dict[str, dict[str, object]] = {
@@ -102,13 +101,8 @@ def plain_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_trajectory_equals_plain_peft_and_torch(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, 0, alpha=6.0, **OPTIONS[name])
-    engine = build_engine(tiny_llama, SPLITS)
-    engine.admit([run])
-    slot = engine.slots[0]
-    assert slot is not None
-    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
-    export_peft(start, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start")
-    expected = plain_losses(tiny_llama, tmp_path / "start", run, SPLITS)
+    start = starting_adapter(build_engine(tiny_llama, SPLITS), run, tmp_path / "start")
+    expected = plain_losses(tiny_llama, start, run, SPLITS)
 
     curve = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
 
@@ -126,13 +120,8 @@ def test_rows_count_as_their_weights_say(tiny_llama: Path, tmp_path: Path, slots
     weighted = tuple(replace(row, weight=0.25 * (i + 1)) for i, row in enumerate(SPLITS.train))
     splits = replace(SPLITS, train=weighted)
     runs = [make_run(tmp_path, i, target_modules=("all-linear",)) for i in range(slots)]
-    engine = build_engine(tiny_llama, splits)
-    engine.admit(runs[:1])
-    start = engine.bank.tensors(engine.bank.theta_SP[0], runs[0].settings, engine.bank.names)
-    export_peft(
-        start, runs[0].settings, engine.bank.names, BaseRecord(path=str(tiny_llama)), tmp_path / "start"
-    )
-    expected = plain_losses(tiny_llama, tmp_path / "start", runs[0], splits)
+    start = starting_adapter(build_engine(tiny_llama, splits), runs[0], tmp_path / "start")
+    expected = plain_losses(tiny_llama, start, runs[0], splits)
 
     curves = train_all(build_engine(tiny_llama, splits, slots=slots, tokens_per_pass=200), runs)
     unweighted = train_all(build_engine(tiny_llama, SPLITS), [make_run(tmp_path / "other", 0)])
