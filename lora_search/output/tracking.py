@@ -9,7 +9,7 @@ opening a run takes a third of a second, in a thread of its own while its trial 
 import logging
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -78,10 +78,7 @@ class WandbTracker:
     """One W&B run per trial, all of them live at once in this process."""
 
     def __init__(self, config: SweepConfig, extra: Mapping[str, object]) -> None:
-        self._config = config.tracker
-        self._study_name = config.study.name
-        self._extra = dict(extra)
-        self._default = trial_settings(config, {})
+        self._config, self._extra = config, dict(extra)
         self._base: float | None = None
         self._runs: dict[int, Future[Run]] = {}
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="wandb-open")
@@ -89,8 +86,8 @@ class WandbTracker:
         self._failures = 0
         self._files: list[Path] = []  # of the offline runs
         self._has_started = self._is_closed = False
-        check_usable(self._config.name)
-        self._opener.submit(start_service, self._config.name == "wandb")
+        check_usable(config.tracker.name)
+        self._opener.submit(start_service, config.tracker.name == "wandb")
         self._errors = wandb_errors()
         # wandb keeps logs with its runs: on a full disk each of their lines would be a traceback.
         logging.raiseExceptions = False
@@ -109,7 +106,7 @@ class WandbTracker:
         except self._errors as error:
             rule = f"W&B did not start ({first_line(error)})"
             remedy = "Set tracker=wandb_offline or tracker=none to search without it."
-            raise ConfigError("tracker.name", self._config.name, rule, remedy) from error
+            raise ConfigError("tracker.name", self._config.tracker.name, rule, remedy) from error
         self._runs[run.number] = opening
         self._has_started = True
 
@@ -124,26 +121,8 @@ class WandbTracker:
         return None
 
     def _open(self, run: TrialRun) -> "Run":
-        import wandb
-
-        Path(run.folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder
-        is_online = self._config.name == "wandb"
-        name = f"{self._study_name}-{run.number}"
-        live = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
-            dir=run.folder,
-            id=run_id(self._study_name, run.study_id, str(run.number)),
-            name=name,
-            group=self._study_name,
-            job_type="trial",
-            tags=["default"] if run.settings == self._default else [],
-            config=trial_config(run, self._extra),
-            resume="allow" if is_online else None,  # offline the id is enough: `wandb sync` joins the parts
-            reinit="create_new",
-            settings=quiet_settings(is_online),
-        )
-        if not is_online:
+        live = open_trial(self._config, run, self._extra)
+        if self._config.tracker.name != "wandb":
             self._files.append(Path(live.settings.sync_file))
         live.define_metric(STEP_METRIC)
         live.define_metric("*", step_metric=STEP_METRIC)
@@ -211,15 +190,40 @@ class WandbTracker:
                 logger.warning("W&B failed while %s: %s. Training continues.", what, first_line(error))
 
 
-def run_id(study_name: str, study_id: str, part: str) -> str:
-    """Return the id of a run; a second run with it continues the first."""
-    return "-".join(filter(None, [study_name, study_id, part]))
+def open_run(
+    config: SweepConfig,
+    study_id: str,
+    part: str,
+    folder: str,
+    *,
+    kind: str,
+    tags: Sequence[str],
+    facts: Mapping[str, object],
+    notes: str | None = None,
+) -> "Run":
+    """Return a run in the study's group, written to the folder. A second run of the same ``part`` continues
+    the first: online it resumes, offline `wandb sync` joins the two by their id."""
+    import wandb
+
+    Path(folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to the temporary folder
+    is_online, name = config.tracker.name == "wandb", config.study.name
+    return wandb.init(
+        project=config.tracker.project, entity=config.tracker.entity, dir=folder, group=name,
+        id="-".join(filter(None, [name, study_id, part])), name=f"{name}-{part}", job_type=kind, tags=[*tags],
+        notes=notes, config={**facts}, resume="allow" if is_online else None, reinit="create_new",
+        settings=quiet_settings(is_online),
+    )  # fmt: skip
 
 
-def trial_config(run: TrialRun, extra: Mapping[str, object]) -> dict[str, object]:
-    """Return the config of a trial's run."""
+def open_trial(
+    config: SweepConfig, run: TrialRun, extra: Mapping[str, object], tags: Sequence[str] = ()
+) -> "Run":
+    """Return a trial's run. The trial with the sweep's own settings is tagged default."""
+    default = ["default"] if run.settings == trial_settings(config, {}) else []
     numbers = {"trial": run.number, "trial_seed": run.seed, "study_id": run.study_id}
-    return {**asdict(run.settings), **extra, **numbers}
+    facts = {**asdict(run.settings), **extra, **numbers}
+    part, tags = str(run.number), [*default, *tags]
+    return open_run(config, run.study_id, part, run.folder, kind="trial", tags=tags, facts=facts)
 
 
 def facts_of_sweep(config: SweepConfig) -> dict[str, object]:

@@ -19,9 +19,8 @@ from lora_search.output.tracking import (
     STEP_METRIC,
     facts_of_sweep,
     first_line,
-    quiet_settings,
-    run_id,
-    trial_config,
+    open_run,
+    open_trial,
     wandb_errors,
 )
 from lora_search.results.certainty import Certainty, certainty_of
@@ -32,6 +31,7 @@ from lora_search.results.ranking import base_of, best_of, is_final, ranked, sear
 from lora_search.results.verdict import metric_name, state_of
 from lora_search.settings.overlay import trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.secrets import redact
 from lora_search.study.about import PEAK
 from lora_search.study.results import read_test_score
 from lora_search.trial import TrialRow, TrialRun
@@ -104,7 +104,7 @@ def track_base(
 ) -> None:
     """Draw the base model as a level line, as far as any trial has gone."""
     base = base_of(attributes)
-    run = open_run(config, attributes, folder, "base")
+    run = open_own(config, attributes, folder, "base")
     run.define_metric(STEP_METRIC)
     run.define_metric("*", step_metric=STEP_METRIC)
     for examples in sorted({0, max((row.examples_seen for row in rows), default=0)}):
@@ -118,7 +118,7 @@ def track_summary(
     """Write the study's tables and figures, and where its files are."""
     import wandb
 
-    run = open_run(config, attributes, folder, "study")
+    run = open_own(config, attributes, folder, "study")
     columns, cells = leaderboard_cells(rows, certainty_of(rows, folder), base_of(attributes))
     tables: dict[str, Any] = {"leaderboard": wandb.Table(columns=columns, data=cells)}
     if mattered := importances(rows):
@@ -141,7 +141,7 @@ def track_repeats(
     import wandb
 
     found = read_confirmation(attributes)
-    run = open_run(config, attributes, folder, "confirm")
+    run = open_own(config, attributes, folder, "confirm")
     heads, cells = confirmation_cells(found)
     duels = [
         [d.leader, d.other, 100 * d.change, 100 * d.change_error, d.is_sure, d.num_seeds, d.num_rows]
@@ -179,33 +179,14 @@ def continue_trial(
     config: SweepConfig, row: TrialRow, attributes: Mapping[str, str], folder: Path, tag: str
 ) -> "Run":
     """Return the run of an ended trial, opened once more with the tag; it keeps the config that it had."""
-    import wandb
-
-    settings, study_id = trial_settings(config, row.params), attributes.get("study_id", "")
-    place = folder / "trials" / str(row.number)
-    place.mkdir(parents=True, exist_ok=True)  # it was trained on another machine
     run = TrialRun(
         number=row.number,
         seed=trial_seed(config, row.params, row.number),
-        settings=settings,
-        folder=str(place),
-        study_id=study_id,
+        settings=trial_settings(config, row.params),
+        folder=str(folder / "trials" / str(row.number)),
+        study_id=attributes.get("study_id", ""),
     )
-    is_online = config.tracker.name == "wandb"
-    return wandb.init(
-        project=config.tracker.project,
-        entity=config.tracker.entity,
-        dir=run.folder,
-        id=run_id(config.study.name, study_id, str(row.number)),
-        name=f"{config.study.name}-{row.number}",
-        group=config.study.name,
-        job_type="trial",
-        tags=["default", tag] if settings == trial_settings(config, {}) else [tag],
-        config=trial_config(run, facts_of_sweep(config) | tracked_facts(attributes)),
-        resume="allow" if is_online else None,
-        reinit="create_new",
-        settings=quiet_settings(is_online),
-    )
+    return open_trial(config, run, facts_of_sweep(config) | tracked_facts(attributes), [tag])
 
 
 def result_of(row: TrialRow, base: float) -> dict[str, object]:
@@ -225,33 +206,16 @@ def result_of(row: TrialRow, base: float) -> dict[str, object]:
     return found
 
 
-def open_run(config: SweepConfig, attributes: Mapping[str, str], folder: Path, kind: str) -> "Run":
+def open_own(config: SweepConfig, attributes: Mapping[str, str], folder: Path, kind: str) -> "Run":
     """Return a run of the study itself, in its folder."""
-    import wandb
-
-    from lora_search.settings.secrets import redact
-
-    name, study_id = f"{config.study.name}-{kind}", attributes.get("study_id", "")
-    is_online = config.tracker.name == "wandb"
-    return wandb.init(
-        project=config.tracker.project,
-        entity=config.tracker.entity,
-        dir=str(folder),
-        id=run_id(config.study.name, study_id, kind),
-        name=name,
-        group=config.study.name,
-        job_type=kind,
-        tags=[kind],
-        notes=NOTES.format(
-            report=folder / "report.html",
-            storage=redact(config.study.storage),
-            command=attributes.get("command", ""),
-        ),
-        config=json.loads(attributes.get("settings", "{}")) | tracked_facts(attributes),
-        resume="allow" if is_online else None,
-        reinit="create_new",
-        settings=quiet_settings(is_online),
+    notes = NOTES.format(
+        report=folder / "report.html",
+        storage=redact(config.study.storage),
+        command=attributes.get("command", ""),
     )
+    facts = json.loads(attributes.get("settings", "{}")) | tracked_facts(attributes)
+    study_id = attributes.get("study_id", "")
+    return open_run(config, study_id, kind, str(folder), kind=kind, tags=[kind], facts=facts, notes=notes)
 
 
 def tracked_facts(attributes: Mapping[str, str]) -> dict[str, str]:
