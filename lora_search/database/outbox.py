@@ -51,7 +51,7 @@ class Outbox:
 
     def ask(self, question: Callable[[], T]) -> T | None:
         """Return the answer; None while the database is unreachable. Raises StudyError once that lasts too
-        long."""
+        long. ``question`` is a callable since it is called only when the next try is due."""
         if self.seconds_to_next_try:
             return None
         try:

@@ -31,7 +31,7 @@ def work(
     ``check_interrupt`` is called after every pass and may raise.
     """
     worker = Worker(study, engine, tracker, progress, check_interrupt)
-    engine.after_pass = worker.keep_alive  # one `advance` may include a whole evaluation of many passes
+    engine.after_pass = worker.keep_alive  # a heartbeat cannot wait for a whole evaluation
     try:
         while not study.budget.is_over and (worker.admit() or worker.others_train()):
             measurements = engine.advance()
