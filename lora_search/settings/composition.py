@@ -132,6 +132,9 @@ def help_page(config_name: str, overrides: Sequence[str], more: Path | None = No
     )
 
 
+TEXTS = ("study.storage", "artifacts.uri", "launcher.sbatch")  # may have = and ? in them, without quotes
+
+
 def as_override(text: str) -> str:
     """Return the override; one with a range becomes text under `space`.
 
@@ -140,7 +143,8 @@ def as_override(text: str) -> str:
     try:
         override = make_parser().parse_override(text)
     except HydraException:
-        return text  # `compose` reports it
+        key, _, value = text.partition("=")
+        return f"{key}={_quoted(value)}" if key in TEXTS else text  # `compose` reports others
     key = override.key_or_group
     if not key:
         raise InputError(f"{text}: has no key. Write key=value.")

@@ -39,7 +39,7 @@ class LauncherConfig:
         require_choice("launcher.name", self.name, ("inline", "local", "ray", "slurm"))
         for key, least, most in (
             ("workers", 1, MOST_WORKERS), ("max_restarts", 0, 1000), ("worker", 0, 10 * MOST_WORKERS),
-            ("cpus_per_worker", 1, 4096), ("gpus_per_worker", 0, 64), ("minutes", 1, 525_600),
+            ("cpus_per_worker", 1, 4096), ("gpus_per_worker", 0, 64), ("minutes", 2, 525_600),
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None:

@@ -21,6 +21,7 @@ from lora_search.study.ledger import Ledger
 from lora_search.trial import Limit
 
 NOTE_SECONDS = 10.0  # between two extensions of a worker's interval
+READ_PER_WORKER = 0.1  # seconds more between two looks at the others': 1,000 of them are read every 110 s
 ANSWER_SECONDS = 5.0  # reserved for leaderboard, best adapter and report
 PRESENT_SECONDS = 60.0  # a worker that extended its interval within this time counts as running
 WORKED = "worked"  # attribute: spans of epoch seconds, as JSON
@@ -173,15 +174,25 @@ class Account:
         self.config, self.storage, self.study_id, self.clock = config, storage, study_id, clock
         self._began = clock() if began is None else began
         self._key = f"{KEY}{worker}@{self._began:.3f}"
+        self._is_timed = config.max_hours is not None or config.max_cost is not None
         self._others: dict[str, Interval] = {}
-        self._noted = -math.inf
+        self._noted = self._read = -math.inf
 
     def note(self) -> None:
-        """Extend this worker's interval and read the others', at most every NOTE_SECONDS."""
+        """Extend this worker's interval every NOTE_SECONDS, and read the others' if time or cost is limited,
+        the more of them the less often: until then those at work are taken to be so still."""
         if self.clock() - self._noted >= NOTE_SECONDS:
             self._write(is_open=True)
-            self._others = read_intervals(self.storage, self.study_id)
-            del self._others[self._key]
+        pause = NOTE_SECONDS + READ_PER_WORKER * len(self._others)
+        if self._is_timed and self.clock() - self._read >= pause:
+            self.read()
+
+    def read(self) -> "Account":
+        """Read the intervals of all other workers; return this account."""
+        self._others = read_intervals(self.storage, self.study_id)
+        self._others.pop(self._key, None)
+        self._read = self.clock()
+        return self
 
     def close(self) -> None:
         """Record that this worker ends."""
@@ -210,7 +221,7 @@ class Account:
 
     def _is_at_work(self, key: str) -> bool:
         other, worker = self._others[key], key.removeprefix(KEY).partition("@")[0]
-        return other.is_open and self._noted - other.end < PRESENT_SECONDS and not worker_is_dead(worker)
+        return other.is_open and self._read - other.end < PRESENT_SECONDS and not worker_is_dead(worker)
 
 
 class Budget:

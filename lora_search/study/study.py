@@ -43,7 +43,7 @@ from lora_search.study.view import StudyView
 from lora_search.study.widening import take_changes
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun
 
-SUMMARY_SECONDS = 1.0
+SUMMARY_SECONDS, SUMMARY_PER_TRIAL = 1.0, 0.0025  # more for each unfinished trial: at 4,000 every 11 s
 BASE_WIDTH = "base_width"  # study attribute
 
 
@@ -268,10 +268,13 @@ class SweepStudy:
         return standing(self.ledger.summary(self.config.study.n_trials, self.budget.limits()), is_finished)
 
     def summary(self) -> StudySummary:
-        """Return the progress of the study, at most SUMMARY_SECONDS old for other workers' trials, so that a
-        call at every pass costs nothing."""
+        """Return the progress of the study, some seconds old for other workers' trials, so that a call at
+        every pass costs nothing."""
         seconds, held = time.monotonic() - self._last_summary[0], tuple(self.held)
-        if seconds > SUMMARY_SECONDS or held != self._last_summary[1]:
+        if (
+            seconds > SUMMARY_SECONDS + SUMMARY_PER_TRIAL * len(self.ledger.open)
+            or held != self._last_summary[1]
+        ):
             self.ledger.read()
             self._last_summary = (time.monotonic(), held)
         return self.ledger.summary(self.config.study.n_trials, self.budget.limits())
@@ -284,7 +287,7 @@ class SweepStudy:
 
     def attributes(self) -> dict[str, str]:
         """Return the study's attributes and what it has spent."""
-        spent = self.account.spent(self.ledger.tokens)
+        spent = self.account.read().spent(self.ledger.tokens)
         return attributes_of(self.study) | described(self.config.study, spent)
 
     def remember(self, key: str, measure: Callable[[], str]) -> float:

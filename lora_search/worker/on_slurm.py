@@ -1,15 +1,18 @@
 """launcher=slurm: the workers are an array of Slurm jobs, submitted with submitit from a shared folder.
 
-Before its time limit, and at preemption, a job has its worker put its trials back, and asks to be queued
-again; where that is refused, the driver submits another. A killed driver leaves the jobs at work. Settings
-travel in the environment of the jobs, as in an sbatch script. Importing this module imports no submitit.
+Before its time limit a job has its worker put its trials back, and asks to be queued again. Cancelled or
+preempted (SIGTERM) it only puts them back: Slurm queues it again, or the driver submits another. A killed
+driver leaves the jobs at work. Settings travel in the environment of the jobs, as in an sbatch script.
+Importing this module imports no submitit.
 """
 
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,12 +24,15 @@ from lora_search.errors import ConfigError
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.worker.command import Command
+from lora_search.worker.interrupts import EXIT_CODE
 from lora_search.worker.on_ray import load
 from lora_search.worker.seat import Order, Report, Reports, Seat, Tail
 
 ORDER_VARIABLE = "LORA_SEARCH_ORDER"
 MINUTES = 240
 NOTICE_SECONDS = 180  # before the time limit: enough for a pass, a checkpoint and its upload
+NOTICE_PER_MINUTE = 15  # of a short time limit: Slurm may give notice a minute early
+NO_LIMIT = 1_000_000  # to how often a job may reach its time limit and be queued again
 POLL_SECONDS = 1.0
 QUEUE_SECONDS = 10.0  # between two questions to Slurm
 
@@ -39,7 +45,15 @@ class Task:
     log: Path
 
     def __call__(self) -> Report:
+        signal.signal(signal.SIGTERM, _leave)  # submitit ignores it
         self.seat = Seat(read_order(os.environ.pop(ORDER_VARIABLE)), self.number, self.log)
+        try:
+            return self._attend()
+        except SystemExit:
+            self.seat.stop()
+            raise  # without a result: the job is queued again, or another takes its place
+
+    def _attend(self) -> Report:
         while (report := self.seat.look()).code is None:
             if report.news:  # the driver reads the log
                 with self.log.open("a", encoding="utf-8") as log:
@@ -54,6 +68,12 @@ class Task:
         self.seat.stop()
         submitit = load("submitit", "slurm")
         return submitit.helpers.DelayedSubmission(Task(self.number, self.log))
+
+
+def _leave(*_: object) -> None:
+    """End the job: Slurm cancels it, and kills it soon."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(EXIT_CODE)
 
 
 class SlurmTeam:
@@ -170,22 +190,24 @@ class SlurmTeam:
 def make_executor(submitit: Any, config: SweepConfig, folder: Path) -> Any:
     """Return submitit's executor with the settings of a job. Raises ConfigError without Slurm."""
     launcher = config.launcher
+    minutes = launcher.minutes or MINUTES
     gpus = (
         0
         if config.engine.device == "cpu"
         else int(1 if launcher.gpus_per_worker is None else launcher.gpus_per_worker)
     )
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=launcher.cluster or "slurm")
+        cluster = launcher.cluster or "slurm"
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=NO_LIMIT)
     except RuntimeError:
         rule, remedy = "needs Slurm's sbatch and srun on this machine", "Run the command on a login node"
         raise ConfigError("launcher.name", "slurm", rule, remedy) from None
     executor.update_parameters(
         name=config.study.name,
-        timeout_min=launcher.minutes or MINUTES,
+        timeout_min=minutes,
         cpus_per_task=launcher.cpus_per_worker or 1,
         stderr_to_stdout=True,
-        slurm_signal_delay_s=NOTICE_SECONDS,
+        slurm_signal_delay_s=min(NOTICE_SECONDS, NOTICE_PER_MINUTE * minutes),
         slurm_array_parallelism=launcher.workers or 1,
         slurm_additional_parameters=launcher.sbatch_options(),
         **({"gpus_per_node": gpus} if gpus else {}),

@@ -22,6 +22,8 @@ from lora_search.worker.team import Worker, ended_early, error_file
 
 # Keys of services that any node needs. A node's own value counts first.
 SERVICES = re.compile(r"(AWS_|GOOGLE_|AZURE_|HF_|WANDB_|PG)[A-Z0-9_]+$")
+PATTERNS = ("*.yaml", "*/*.yaml", "*/*/*.yaml")  # sweeps, groups, groups within a group as space/lora
+MOST_BYTES = 100_000  # Slurm's jobs have them in a variable, of at most 128 KiB
 NAMED = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)")
 
 
@@ -51,15 +53,28 @@ class Report:
 
 
 def make_order(command: Command, max_restarts: int, environment: Mapping[str, str]) -> Order:
-    """Return the order for every seat, with the sweep files and variables that the settings name."""
-    folder = command.config_dir
-    paths = [] if folder is None else sorted(folder.rglob("*.yaml"))
-    files = {str(path.relative_to(folder or "")): path.read_text(encoding="utf-8") for path in paths}
+    """Return the order for every seat, with the sweep files and variables that the settings name. Raises
+    InputError if the user's folder of sweeps is something larger."""
+    files = {} if command.config_dir is None else sweep_files(command.config_dir)
     named = {name for text in (*command.overrides, *files.values()) for name in NAMED.findall(text)}
     passed = {name: value for name, value in environment.items() if SERVICES.match(name) or name in named}
     return Order(
         command=command, folder=os.getcwd(), files=files, environment=passed, max_restarts=max_restarts
     )
+
+
+def sweep_files(folder: Path) -> dict[str, str]:
+    """Return the sweeps and groups in a folder: path in it -> text. Raises InputError."""
+    paths = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    num_bytes = sum(path.stat().st_size for path in paths)
+    if num_bytes > MOST_BYTES:
+        text = (
+            f"-cd {folder}: has {len(paths)} YAML files of {num_bytes / 1e6:.1f} MB, which workers elsewhere"
+        )
+        raise InputError(
+            f"{text} would get; at most {MOST_BYTES / 1e6} MB. Give the sweeps a folder of their own."
+        )
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in paths}
 
 
 class Seat:

@@ -38,6 +38,20 @@ def test_what_is_no_sweep_is_left_to_hydra(text: str) -> None:
     assert as_override(text) == text
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("study", "storage", "postgresql+psycopg://u:it's@host/db?sslmode=require&options=-csearch_path%3Da"),
+        ("artifacts", "uri", "s3://bucket/a=b/c"),
+        ("launcher", "sbatch", "--account=mine --mem=64G"),
+    ],
+)
+def test_a_url_or_an_option_needs_no_quotes_of_its_own(section: str, name: str, value: str) -> None:
+    for text in (value, f'"{value}"'):
+        config = compose("smoke", ["launcher=slurm", f"{section}.{name}={text}"])
+        assert getattr(getattr(config, section), name) == value
+
+
 def test_a_group_of_the_space_can_be_left_out() -> None:
     assert "r" not in compose("smoke", ["~space/lora"]).space.get("lora", {})
 

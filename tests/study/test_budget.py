@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import PrunerConfig, StudyConfig, SweepConfig
 from lora_search.settings.space import parse_space
-from lora_search.study.budget import Interval, Need, affordable, covered_seconds
+from lora_search.study.budget import KEY, Interval, Need, affordable, covered_seconds
 from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, TrialRun
 from tests.study.test_study import RUNGS, make_config, measure, rungs_of, states
@@ -169,6 +170,29 @@ def test_every_worker_is_paid_for_and_one_that_vanished_only_until_it_was_last_s
     assert (limit.key, limit.limit) == ("study.max_cost", 10.0)
     assert limit.spent == pytest.approx(1.0)  # half an hour of one; the other was seen once
     assert other.worker == one.worker
+
+
+@pytest.mark.parametrize(("limits", "reads"), [({"max_tokens": 10_000}, 0), ({"max_hours": 9.0}, 3)])
+def test_the_time_of_others_is_read_as_often_as_it_counts(
+    tmp_path: Path, limits: dict[str, float], reads: int
+) -> None:
+    clock, seen = Clock(), list[str]()
+    study = open_budgeted(limited(tmp_path, **limits), tmp_path, clock)
+    for number in range(100):  # they are read every 20 seconds
+        key = f"{KEY}elsewhere:{number}:1@{clock.now}"
+        study.storage.set_study_system_attr(study.table.study_id, key, [clock.now, clock.now, True])
+    study.account.read()
+    event.listen(study.storage.engine, "before_cursor_execute", lambda *call: seen.append(call[2]))
+
+    clock.now += 15.0
+    study.account.note()
+    assert study.account.spent(0).worker_hours == pytest.approx(101 * 15 / 3600)  # none has been read again
+    for _ in range(50):
+        clock.now += 1.0
+        study.account.note()
+
+    assert sum(sql.strip().endswith("study_system_attributes.study_id = ?") for sql in seen) == reads
+    assert sum(sql.startswith("UPDATE study_system_attributes") for sql in seen) == 6
 
 
 def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfi
 from lora_search.study.view import StudyView
 from lora_search.worker.command import Command, Letter, typed_command
 from lora_search.worker.launcher import num_cores, plan_workers
+from lora_search.worker.seat import sweep_files
 from lora_search.worker.team import Team, Worker, error_file
 from tests.servers import postgres_url
 
@@ -102,6 +103,19 @@ def test_what_the_launcher_adds_is_no_part_of_the_command_that_a_study_remembers
     assert typed == f"{TYPED} -cn smoke lora.r=8"
     line = ["sweep.py", "-cn", "smoke", "launcher.worker=0"]
     assert typed_command(line, Letter(typed=typed)) == typed
+
+
+def test_sweeps_and_groups_are_sent_to_workers_elsewhere_and_what_lies_deeper_is_not(tmp_path: Path) -> None:
+    for name in ("mine.yaml", "data/faq.yaml", "space/lora/wide.yaml", "runs/a/b/c.yaml", "data/faq.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a: 1")
+
+    assert [*sweep_files(tmp_path)] == ["data/faq.yaml", "mine.yaml", "space/lora/wide.yaml"]
+
+    (tmp_path / "data/large.yaml").write_text("x" * 150_000)
+    with pytest.raises(InputError, match=r"-cd .*: has 4 YAML files of 0.2 MB, .*Give the sweeps a folder"):
+        sweep_files(tmp_path)
 
 
 def script(folder: Path, number: int, code: str, restarts: int = 1) -> Worker:
