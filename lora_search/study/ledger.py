@@ -51,6 +51,11 @@ class Ledger:
             self._put(trial)
 
     @property
+    def num_open(self) -> int:
+        """The number of unfinished trials."""
+        return len(self._open)
+
+    @property
     def open(self) -> list[FrozenTrial]:
         """The unfinished trials, by number; paused ones as PRUNED."""
         return list(self._open.values())

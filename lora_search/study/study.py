@@ -271,10 +271,8 @@ class SweepStudy:
         """Return the progress of the study, some seconds old for other workers' trials, so that a call at
         every pass costs nothing."""
         seconds, held = time.monotonic() - self._last_summary[0], tuple(self.held)
-        if (
-            seconds > SUMMARY_SECONDS + SUMMARY_PER_TRIAL * len(self.ledger.open)
-            or held != self._last_summary[1]
-        ):
+        pause = SUMMARY_SECONDS + SUMMARY_PER_TRIAL * self.ledger.num_open
+        if seconds > pause or held != self._last_summary[1]:
             self.ledger.read()
             self._last_summary = (time.monotonic(), held)
         return self.ledger.summary(self.config.study.n_trials, self.budget.limits())
@@ -297,8 +295,7 @@ class SweepStudy:
         self.study.set_user_attr(key, measure())
         return float(self.study.user_attrs[key])
 
-    def note_peak(self, peak_bytes: int) -> None:
-        """Remember the most memory that any worker took."""
+    def note_peak(self, peak_bytes: int) -> None:  # the most that any worker took
         if peak_bytes > (number_of(self.study.user_attrs, PEAK) or 0):
             self.study.set_user_attr(PEAK, str(peak_bytes))
 
