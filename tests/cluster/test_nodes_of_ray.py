@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes, with real PostgreSQL and S3 servers, loses a worker, a node and its driver."""
+"""A Ray cluster of three nodes, with real PostgreSQL and S3, loses a worker, a node and its driver."""
 
 import importlib.util
 import subprocess
