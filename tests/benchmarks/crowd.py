@@ -22,7 +22,8 @@ from lora_search.search.trials import PROGRESS
 from lora_search.settings.schema import StudyConfig, SweepConfig, TrainConfig
 from lora_search.settings.space import Space, parse_space
 from lora_search.study.study import SweepStudy
-from tests.benchmarks.study import RUNGS, SLOTS, SPACE, fill, measurement, multiply, past_trial
+from lora_search.trial import TrialRun
+from tests.benchmarks.study import RUNGS, SPACE, fill, multiply, past_trial, tick
 from tests.servers import real_postgres, sqlalchemy_uri
 
 RUNNING, FINISHED = (40, 400, 4_000), (1_000, 10_000, 100_000)
@@ -97,33 +98,6 @@ def others_report(study: SweepStudy, running: int) -> None:
         )
 
 
-def tick(study: SweepStudy, cost: Cost, held: dict[int, tuple[object, int]]) -> None:
-    """Fill the slots, and let each trial in them reach a rung."""
-    while len(held) < SLOTS:
-        with cost.of("claim"):
-            runs = study.claim(1)
-        held[runs[0].number] = (runs[0], 0)
-    held |= {number: (run, rung + 1) for number, (run, rung) in held.items()}
-    news = [measurement(run, rung) for run, rung in held.values()]  # type: ignore[arg-type]
-    with cost.of("report"):
-        study.report(news)
-    for m in news:
-        if m.ended:
-            with cost.of("end"):
-                study.finish(m)
-            del held[m.trial_number]
-    with cost.of("judge"):
-        stops = study.judge()
-    with cost.of("heartbeat"):
-        study.heartbeat()
-    with cost.of("summary"):
-        study.summary()
-    for stop in stops:
-        with cost.of("end"):
-            study.prune(stop)
-        del held[stop.trial_number]
-
-
 def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
     """Return what a worker pays that joins a study of this size. One study a database."""
     settings = StudyConfig(name="s", n_trials=1, storage=storage, first_trial_is_default=False)
@@ -137,10 +111,10 @@ def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
         study = SweepStudy.open(config, space, {}, {}, folder)
     assert study.summary().finished == finished
     event.listen(study.storage.engine, "before_cursor_execute", cost.count)
-    held: dict[int, tuple[object, int]] = {}
+    held: dict[int, tuple[TrialRun, int]] = {}
     for _ in range(TICKS):
         others_report(study, running)
-        tick(study, cost, held)
+        tick(study, held, cost.of)
     study.storage.engine.dispose()
     return cost
 

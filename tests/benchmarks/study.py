@@ -8,8 +8,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ COPIED = {  # Optuna's tables, and what is copied of them besides the trial
     "trial_system_attributes": "key, value_json",
     "trial_intermediate_values": "step, intermediate_value, intermediate_value_type",
 }
-CALLS = ("claim", "report", "judge", "end", "summary")
+CALLS = ("claim", "report", "judge", "end", "heartbeat", "summary")
+Timed = Callable[[str], AbstractContextManager[None]]
 
 
 def perplexity(lr: float, number: int, rung: int) -> float:
@@ -96,36 +97,43 @@ class Clock:
         return sum(self.ms(call) for call in CALLS)
 
 
+def tick(study: SweepStudy, held: dict[int, tuple[TrialRun, int]], on: Timed) -> bool:
+    """Fill the slots, let each trial in them reach a rung, end what is to end, each by itself; return False
+    if no trial was left to claim."""
+    while len(held) < SLOTS:
+        with on("claim"):
+            runs = study.claim(1)
+        if not runs:
+            return False
+        held[runs[0].number] = (runs[0], 0)
+    held |= {number: (run, rung + 1) for number, (run, rung) in held.items()}
+    news = [measurement(run, rung) for run, rung in held.values()]
+    with on("report"):
+        study.report(news)
+    for m in news:
+        if m.ended:
+            with on("end"):
+                study.finish(m)
+            del held[m.trial_number]
+    with on("judge"):
+        stops = study.judge()
+    for stop in stops:
+        with on("end"):
+            study.prune(stop)
+        del held[stop.trial_number]
+    with on("heartbeat"):
+        study.heartbeat()
+    with on("summary"):
+        study.summary()
+    return True
+
+
 def work(study: SweepStudy) -> Clock:
-    """Run the study to its total, as the worker does; each trial is claimed and ended by itself."""
+    """Run the study until its last trial is claimed, as the worker does."""
     clock, held = Clock(), dict[int, tuple[TrialRun, int]]()
-    while True:
-        while len(held) < SLOTS:
-            with clock.on("claim"):
-                runs = study.claim(1)
-            if not runs:
-                clock.samples["claim"].pop()  # there was none left
-                break
-            held[runs[0].number] = (runs[0], 0)
-        if not held:
-            return clock
-        held = {number: (run, rung + 1) for number, (run, rung) in held.items()}
-        ticks = [measurement(run, rung) for run, rung in held.values()]
-        with clock.on("report"):
-            study.report(ticks)
-        for m in ticks:
-            if m.ended:
-                with clock.on("end"):
-                    study.finish(m)
-                del held[m.trial_number]
-        with clock.on("judge"):
-            stops = study.judge()
-        for stop in stops:
-            with clock.on("end"):
-                study.prune(stop)
-            del held[stop.trial_number]
-        with clock.on("summary"):
-            study.summary()
+    while tick(study, held, clock.on):
+        pass
+    return clock
 
 
 def multiply(study: SweepStudy, have: int, size: int, first: int = 0) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
@@ -193,8 +194,7 @@ def start_sweep(folder: Path, *arguments: str, **variables: str) -> subprocess.P
 
 def children_of(pid: int) -> dict[int, str]:
     """Return pid -> command line."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in text.split()}
+    return {child.pid: " ".join(child.cmdline()) for child in psutil.Process(pid).children()}
 
 
 def wait_until_trials_run(folder: Path, num_running: int) -> StudyView:
