@@ -37,7 +37,7 @@ test-all: $(READY)  ## run all tests, with storms of kills and real servers (abo
 	@echo "all tests: about 40 minutes on 2 cores; make test runs the fast ones only"
 	@$(BIN)/python -m pytest --slow --durations=20 $(ARGS)
 
-test-cluster: $(READY)  ## run sweeps on Ray and as submitit jobs (installs both, 300 MB; about 5 minutes)
+test-cluster: $(READY)  ## run sweeps on Ray nodes that die and as jobs of Slurm (installs 300 MB; about 5 minutes)
 	@$(BIN)/python -c 'import ray, submitit' 2>/dev/null || $(PIP) --editable '.[ray,slurm]'
 	@$(BIN)/python -m pytest --slow tests/cluster $(ARGS)
 

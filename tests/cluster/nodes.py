@@ -15,6 +15,7 @@ SMALL = ["--num-cpus=1", "--object-store-memory=80000000"]
 SPACES = ["--uts", "--pid", "--mount"]
 AS_USER = [] if os.geteuid() == 0 else ["--user"]  # who is not root makes the others within one of users
 OWN = ["unshare", *SPACES, *AS_USER, *(["--map-root-user"] if AS_USER else []), "--mount-proc", "--fork"]
+CAN_BE_MADE = subprocess.run([*OWN, "true"], capture_output=True).returncode == 0
 START_SECONDS = 90
 
 

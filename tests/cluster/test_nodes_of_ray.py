@@ -15,7 +15,7 @@ from lora_search.errors import LoraSearchError
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
-from tests.cluster.nodes import Node, address, ray_cluster
+from tests.cluster.nodes import CAN_BE_MADE, Node, address, ray_cluster
 from tests.servers import real_postgres, real_s3, sqlalchemy_uri
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +65,7 @@ class Sweep:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_BE_MADE, reason="needs root, or user namespaces (unshare --user)")
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed: make test-cluster")
 def test_a_worker_a_node_and_the_driver_are_killed_and_the_values_are_those_of_one_process(
     tmp_path: Path,
