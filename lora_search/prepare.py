@@ -46,7 +46,7 @@ from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig, re
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import LENGTHS, attributes, length_histogram
-from lora_search.study.adoption import check_adoptable
+from lora_search.study.adoption import check_adoptable, check_room
 from lora_search.study.fingerprint import (
     DATA_COMMIT,
     check_fingerprint,
@@ -76,6 +76,7 @@ def check_places(config: SweepConfig) -> Identity | None:
         raise ConfigError("runs_dir", config.runs_dir, rule, "Give another folder.")
     check_folder(config.study, folder.parent)
     check_adoptable(config.study)
+    check_room(config.study)
     identity = find_owned(config.study, folder)
     if config.artifacts.uri is not None:
         check_uri(config.artifacts.uri)

@@ -1,9 +1,16 @@
 """What is stored under a study's name, by any program. Read-only: creates no file and no table."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optuna.storages._rdb.models import StudyDirectionModel, StudyModel, StudyUserAttributeModel, TrialModel
+from optuna.storages._rdb.models import (
+    StudyDirectionModel,
+    StudyModel,
+    StudySystemAttributeModel,
+    StudyUserAttributeModel,
+    TrialModel,
+)
 from sqlalchemy import create_engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
@@ -20,6 +27,7 @@ class StudyOutline:
     directions: tuple[str, ...]  # MINIMIZE or MAXIMIZE, one per objective
     has_trials: bool
     attributes: frozenset[str]  # keys
+    system: Mapping[str, str]  # attributes of programs: key -> JSON
 
 
 def outline_of(config: StudyConfig) -> StudyOutline | None:
@@ -43,9 +51,11 @@ def _read(session: Session, name: str) -> StudyOutline | None:
             return None
         directions = session.query(StudyDirectionModel).filter_by(study_id=study.study_id)
         attributes = session.query(StudyUserAttributeModel).filter_by(study_id=study.study_id)
+        system = session.query(StudySystemAttributeModel).filter_by(study_id=study.study_id)
         trials = session.query(TrialModel).filter_by(study_id=study.study_id)
         return StudyOutline(
             directions=tuple(row.direction.name for row in directions.order_by("objective")),
             has_trials=trials.first() is not None,
             attributes=frozenset(str(row.key) for row in attributes),
+            system={str(row.key): str(row.value_json) for row in system},
         )

@@ -11,6 +11,10 @@ from sqlalchemy.pool import NullPool
 from lora_search.database.tables import KEY, check_tables
 from lora_search.errors import ConfigError
 
+MOST_WORKERS = 8  # without training between their writes 8 got through, of 32 many failed
+TO_A_SERVER = (
+    "Give study.storage=postgresql+psycopg://user@host/database (pip install 'lora-search[postgres]')"
+)
 REMEDY = "Give a file of its own, e.g. sqlite:///runs/lora_search.db"
 
 

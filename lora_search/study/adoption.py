@@ -1,14 +1,19 @@
 """Checks before a study is opened or continued. They write nothing."""
 
+import json
+import time
+
 import optuna
 
 from lora_search.database.outline import outline_of
+from lora_search.database.sqlite_file import MOST_WORKERS, TO_A_SERVER
 from lora_search.database.storage import quieten_optuna
 from lora_search.errors import ConfigError
 from lora_search.search.pruning import make_pruner
 from lora_search.search.sampling import make_sampler
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
+from lora_search.study.budget import KEY, Interval, is_at_work
 
 OURS = {"fingerprint", "base_perplexity", "sweep"}  # attributes in the studies of all our versions
 REMEDY = "Choose another study.name, or another study.storage."
@@ -26,6 +31,17 @@ def check_adoptable(config: StudyConfig) -> None:
     if found.has_trials and not found.attributes & OURS:
         rule = "must be new or a study of lora_search, and the existing one has another program's trials"
         raise ConfigError("study.name", config.name, rule, REMEDY)
+
+
+def check_room(config: StudyConfig) -> None:
+    """Raise ConfigError if as many workers are at work as SQLite can hold, from whichever terminals."""
+    found = outline_of(config) if config.storage.startswith("sqlite") else None
+    system = {} if found is None else found.system
+    known = {key: Interval(*json.loads(text)) for key, text in system.items() if key.startswith(KEY)}
+    count = sum(is_at_work(key, one, time.time()) for key, one in known.items())
+    if count >= MOST_WORKERS:
+        rule = f"has {count} workers at work, and SQLite lets one write at a time"
+        raise ConfigError("study.storage", config.storage, rule, TO_A_SERVER)
 
 
 def check_study(

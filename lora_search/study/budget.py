@@ -126,6 +126,12 @@ def read_intervals(storage: RDBStorage, study_id: int) -> dict[str, Interval]:
     return {key: Interval(*value) for key, value in attributes.items() if key.startswith(KEY)}
 
 
+def is_at_work(key: str, one: Interval, now: float) -> bool:
+    """Return whether the worker of an interval, by its key, still ran at this time as far as is known."""
+    worker = key.removeprefix(KEY).partition("@")[0]
+    return one.is_open and now - one.end < PRESENT_SECONDS and not worker_is_dead(worker)
+
+
 class Speed:
     """How fast this worker trains, with evaluations and waiting, from the last rungs of its trials. Assumes
     the same speed with fewer trials."""
@@ -220,8 +226,7 @@ class Account:
         self.storage.set_study_system_attr(self.study_id, self._key, [self._began, self._noted, is_open])
 
     def _is_at_work(self, key: str) -> bool:
-        other, worker = self._others[key], key.removeprefix(KEY).partition("@")[0]
-        return other.is_open and self._read - other.end < PRESENT_SECONDS and not worker_is_dead(worker)
+        return is_at_work(key, self._others[key], self._read)
 
 
 class Budget:

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_search.database.sqlite_file import MOST_WORKERS, TO_A_SERVER
 from lora_search.errors import InputError, LoraSearchError
 from lora_search.settings.schema import SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.worker.command import LETTER_VARIABLE, received
 
-SQLITE_WORKERS = 8  # without training between their writes 8 got through, of 32 many failed
 ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
 
 
@@ -32,11 +32,11 @@ def check_workers(config: SweepConfig, count: int) -> None:
         "Choose GPUs with CUDA_VISIBLE_DEVICES",
     )
     require(
-        count <= SQLITE_WORKERS or not config.study.storage.startswith("sqlite"),
+        count <= MOST_WORKERS or not config.study.storage.startswith("sqlite"),
         "launcher.workers",
         count,
-        f"must be at most {SQLITE_WORKERS} with SQLite, which lets one worker write at a time",
-        "Give study.storage=postgresql+psycopg://user@host/database (pip install 'lora-search[postgres]')",
+        f"must be at most {MOST_WORKERS} with SQLite, which lets one worker write at a time",
+        TO_A_SERVER,
     )
 
 

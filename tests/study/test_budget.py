@@ -1,5 +1,6 @@
 """What a study may spend: counted over starts, shared out to the trials in front, never exceeded."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from sqlalchemy import event
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import PrunerConfig, StudyConfig, SweepConfig
 from lora_search.settings.space import parse_space
+from lora_search.study.adoption import check_room
 from lora_search.study.budget import KEY, Interval, Need, affordable, covered_seconds
 from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, TrialRun
@@ -225,3 +227,17 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
 def test_budgets_that_cannot_be_kept_are_refused(keys: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         StudyConfig(**keys)  # type: ignore[arg-type]
+
+
+def test_a_ninth_worker_on_one_sqlite_file_is_refused_until_one_of_the_others_ends(tmp_path: Path) -> None:
+    config = limited(tmp_path, n_trials=4)
+    study = open_budgeted(config, tmp_path, Clock(time.time()))
+    for number in range(7):  # seven more of this process
+        key, now = f"{KEY}{study.worker}@{number}", time.time()
+        study.storage.set_study_system_attr(study.table.study_id, key, [now, now, True])
+
+    with pytest.raises(ConfigError, match="study.storage: has 8 workers at work, and SQLite .*postgres"):
+        check_room(config.study)
+
+    study.hand_back("done")
+    check_room(config.study)
