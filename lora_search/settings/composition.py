@@ -144,7 +144,7 @@ def as_override(text: str) -> str:
         override = make_parser().parse_override(text)
     except HydraException:
         key, _, value = text.partition("=")
-        return f"{key}={_quoted(value)}" if key in TEXTS else text  # `compose` reports others
+        return f"{key}={quoted(value)}" if key in TEXTS else text  # `compose` reports others
     key = override.key_or_group
     if not key:
         raise InputError(f"{text}: has no key. Write key=value.")
