@@ -16,7 +16,7 @@ from lora_search.engine.packed_model import PackedModel, SlotTokens
 from lora_search.ops.attention import NAME as PACKED
 from lora_search.ops.device import give_back_memory, is_out_of_memory
 
-PLAIN = "sdpa"
+PLAIN = "sdpa"  # or eager, where a model has nothing else
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def each_slot_its_rows(model: PackedModel, slots: Sequence[int | None], num_rows
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend row by row with a mask and a cache, as transformers does by itself."""
-    model.set_attn_implementation(PLAIN)
+    model.set_attn_implementation(PLAIN if model._supports_sdpa else "eager")
     try:
         yield
     finally:

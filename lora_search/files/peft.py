@@ -163,6 +163,9 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
 def _put_on(base: Any, adapter: Path, name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's calls
+        warnings.filterwarnings(
+            "ignore", message="fan_in_fan_out is set to False"
+        )  # PEFT sets it itself (GPT-2)
         return PeftModel.from_pretrained(base, str(adapter), adapter_name=name)
 
 

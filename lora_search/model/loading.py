@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lora_search.errors import ConfigError, LoraSearchError, ModelError
+from lora_search.model.adaptation import adapt
 from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location, pinned
@@ -122,15 +123,17 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # reported below, with the names
         )
         _check_whole(config, model, found)
-        outline: PreTrainedModel = model
-        return outline
-    with torch.device("meta"):
-        return _explained(
-            config,
-            lambda: AutoModelForCausalLM.from_config(
-                written, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
-            ),
-        )
+    else:
+        with torch.device("meta"):
+            model = _explained(
+                config,
+                lambda: AutoModelForCausalLM.from_config(
+                    written, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
+                ),
+            )
+    adapt(model)
+    outline: PreTrainedModel = model
+    return outline
 
 
 def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
@@ -155,6 +158,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     _check_whole(config, model, found)
     model.requires_grad_(False)
     model.eval()
+    adapt(model)
     _keep_trainable(model)
     check_packing(model, config.path)
     return Base(model, source, device, dtype)

@@ -1,8 +1,8 @@
 """Causal attention over concatenated rows, as an attention function of transformers. It computes no padding.
 
 Uses PyTorch's variable-length kernel on CUDA in half precision, `block_attention` for short rows on a CPU,
-and otherwise one scaled_dot_product_attention per row. Capped scores (Gemma 2) are computed row by row and
-need a [heads, length, length] matrix: no kernel of PyTorch 2.11 to 2.13 caps them.
+and otherwise one scaled_dot_product_attention per row. Capped scores (Gemma 2) and sinks (gpt-oss) are
+computed row by row and need a [heads, length, length] matrix: no kernel of PyTorch 2.11 to 2.13 has them.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from lora_search.ops.block_attention import LONGEST_ROW, RowAttention
 
 NAME = "lora_search_rows"
+BOUNDARIES = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k", "key_source")
 # PyTorch 2.12 and later need a flag when key and value have fewer heads (pytorch pull request 179468).
 TAKES_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 FEWER_KEY_HEADS: dict[str, Any] = {"enable_gqa": True} if TAKES_FLAG else {}
@@ -32,6 +33,7 @@ def rows_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     cu_seq_lens_k: torch.Tensor | None = None,
@@ -43,8 +45,9 @@ def rows_attention(
 
     ``cu_seq_lens_q`` int32 [rows + 1] holds the row boundaries. Where rows share their first tokens,
     ``key_source`` [K] maps each key to its token and ``cu_seq_lens_k`` holds their boundaries; the last query
-    of a row sees all its keys. transformers passes more keywords; `packing_check` verifies at load time that
-    none of them matters to the base.
+    of a row sees all its keys. ``s_aux`` [heads] holds sinks: scores of a further key without a value.
+    transformers passes more keywords; `packing_check` verifies at load time that none of them matters to the
+    base.
     """
     if cu_seq_lens_q is None:
         raise ValueError("its decoder does not pass the row boundaries to its attention layers.")
@@ -52,21 +55,22 @@ def rows_attention(
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     else:
         key, value = key.index_select(2, key_source), value.index_select(2, key_source)
-    if softcap is None and _fits_kernel(query, value):
+    is_usual = softcap is None and s_aux is None
+    if is_usual and _fits_kernel(query, value):
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         return kernel(query, key, value, bounds, longest, scaling, sliding_window), None
     lengths, key_lengths = (tuple(bounds.diff().tolist()) for bounds in (cu_seq_lens_q, cu_seq_lens_k))
-    is_plain = softcap is None and (sliding_window is None or max_length_k <= sliding_window)
+    is_plain = is_usual and (sliding_window is None or max_length_k <= sliding_window)
     is_square = query.shape[-1] == value.shape[-1]  # not so in DeepSeek's latent attention
     if is_plain and is_square and not query.is_cuda and max_length_k <= LONGEST_ROW:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, lengths, key_lengths, scale), None  # type: ignore[no-untyped-call]
     keys = (key.split(key_lengths, 2), value.split(key_lengths, 2))
     rows = zip(query.split(lengths, 2), *keys, strict=True)
-    if softcap is None:
+    if is_usual:
         outputs = [_one_row(q, k, v, scaling, sliding_window) for q, k, v in rows]
     else:
-        outputs = [_capped_row(q, k, v, scaling, sliding_window, softcap) for q, k, v in rows]
+        outputs = [_written_out(q, k, v, scaling, sliding_window, softcap, s_aux) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -103,21 +107,28 @@ def _one_row(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling, enable_gqa=enable_gqa)
 
 
-def _capped_row(
+def _written_out(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scaling: float | None,
     sliding_window: int | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with scores softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv 2408.00118)."""
+    """Attention with scores softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv 2408.00118), or
+    a softmax with one more score in each head (gpt-oss, arXiv 2508.10925)."""
     length, queries_per_key = k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
     scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     hidden = ~_visible(q.shape[2], length, sliding_window or length, q.device)
-    return scores.float().masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype) @ v
+    scores = scores.float().masked_fill(hidden, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
 def _visible(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:

@@ -77,11 +77,11 @@ def make_model(folder: Path, architecture: str) -> ModelConfig:
     return ModelConfig(path=str(folder))
 
 
-def check_exact(architecture: str, folder: Path) -> torch.nn.Module:
+def check_exact(architecture: str, folder: Path, **changes: object) -> torch.nn.Module:
     """Train all-linear, load the adapter in plain PEFT and compare perplexities; return the plain base."""
     config = make_model(folder / "model", architecture)
     check_outline(config.path, config, [("all-linear",)])
-    run = make_run(folder, 0, target_modules=("all-linear",), alpha=6.0, lr=2e-2)
+    run = make_run(folder, 0, target_modules=("all-linear",), alpha=6.0, lr=2e-2, **changes)
     curve = train_all(build_engine(folder / "model", SPLITS), [run])[0]
 
     base = AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation="eager")
@@ -102,9 +102,19 @@ def test_all_linear_leaves_out_what_peft_could_not_load_and_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT says so of GPT-2, and sets it
 @pytest.mark.parametrize("architecture", sorted({*listed("Packed")} - {*LEFT_OUT} - {*ARCHITECTURES}))
 def test_a_listed_architecture_is_exact(architecture: str, tmp_path: Path) -> None:
     check_exact(architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"neftune_alpha": 5.0}, {"use_dora": True, "dropout": 0.1}])
+@pytest.mark.parametrize("architecture", ["gemma3n_text", "gpt_neox", "qwen2"])
+def test_options_are_exact_where_embeddings_and_biases_are_of_another_kind(
+    architecture: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    check_exact(architecture, tmp_path, **changes)
 
 
 @pytest.mark.slow

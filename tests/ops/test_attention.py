@@ -16,7 +16,7 @@ TINY = {
 
 
 def model_with(architecture: str, attention: str, **settings: object) -> PreTrainedModel:
-    config = AutoConfig.for_model(architecture, **TINY, **settings)
+    config = AutoConfig.for_model(architecture, **{**TINY, **settings})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
@@ -42,11 +42,17 @@ def gradients(model: PreTrainedModel, logits: torch.Tensor) -> dict[str, torch.T
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+GPT_OSS = {
+    "num_local_experts": 4,
+    "initializer_range": 0.1,
+}  # at 0.3 gradients reach 252 and cancel
 CASES = {
     "llama": ("llama", {}),
     "mistral, sliding": ("mistral", {"sliding_window": 4}),
     "gemma2, softcap": ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 100}),
     "gemma2, softcap and sliding": ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 4}),
+    "gpt_oss, sinks": ("gpt_oss", {**GPT_OSS, "sliding_window": 100}),
+    "gpt_oss, sinks and sliding": ("gpt_oss", {**GPT_OSS, "sliding_window": 4}),
     "gemma2, no softcap": ("gemma2", {"attn_logit_softcapping": None, "sliding_window": 4}),
 }
 
