@@ -46,7 +46,7 @@ from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig, re
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
 from lora_search.study.about import LENGTHS, attributes, length_histogram
-from lora_search.study.adoption import check_adoptable, check_room
+from lora_search.study.adoption import check_adoptable, check_room, keep_rule
 from lora_search.study.fingerprint import (
     DATA_COMMIT,
     check_fingerprint,
@@ -212,6 +212,7 @@ def prepare_sweep(
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     pick_device(config.engine.device)
     identity = check_places(config)
+    keep_rule(config.pruner, identity)
     rows = load_rows(config.data, None, knows_rows, progress.watch, commits_of(identity, config.data))
     for note in rows.notes:
         progress.event(note)

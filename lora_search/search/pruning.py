@@ -145,9 +145,9 @@ def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
     require(first <= num_rungs, "pruner.first_rung", first, rule, "Lower it, or raise train.evals_per_epoch")
     match config.name:
         case "asha":
-            return RungPruner(first, config.reduction_factor)
+            return RungPruner(first, config.factor)
         case "hyperband":
-            return pruners.HyperbandPruner(first, num_rungs, config.reduction_factor)
+            return pruners.HyperbandPruner(first, num_rungs, config.factor)
         case "median":
             return pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=first)
         case "percentile":

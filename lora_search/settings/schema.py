@@ -89,7 +89,7 @@ class SamplerConfig:
 class PrunerConfig:
     name: str = "asha"
     first_rung: int = 1  # the first rung at which a trial may be pruned
-    reduction_factor: int = 3  # asha, hyperband: one trial in this many continues at each rung
+    reduction_factor: int | None = None  # one trial in this many continues at each rung; null: 2, hyperband 3
     percentile: float = 50.0  # percentile: the share of trials to keep
     patience: int = 2  # patient: rungs without improvement
     n_startup_trials: int = 4  # median, percentile, wilcoxon: finished trials needed for a comparison
@@ -99,13 +99,19 @@ class PrunerConfig:
         names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         require_choice("pruner.name", self.name, names)
         require_range("pruner.first_rung", self.first_rung, 1, 100_000)
-        require_range("pruner.reduction_factor", self.reduction_factor, 2, 1000, "Try 3")
+        require_range("pruner.reduction_factor", self.factor, 2, 1000, "Try 2 or 3")
         require(0 < self.percentile < 100, "pruner.percentile", self.percentile, "must be between 0 and 100")
         require_range("pruner.patience", self.patience, 1, 100_000)
         rule = "works only with the rungs of asha"
         fits = self.name == "asha" or not self.resume_paused
         require(fits, "pruner.resume_paused", self.resume_paused, rule, "Use pruner=asha")
         require_range("pruner.n_startup_trials", self.n_startup_trials, 0, 100_000)
+
+    @property
+    def factor(self) -> int:
+        """The reduction factor: as set, or what docs/pruning.md found best for asha and Optuna's own."""
+        default = 2 if self.name == "asha" else 3
+        return default if self.reduction_factor is None else self.reduction_factor
 
 
 @dataclass(kw_only=True)

@@ -11,11 +11,13 @@ from lora_search.database.storage import quieten_optuna
 from lora_search.errors import ConfigError
 from lora_search.search.pruning import make_pruner
 from lora_search.search.sampling import make_sampler
-from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.settings.schema import PrunerConfig, StudyConfig, SweepConfig
 from lora_search.settings.space import Space, largest
 from lora_search.study.budget import KEY, Interval, is_at_work
+from lora_search.study.identity import Identity
 
 OURS = {"fingerprint", "base_perplexity", "sweep"}  # attributes in the studies of all our versions
+FACTOR = "pruner.reduction_factor"
 REMEDY = "Choose another study.name, or another study.storage."
 
 
@@ -42,6 +44,13 @@ def check_room(config: StudyConfig) -> None:
     if count >= MOST_WORKERS:
         rule = f"has {count} workers at work, and SQLite lets one write at a time"
         raise ConfigError("study.storage", config.storage, rule, TO_A_SERVER)
+
+
+def keep_rule(config: PrunerConfig, identity: Identity | None) -> None:
+    """Fix the reduction factor of a study: that of its first start. In version 0.1 the default was 3."""
+    if config.reduction_factor is None:
+        known = {} if identity is None else {FACTOR: "3", **identity.fingerprint}
+        config.reduction_factor = int(known.get(FACTOR, config.factor))
 
 
 def check_study(

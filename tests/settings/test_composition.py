@@ -84,7 +84,7 @@ def test_the_wide_llama_sweep_begins_in_the_middle_of_its_range_with_alpha_apart
     assert rates == [3e-4, 8.6e-4, 9.5e-5]
     assert {settings.alpha for settings in corners(config, parse_space(config), ["lora.r"])} == {32}
     assert config.lora.target_modules == "all-linear"
-    assert (config.pruner.name, config.pruner.reduction_factor) == ("asha", 2)
+    assert (config.pruner.name, config.pruner.factor) == ("asha", 2)
 
 
 def test_a_study_is_found_without_the_data_that_it_was_made_with() -> None:

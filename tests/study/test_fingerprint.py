@@ -11,9 +11,11 @@ from optuna.distributions import (
 )
 
 from lora_search.errors import FingerprintError
-from lora_search.settings.schema import SweepConfig
+from lora_search.settings.schema import PrunerConfig, SweepConfig
 from lora_search.settings.space import Space
+from lora_search.study.adoption import keep_rule
 from lora_search.study.fingerprint import check_fingerprint, settings_part, space_part
+from lora_search.study.identity import Identity
 
 LR = FloatDistribution(1e-4, 1e-3, log=True)
 RANK = IntDistribution(8, 32, step=8)
@@ -108,3 +110,23 @@ def test_a_key_that_is_newly_searched_or_no_longer_is_refused(study: Study) -> N
         begin(study, {"optim.lr": LR, "lora.r": RANK})
     with pytest.raises(FingerprintError, match=r"space.optim.lr: 0.0001 to 0.001, log -> not set"):
         begin(study, {})
+
+
+@pytest.mark.parametrize(
+    ("pruner", "stored", "factor"),
+    [
+        (PrunerConfig(), None, 2),
+        (PrunerConfig(), {"pruner.reduction_factor": "3"}, 3),
+        (PrunerConfig(), {}, 3),  # before there were fingerprints
+        (PrunerConfig(reduction_factor=4), {"pruner.reduction_factor": "3"}, 4),  # refused with a message
+        (PrunerConfig(name="hyperband"), None, 3),
+    ],
+)
+def test_a_study_keeps_the_reduction_factor_of_its_first_start(
+    pruner: PrunerConfig, stored: dict[str, str] | None, factor: int
+) -> None:
+    identity = None if stored is None else Identity(id="id", fingerprint=stored)
+
+    keep_rule(pruner, identity)
+
+    assert settings_part(SweepConfig(pruner=pruner))["pruner.reduction_factor"] == str(factor)

@@ -23,7 +23,7 @@ PRUNERS = ("asha_resume", "none")
 
 
 def pausing_config(folder: Path, *, n_trials: int = 6, keep_bytes: int = GIB) -> SweepConfig:
-    config = make_config(folder, pruner=PrunerConfig(resume_paused=True))
+    config = make_config(folder, pruner=PrunerConfig(reduction_factor=3, resume_paused=True))
     study = replace(config.study, n_trials=n_trials, keep_gib=keep_bytes / GIB)
     return replace(config, study=study)
 
