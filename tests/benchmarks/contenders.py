@@ -235,10 +235,10 @@ def _best_rung(trial: FrozenTrial) -> int:
     return min(values, key=lambda rung: values[rung])
 
 
-OURS = "ours: tpe, first trials, asha"
+OURS, ASHA = "ours: tpe, first trials, asha", (1, 2)  # first rung, reduction factor
 RULES = {
+    "factor 2": Contender(rule=ASHA),
     "factor 3": Contender(rule=(1, 3)),
-    "factor 2": Contender(rule=(1, 2)),
     "factor 4": Contender(rule=(1, 4)),
     "first rung 2, factor 3": Contender(rule=(2, 3)),
     "first rung 2, factor 2": Contender(rule=(2, 2)),
@@ -252,11 +252,11 @@ RULES = {
     "no pruning": Contender(),
 }
 RIVALS = {
-    "tpe, default first, asha (before)": Contender(first=FIRST[:1], rule=(1, 3)),
-    "random, first trials, asha": Contender(sampler="random", rule=(1, 3)),
-    "ours, TPE models after 3 trials": Contender(rule=(1, 3), startup=3),
+    "tpe, default first, asha (before)": Contender(first=FIRST[:1], rule=ASHA),
+    "random, first trials, asha": Contender(sampler="random", rule=ASHA),
+    "ours, TPE models after 3 trials": Contender(rule=ASHA, startup=3),
     "tpe, first trials, successive halving": Contender(pruner=lambda k: SuccessiveHalvingPruner(1, 3)),
-    "random, asha": Contender(sampler="random", first=(), rule=(1, 3)),
+    "random, asha": Contender(sampler="random", first=(), rule=ASHA),
     "random": Contender(sampler="random", first=()),
     "tpe": Contender(first=()),
     "tpe, median": Contender(first=(), pruner=lambda k: MedianPruner(n_startup_trials=4, n_warmup_steps=1)),
@@ -264,12 +264,12 @@ RIVALS = {
     "tpe, hyperband": Contender(first=(), pruner=lambda k: HyperbandPruner(1, k, 3)),
     "grid 3x3x2": Contender(sampler="random", first=GRID),
 }  # fmt: skip
-SLOW = {"gp, first trials, asha": Contender(sampler="gp", rule=(1, 3))}
+SLOW = {"gp, first trials, asha": Contender(sampler="gp", rule=ASHA)}
 OTHERS = {"Syne Tune's ASHA": ("syne_tune", SyneTuneAsha), "SMAC3's Hyperband": ("smac", SmacHyperband)}
 
 
 def contenders(*, slow: bool = False) -> dict[str, Any]:
     """Return all contenders that can run here, ours first."""
     there = {name: cls for name, (module, cls) in OTHERS.items() if importlib.util.find_spec(module)}
-    rules = {f"rule: {name}": one for name, one in RULES.items() if name != "factor 3"}
-    return {OURS: RULES["factor 3"], **RIVALS, **there, **rules, **(SLOW if slow else {})}
+    rules = {f"rule: {name}": one for name, one in RULES.items() if name != "factor 2"}
+    return {OURS: RULES["factor 2"], **RIVALS, **there, **rules, **(SLOW if slow else {})}
