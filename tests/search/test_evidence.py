@@ -1,12 +1,16 @@
 """What docs/pruning.md rests on: the surrogate of recorded curves, and searches replayed on it."""
 
+from xml.etree import ElementTree
+
 import numpy as np
 import optuna
 import pytest
 from scipy.linalg import cho_solve
 
 from lora_search.database.storage import quieten_optuna
-from tests.benchmarks.search import BUDGETS, CONTENDERS, best_possible, search
+from tests.benchmarks.contenders import OURS, contenders
+from tests.benchmarks.regret_plot import plot
+from tests.benchmarks.search import BUDGETS, best_possible, search
 from tests.benchmarks.surrogate import Surrogate, families
 
 
@@ -50,14 +54,24 @@ def test_without_new_residuals_a_task_gives_the_recorded_curves_back(surrogate: 
     assert np.median(np.abs(given_NK - surrogate.family.curves_NK)) < 0.01
 
 
-@pytest.mark.parametrize("name", ["ours: tpe, first trials, asha", "tpe, hyperband"])
+@pytest.mark.parametrize("name", [OURS, "tpe, hyperband"])
 def test_a_replayed_search_is_the_same_again_and_never_better_than_the_best(
     surrogate: Surrogate, name: str
 ) -> None:
     task = surrogate.task(3)
 
-    found = search(CONTENDERS[name], task, 3)
+    found = search(contenders()[name], task, 3)
 
-    assert found == search(CONTENDERS[name], task, 3)
+    assert found == search(contenders()[name], task, 3)
     assert len(found) == len(BUDGETS)
     assert min(found) >= 0.995 * best_possible(task)  # of a grid of rates
+
+
+def test_the_plot_has_a_line_for_every_contender_that_ran_and_a_panel_for_every_family() -> None:
+    regrets = {name: np.full((5, len(BUDGETS)), 0.02) for name in (OURS, "random", "a rule")}
+
+    picture = ElementTree.fromstring(plot({"faq": regrets, "docs": regrets}, BUDGETS))
+
+    panels = picture.findall("{http://www.w3.org/2000/svg}g")
+    lines = [panel.findall("{http://www.w3.org/2000/svg}path[@class='line']") for panel in panels]
+    assert [len(found) for found in lines] == [2, 2]
