@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_search.files.atomic import write_file
 from lora_search.results.ranking import best_of, progress_note
 from lora_search.settings.grammar import as_text
-from lora_search.settings.recorded import plain, recorded_values
+from lora_search.settings.recorded import plain, recorded_values, trial_values
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
@@ -129,10 +129,7 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
         "rung": best.best_rung,
         "seed": seed_of(best, attributes),
         "params": {key: plain(value) for key, value in best.params.items()},
-        "settings": {
-            **recorded_values(attributes, best.params),
-            **{key: plain(value) for key, value in best.params.items()},
-        },
+        "settings": trial_values(attributes, best.params),
     }
 
 

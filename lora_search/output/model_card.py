@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
 from lora_search.results.verdict import line_of_test, listed
-from lora_search.settings.recorded import plain, recorded_values
+from lora_search.settings.recorded import trial_values
 from lora_search.settings.train_schema import PATTERNS
 from lora_search.study.results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
@@ -80,7 +80,7 @@ def model_card(
     """Return the card. ``to_base``: the paired comparison on the validation rows; ``merged``: the perplexity
     of the merged weights in plain transformers, and their dtype; ``final``: where it is not the trial's own
     adapter but its settings, trained once more."""
-    settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
+    settings = trial_values(attributes, row.params)
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
     serve = VLLM.format(base=base, study=study, rank=rank_option(settings.get("lora.r")))
@@ -139,7 +139,7 @@ def serving_lines(
             f"python convert_hf_to_gguf.py {place} --outtype f16 --outfile {name}.gguf",
         ]
     else:
-        settings = recorded_values(attributes) | {key: plain(value) for key, value in row.params.items()}
+        settings = trial_values(attributes, row.params)
         if needs_merging(settings):
             return [f"# {MERGE_FIRST}", f"hf upload ME/{name} {place}"]
         rank = rank_option(settings.get("lora.r"))

@@ -25,6 +25,11 @@ def recorded_values(attributes: Mapping[str, str], whole: Collection[str] = ()) 
     return {key: _literal(text) for key, text in recorded_settings(attributes).items()}  # an older version's
 
 
+def trial_values(attributes: Mapping[str, str], params: Mapping[str, object]) -> dict[str, object]:
+    """Return the sweep's settings with a trial's parameters laid over them."""
+    return recorded_values(attributes, params) | {key: plain(value) for key, value in params.items()}
+
+
 def plain(value: object) -> object:
     """Return a list where the study keeps one as JSON."""
     if isinstance(value, str) and value.startswith(("[", "{")):
