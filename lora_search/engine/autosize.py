@@ -3,13 +3,17 @@
 Costs up to ten training passes. Peak memory is modelled as c0 + c1 * tokens + c2 * slots: c2 is known, the
 line through the smallest and the largest pass gives c0 and c1. On a GPU the allocator reports what a pass
 took; on a CPU the tensors saved for the backward pass are counted.
+
+A slot puts at most its effective batch into a pass, so few slots cannot fill a large pass, and many slots
+leave memory for a small one only: both are chosen together, for the highest speed.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,6 +51,15 @@ class PassCost:
     bytes_per_token: float
     speeds: dict[int, float]  # tokens of the pass -> tokens per second
 
+    def speed(self, tokens: float) -> float:
+        """Return tokens per second of a pass: between the measured sizes a line, beyond them the nearest."""
+        sizes = sorted(self.speeds)
+        rising = np.maximum.accumulate([self.speeds[size] for size in sizes])  # a slower one is noise
+        return float(np.interp(tokens, sizes, rising))
+
+    def bytes(self, slots: int, tokens: int, bytes_per_slot: int) -> float:
+        return self.fixed_bytes + self.bytes_per_token * tokens + slots * bytes_per_slot
+
 
 def fit(
     config: EngineConfig,
@@ -59,7 +72,7 @@ def fit(
 ) -> Fit:
     """Return slots and tokens per pass as set, or chosen if they are auto.
 
-    ``batch_size`` is the smallest of the space: the most rows that one trial alone can put into a pass.
+    ``batch_size`` is the smallest effective one of the space: the rows that any trial can put into a pass.
     ``free_bytes`` is the free memory of the device. Raises LoraSearchError if a single row does not fit.
     """
     device = model.device.type
@@ -73,14 +86,49 @@ def fit(
     if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < longest:
         recompute_layers(model.decoder)
         cost = measure(model, rows, sizes) if device == "cuda" else _recomputed(cost, model.decoder)
-    tokens = _tokens(config, cost, room_for_pass, longest, MOST_TOKENS[device])
-    left = room - cost.fixed_bytes - cost.bytes_per_token * tokens
-    slots = least_slots
-    if config.slots == "auto":
-        most = min(most_slots, MOST_SLOTS[device], max(1, int(left / bytes_per_slot)))
-        slots = _slots(cost, tokens, batch_size * mean, most)
-    predicted = cost.fixed_bytes + cost.bytes_per_token * tokens + slots * bytes_per_slot
-    return Fit(slots, tokens, int(predicted), _note(slots, tokens, predicted, cost, batch_size))
+    limits = Limits(longest, batch_size * mean, min(most_slots, MOST_SLOTS[device]), MOST_TOKENS[device])
+    slots, tokens = choose(config, cost, room, bytes_per_slot, limits)
+    predicted = cost.bytes(slots, tokens, bytes_per_slot)
+    return Fit(slots, tokens, int(predicted), _note(slots, tokens, predicted, cost, limits))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the choice: the longest row and one trial's effective batch in tokens, slots, tokens."""
+
+    longest: int
+    batch_tokens: float
+    most_slots: int
+    most_tokens: int
+
+
+def choose(
+    config: EngineConfig, cost: PassCost, room: float, bytes_per_slot: int, limits: Limits
+) -> tuple[int, int]:
+    """Return the fewest slots, with the tokens that fit beside them, whose passes are about as fast as any.
+
+    ``room`` is the memory to use, in bytes. Raises LoraSearchError if a single row does not fit."""
+    options = list(_options(config, cost, room, bytes_per_slot, limits))
+    speeds = [cost.speed(min(tokens, slots * limits.batch_tokens)) for slots, tokens in options]
+    return next(o for o, speed in zip(options, speeds, strict=True) if speed >= ENOUGH * max(speeds))
+
+
+def _options(
+    config: EngineConfig, cost: PassCost, room: float, bytes_per_slot: int, limits: Limits
+) -> Iterator[tuple[int, int]]:
+    """Yield slots and the most tokens that fit beside them; set tokens are taken for the fewest slots."""
+    least = 1 if config.slots == "auto" else int(config.slots)
+    most = max(least, limits.most_slots) if config.slots == "auto" else least
+    for slots in range(least, most + 1):
+        left = room - slots * bytes_per_slot
+        if slots == least:
+            yield slots, _tokens(config, cost, left, limits.longest, limits.most_tokens)
+        elif (fitting := _fitting(cost, left)) < limits.longest:
+            return
+        elif config.tokens_per_pass == "auto":
+            yield slots, min(fitting, limits.most_tokens)
+        elif fitting >= int(config.tokens_per_pass):
+            yield slots, int(config.tokens_per_pass)
 
 
 def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -> PassCost:
@@ -115,9 +163,9 @@ def bytes_per_slot(bank: SlotBank) -> int:
 
 
 def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:
-    """Return the sizes to probe: one trial's batch and its multiples, up to the largest pass."""
+    """Return the sizes to probe: one trial's batch, or less, and its multiples up to the largest pass."""
     top = MOST_TOKENS[device] // 2 if config.tokens_per_pass == "auto" else int(config.tokens_per_pass)
-    sizes = [max(1, int(batch_size * mean))]
+    sizes = [max(1, min(int(batch_size * mean), top // 16))]
     while sizes[-1] * 2 <= top and len(sizes) < 5:
         sizes.append(sizes[-1] * 2)
     return sizes
@@ -151,17 +199,12 @@ def _recomputed(cost: PassCost, decoder: nn.Module) -> PassCost:
     return replace(cost, bytes_per_token=cost.bytes_per_token / layers + inputs)
 
 
-def _slots(cost: PassCost, tokens: int, batch_tokens: float, most: int) -> int:
-    best = max(cost.speeds.values())
-    enough = min(size for size, speed in cost.speeds.items() if speed >= ENOUGH * best)
-    return max(1, min(most, math.ceil(min(enough, tokens) / batch_tokens)))
-
-
-def _note(slots: int, tokens: int, predicted: float, cost: PassCost, batch_size: int) -> str:
-    alone, best = next(iter(cost.speeds.values())), max(cost.speeds.values())
+def _note(slots: int, tokens: int, predicted: float, cost: PassCost, limits: Limits) -> str:
+    filled = min(tokens, slots * limits.batch_tokens)
+    alone, packed = cost.speed(min(tokens, limits.batch_tokens)), cost.speed(filled)
     return (
         f"{slots} slots, {tokens} tokens per pass, about {predicted / 2**30:.1f} GiB plus the base; probe: "
-        f"{best:.0f} tokens/s packed, {alone:.0f} with batch {batch_size} alone ({best / alone:.2f}x)"
+        f"{packed:.0f} tokens/s, {alone:.0f} for one trial with the smallest batch ({packed / alone:.2f}x)"
     )
 
 

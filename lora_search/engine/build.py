@@ -1,5 +1,6 @@
 """Builds an engine of the right size for a sweep: adapted layers, number of slots, size of a pass."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,12 +29,12 @@ ADAPTER_KEYS = (
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine must hold: all possible target modules, the largest rank, the smallest batch, trials.
-    ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``has_dora``: some trial has."""
+    """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
+    trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
-    min_batch_size: int
+    min_batch: int
     num_trials: int
     patterns: tuple[str, ...] = ()
     has_dora: bool = False
@@ -42,7 +43,7 @@ class Room:
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
         """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
-        max_rank, min_batch = max(map(_largest_rank, trials)), min(t.batch_size for t in trials)
+        max_rank, min_batch = max(map(_largest_rank, trials)), min(t.examples_per_step for t in trials)
         has_dora = any(trial.use_dora for trial in trials)
         return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora)
 
@@ -50,8 +51,9 @@ class Room:
     def of_space(cls, config: SweepConfig, space: Space) -> "Room":
         """Return the size needed for any trial of a space."""
         trials = corners(config, space, ADAPTER_KEYS)
-        min_batch = smallest(config, space, "train.batch_size")
-        return replace(cls.of(trials), min_batch_size=min_batch, num_trials=config.study.most_trials)
+        keys = ("train.batch_size", "train.gradient_accumulation_steps")
+        min_batch = math.prod(smallest(config, space, key) for key in keys)
+        return replace(cls.of(trials), min_batch=min_batch, num_trials=config.study.most_trials)
 
 
 def _largest_rank(trial: TrialSettings) -> int:
@@ -106,7 +108,7 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     bank.admit(0, most, bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
-    free, batch = available_bytes(base.device) // sharing, room.min_batch_size
+    free, batch = available_bytes(base.device) // sharing, room.min_batch
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

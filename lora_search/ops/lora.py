@@ -10,6 +10,7 @@ Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -141,14 +142,13 @@ class AddGrouped(torch.autograd.Function):
     ) -> torch.Tensor:
         assert plan.ends_S is not None
         assert plan.scaling_LT is not None
-        y = _output(ctx, y, x, base)
-        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        x_TD = x.reshape(-1, x.shape[-1])
         mask = _mask(plan, layer, x_TD)
         input_TD = x_TD if mask is None else mask.apply(x_TD)
         hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(
             plan.scaling_LT[layer][:, None]
         )
-        y_TO.add_(F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
+        y = _sum(ctx, y, x, base, F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
         ctx.save_for_backward(x, hidden_TR)
         ctx.bank, ctx.plan, ctx.layer, ctx.base = bank, plan, layer, base  # type: ignore[attr-defined]
         return y
@@ -183,6 +183,22 @@ def _output(ctx: FunctionCtx, y: torch.Tensor | None, x: torch.Tensor, base: Den
     assert y is not None
     ctx.mark_dirty(y)
     return y
+
+
+def _sum(
+    ctx: FunctionCtx, y: torch.Tensor | None, x: torch.Tensor, base: Dense | None, added_TO: torch.Tensor
+) -> torch.Tensor:
+    """Return the base layer's output plus ``added_TO``, which the base's matmul itself adds to."""
+    if base is None:
+        assert y is not None
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).add_(added_TO)
+        return y
+    added_TO.addmm_(x.reshape(-1, x.shape[-1]), base.weight_OD.T)
+    if base.bias_O is not None:
+        added_TO += base.bias_O
+    shape = (*x.shape[:-1], len(base.weight_OD))
+    return cast(torch.Tensor, torch.ops.aten._unsafe_view(added_TO, shape))  # models may change it in place
 
 
 def _grads(

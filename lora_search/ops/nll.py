@@ -3,18 +3,47 @@
 Legend: N completion tokens, D width, V vocabulary. All chunks share one buffer for logits:
 a new one per chunk costs a fifth of the time on a CPU (51 instead of 40 ms, 256 tokens in float32). With
 F.cross_entropy on all logits a pass takes 1.1x the time in bfloat16 and keeps 1.28x the memory for the
-backward pass (`python -m tests.benchmarks.ops`); torch 2.13's linear_cross_entropy cannot cap logits.
+backward pass (`python -m tests.benchmarks.ops`); torch 2.13's linear_cross_entropy cannot cap logits. On CUDA
+two compiled kernels make NLL and gradient of a chunk, where nothing caps, scales or smooths its logits: by
+count 22 -> 12 ms of a pass of 8k tokens (`python -m tests.benchmarks.predict`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from itertools import repeat
 
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
+from lora_search.ops.compiled import compiled
+
 CPU_ROWS = (256, 16)  # rows in one matmul, and in one softmax that stays in cache: 16 x 49k float32 are 3 MB
 CUDA_ROWS = (1024, 256)  # 1024 x 128k logits in bfloat16 are 263 MB
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def nll_and_gradient(logits_NV: torch.Tensor, target_N: torch.Tensor) -> Pair:
+    """Return NLL [N] in float32, and its gradient by the logits, softmax minus one-hot, in their dtype."""
+    z = logits_NV.float()
+    total = z.logsumexp(1, keepdim=True)
+    hit = torch.arange(z.shape[1], device=z.device) == target_N[:, None]
+    return (total - z.gather(1, target_N[:, None]))[:, 0], ((z - total).exp() - hit.float()).to(
+        logits_NV.dtype
+    )
+
+
+@cache
+def compiled_nll(device: torch.device, dtype: torch.dtype) -> Callable[..., Pair] | None:
+    """Return `nll_and_gradient` compiled for logits of that dtype; None where that gives other numbers."""
+    logits, target = 3 * torch.randn(30, 96, device=device).to(dtype), torch.arange(30, device=device) * 3
+    expected = nll_and_gradient(logits, target)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
+    return compiled(
+        "the head", nll_and_gradient, (logits, target), expected,
+        lambda found, wanted: all(map(close, found, wanted)),
+    )  # fmt: skip
 
 
 class Head:
@@ -30,6 +59,8 @@ class Head:
         self.block_NV = torch.empty(
             block_rows, len(self.weight_VD), dtype=_wide(output.weight), device=output.weight.device
         )
+        is_usual = output.weight.is_cuda and softcap is None and scale == 1.0
+        self.fast = compiled_nll(output.weight.device, output.weight.dtype) if is_usual else None
 
     def nll(
         self, hidden_ND: torch.Tensor, target_N: torch.Tensor, smoothing_N: torch.Tensor | None = None
@@ -50,6 +81,9 @@ class Head:
         logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
         if self.bias_V is not None:
             logits_NV += self.bias_V
+        if self.fast is not None and smoothing_N is None and with_grad:
+            nll_N, grad_NV = self.fast(logits_NV, target_N)
+            return nll_N, grad_NV @ self.weight_VD
         step = len(self.block_NV)
         parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
         nll_N = torch.cat([self._block(*part, with_grad) for part in parts])

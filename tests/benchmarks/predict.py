@@ -32,13 +32,14 @@ from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.model.targets import target_layers
 from lora_search.ops import fused, lora
 from lora_search.ops.nll import Head
+from lora_search.ops.recompute import recompute_layers
 from lora_search.trial import TrialSettings
-from tests.benchmarks.gpu.shapes import LLAMA_1B, LLAMA_8B
+from tests.benchmarks.gpu.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 from tests.engine.test_cuda_paths import OnMeta, varlen_rows
 
 FLOPS, BYTES, LAUNCH = 800e12, 3e12, 2.5e-6  # of an H100 in bfloat16: operations/s, bytes/s, seconds a kernel
 PEAK = 989e12  # its data sheet's operations/s
-KINDS = ("base matmul", "LoRA matmul", "elementwise", "dropout", "head", "norms", "attention")
+KINDS = ("base matmul", "LoRA matmul", "elementwise", "dropout", "head", "norms", "attention", "unpacking")
 LEARNT = 0.5  # the share of a row's tokens that its completion is
 SETTINGS = TrialSettings(
     r=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",), use_rslora=False, lr=2e-4,
@@ -50,7 +51,8 @@ SETTINGS = TrialSettings(
 
 @dataclass(frozen=True)
 class Case:
-    """A pass: the model's shape, what carries adapters, slots, and tokens in rows of one length."""
+    """A pass: the model's shape, what carries adapters, slots, and tokens in rows of one length. QLoRA holds
+    the base's linear layers in 4 bits, and computes the activations of a layer again in the backward pass."""
 
     name: str
     shape: dict[str, int]
@@ -59,6 +61,7 @@ class Case:
     tokens: int
     row: int = 512
     max_rank: int = 32
+    is_qlora: bool = False
 
 
 CASES = (
@@ -68,6 +71,7 @@ CASES = (
     Case("8B q,v, 8k, 8 slots", LLAMA_8B, ("q_proj", "v_proj"), 8, 8192),
     Case("1B q,v, 16k, 32 slots", LLAMA_1B, ("q_proj", "v_proj"), 32, 16384, row=128),
     Case("1B q,v, one trial of 800", LLAMA_1B, ("q_proj", "v_proj"), 1, 800, row=100),
+    Case("70B nf4 all-linear, recomputed, 4k", LLAMA_70B, ("all-linear",), 1, 4096, is_qlora=True),
 )
 
 
@@ -161,7 +165,7 @@ def kind_of(func: Any, operands: Sequence[torch.Tensor], vocabulary: int) -> str
         return "head"
     for part, kind in (
         ("grouped_mm", "LoRA matmul"), ("mm", "base matmul"), ("varlen_attn", "attention"),
-        ("one_kernel_norm", "norms"), ("one_kernel_dropout", "dropout"),
+        ("one_kernel_norm", "norms"), ("one_kernel_dropout", "dropout"), ("one_kernel_unpack", "unpacking"),
     ):  # fmt: skip
         if part in name:
             return kind
@@ -230,6 +234,92 @@ def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.T
     return torch.empty_like(grad), torch.empty_like(grad)
 
 
+@torch.library.custom_op("predict::one_kernel_rotary", mutates_args=())
+def one_kernel_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The kernel that `ops.fused.rotated` compiles into."""
+    return x.clone()
+
+
+@one_kernel_rotary.register_fake
+def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("predict::one_kernel_unpack", mutates_args=())
+def one_kernel_unpack(packed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """bitsandbytes' kernel that unpacks a weight: it reads 4 bits a number and writes bfloat16."""
+    return packed.new_zeros(rows, columns, dtype=torch.bfloat16)
+
+
+@one_kernel_unpack.register_fake
+def _(packed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return packed.new_empty(rows, columns, dtype=torch.bfloat16)
+
+
+class MatMul4Bit(torch.autograd.Function):
+    """As in bitsandbytes: the weight is unpacked for the matmul of each direction and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "Linear4Bit") -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.unpacked())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ ctx.layer.unpacked(), None
+
+
+class Linear4Bit(nn.Linear):
+    """A linear layer in 4 bits, on the meta device."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(
+            torch.empty(layer.weight.numel() // 2, 1, dtype=torch.uint8, device="meta"), requires_grad=False
+        )
+
+    def unpacked(self) -> torch.Tensor:
+        return one_kernel_unpack(self.weight, self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = MatMul4Bit.apply(x, self)
+        return product
+
+
+def quantize(model: nn.Module, names: Sequence[str]) -> None:
+    """Put these layers into 4 bits."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Linear4Bit(model.get_submodule(name)))
+
+
+@torch.library.custom_op("predict::one_kernel_logsumexp", mutates_args=())
+def one_kernel_logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """The first kernel that `ops.nll.nll_and_gradient` compiles into."""
+    return logits.float().logsumexp(1)
+
+
+@torch.library.custom_op("predict::one_kernel_softmax", mutates_args=())
+def one_kernel_softmax(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The second: softmax minus one-hot, in the dtype of the logits."""
+    return logits.clone()
+
+
+@one_kernel_logsumexp.register_fake
+def _(logits: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@one_kernel_softmax.register_fake
+def _(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def two_kernel_nll(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = one_kernel_logsumexp(logits)
+    return total, one_kernel_softmax(logits, total)
+
+
 class OneKernel:
     """`ops.dropout.Mask` as it is on CUDA, where its kernel is compiled."""
 
@@ -248,6 +338,7 @@ def cuda_branches() -> Iterator[None]:
     with (
         patch.object(lora, "Mask", OneKernel),
         patch.object(fused, "_gate_functions", lambda _: (one_kernel_gate, one_kernel_gate_backward)),
+        patch.object(fused, "_rotary_functions", lambda _: (one_kernel_rotary, one_kernel_rotary)),
         patch.object(modeling_llama, "apply_rotary_pos_emb", fused.rotary),
     ):
         yield
@@ -261,6 +352,9 @@ def packed_model(case: Case) -> PackedModel:
             config, dtype=torch.bfloat16, attn_implementation=varlen_rows.__name__
         )
         model.requires_grad_(False).eval()
+        if case.is_qlora:
+            quantize(model, list(target_layers(model, ("all-linear",))))
+            recompute_layers(model)
         layers = target_layers(model, case.targets)
         bank = SlotBank(model, layers, case.slots, case.max_rank, torch.bfloat16, is_grouped=True)
         for slot in range(case.slots):
@@ -285,6 +379,7 @@ class CudaHead(Head):
         rows, block_rows = CUDA_ROWS
         self.logits_NV = self.logits_NV.new_empty(rows, self.logits_NV.shape[1])
         self.block_NV = self.block_NV.new_empty(block_rows, self.block_NV.shape[1])
+        self.fast = two_kernel_nll
 
 
 def packs(case: Case) -> list[SlotRows]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from lora_search.engine import autosize as fitting
-from lora_search.engine.autosize import PassCost, bytes_per_slot, fit, measure
+from lora_search.engine.autosize import Limits, PassCost, bytes_per_slot, choose, fit, measure
 from lora_search.errors import LoraSearchError
 from lora_search.settings.schema import EngineConfig
 from lora_search.trial import TrialRun
+from tests.benchmarks.sizes import AUTO, CARDS, GIB, MODELS, SPACES, cost_of, model_on, room_on
 from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all
 
@@ -84,9 +85,59 @@ def test_a_pass_takes_memory_in_proportion_to_its_tokens(tiny_llama: Path, tmp_p
 
 def test_the_fewest_slots_that_are_about_as_fast_as_the_most() -> None:
     cost = PassCost(0.0, 1.0, {200: 500.0, 400: 800.0, 800: 980.0, 1600: 1000.0})
+    limits = Limits(longest=100, batch_tokens=200.0, most_slots=32, most_tokens=2048)
 
-    assert fitting._slots(cost, tokens=2048, batch_tokens=200.0, most=32) == 4
-    assert fitting._slots(cost, tokens=2048, batch_tokens=200.0, most=3) == 3
+    assert choose(AUTO, cost, 1e6, 1, limits) == (4, 2048)
+    assert choose(AUTO, cost, 1e6, 1, dataclasses.replace(limits, most_slots=3)) == (3, 2048)
+    assert choose(EngineConfig(slots=2, tokens_per_pass="auto"), cost, 1000.0, 1, limits) == (2, 998)
+    assert choose(EngineConfig(slots="auto", tokens_per_pass=500), cost, 503.0, 1, limits) == (3, 500)
+
+
+def fastest(cost: PassCost, room: float, per_slot: int, limits: Limits) -> float:
+    """Try every number of slots with every size of a pass; 0 if none fits."""
+    return max(
+        (
+            cost.speed(min(tokens, slots * limits.batch_tokens))
+            for slots in range(1, limits.most_slots + 1)
+            for tokens in range(limits.longest, limits.most_tokens + 1, 128)
+            if cost.bytes(slots, tokens, per_slot) <= room
+        ),
+        default=0.0,
+    )
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_slots_and_tokens_are_about_the_fastest_that_fit(name: str, card: str, space: str) -> None:
+    model, limits = model_on(card, name), SPACES[space].limits
+    room = room_on(card, model)
+    cost, per_slot = cost_of(model, room, limits.longest), int(model.slot * GIB)
+    best = fastest(cost, room, per_slot, limits)
+
+    if not best:
+        with pytest.raises(LoraSearchError, match="a row of .* tokens needs"):
+            choose(AUTO, cost, room, per_slot, limits)
+        return
+    slots, tokens = choose(AUTO, cost, room, per_slot, limits)
+
+    assert cost.speed(min(tokens, slots * limits.batch_tokens)) >= 0.94 * best
+    assert 1 <= slots <= SPACES[space].trials
+    assert limits.longest <= tokens <= limits.most_tokens
+    assert cost.bytes(slots, tokens, per_slot) <= room < CARDS[card] * 1e9 - model.weights * GIB
+
+
+def test_small_batches_get_slots_where_memory_would_only_do_for_tokens() -> None:
+    """Until slots and tokens were chosen together, tokens took it all and left one slot."""
+    model = MODELS["8B, all linear"]
+    room = room_on("H100", model)
+    cost = cost_of(model, room, 256)
+
+    slots, tokens = choose(AUTO, cost, room, int(model.slot * GIB), SPACES["batch 4, rows of 100"].limits)
+
+    assert slots > 1
+    assert tokens >= slots * 400
+    assert cost.speed(slots * 400) > 1.5 * cost.speed(400)
 
 
 def test_the_probe_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from lora_search.ops import fused
 from lora_search.ops.compiled import compiled
+from lora_search.ops.nll import Head, compiled_nll, nll_and_gradient
 
 CPU = torch.device("cpu")
 
@@ -43,3 +44,50 @@ def test_compiled_gates_are_the_plain_ones_but_for_rounding(dtype: torch.dtype) 
     assert (forward, backward) != (fused.gated, fused.gated_backward)
     for ours, theirs, true in zip(found, plain, exact, strict=True):
         assert (ours.double() - true).abs().mean() <= 1.01 * (theirs.double() - true).abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rotations_are_the_plain_ones_but_for_rounding(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 5, 70, 16).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # as after a view
+    cos, sin = torch.randn(2, 1, 1, 70, 16).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+
+    functions = fused.compiled_rotary(CPU, dtype)
+
+    assert functions != (fused.rotated, fused.rotated_backward)
+    for fast, plain in zip(functions, (fused.rotated, fused.rotated_backward), strict=True):
+        torch.testing.assert_close(fast(x, cos, sin), plain(x, cos, sin), rtol=tolerance, atol=tolerance)
+
+
+def test_nll_and_its_gradient_are_those_of_torch() -> None:
+    logits = (3 * torch.randn(20, 50, dtype=torch.float32)).requires_grad_()
+    target = torch.randint(50, (20,))
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    expected.sum().backward()
+
+    nll, gradient = nll_and_gradient(logits.detach(), target)
+
+    torch.testing.assert_close(nll, expected.detach())
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_with_compiled_kernels_gives_the_plain_numbers(dtype: torch.dtype) -> None:
+    output = torch.nn.Linear(16, 130).to(dtype).requires_grad_(False)
+    hidden = torch.randn(300, 16).to(dtype).requires_grad_()
+    target = torch.randint(130, (300,))
+    plain, fast = Head(output), Head(output)
+    fast.fast = compiled_nll(CPU, dtype)
+    assert fast.fast is not None
+
+    results = []
+    for head in (plain, fast):
+        hidden.grad = None
+        nll = head.nll(hidden, target)
+        nll.sum().backward()
+        results.append((nll.detach(), hidden.grad))
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
