@@ -14,8 +14,7 @@ from lora_search.settings.space import parse_space
 from lora_search.study.adoption import check_room
 from lora_search.study.budget import KEY, Interval, Need, affordable, covered_seconds
 from lora_search.study.study import SweepStudy
-from lora_search.trial import Measurement, TrialRun
-from tests.study.test_study import RUNGS, make_config, measure, rungs_of, states
+from tests.study.test_study import RUNGS, make_config, measure, simulate, states
 
 RUNG_TOKENS = 100  # of tests.study.test_study.measure
 TRIAL_TOKENS = RUNGS * RUNG_TOKENS
@@ -46,32 +45,8 @@ def open_budgeted(config: SweepConfig, tmp_path: Path, clock: Clock | None = Non
 
 
 def train(study: SweepStudy, slots: int = 4, tick: Callable[[], None] = lambda: None) -> None:
-    """A worker without an engine, driven as `worker.work` does: every tick each held trial moves one rung."""
-    running: dict[int, tuple[TrialRun, int]] = {}
-    while not study.budget.is_over:
-        for run in study.claim(slots - len(running)):
-            running[run.number] = (run, max(rungs_of(study, run.number), default=0))
-        if not running:
-            break
-        tick()
-        ticks = [measured(run, rung + 1) for run, rung in running.values()]
-        study.report(ticks)
-        for m in ticks:
-            running[m.trial_number] = (running[m.trial_number][0], m.rung)
-            if m.ended:
-                study.finish(m)
-                del running[m.trial_number]
-        for stop in study.judge():
-            study.prune(stop)
-            del running[stop.trial_number]
-        for stop in study.beyond_budget(list(running)):
-            study.put_back(stop)
-            del running[stop.trial_number]
+    simulate(study, slots, tick=tick)
     study.hand_back("the budget is spent")
-
-
-def measured(run: TrialRun, rung: int) -> Measurement:
-    return measure(run, rung, "finished" if rung == RUNGS else None)
 
 
 def tokens_of(study: SweepStudy) -> int:
@@ -202,12 +177,12 @@ def test_no_trial_begins_that_could_not_reach_a_rung_in_time(tmp_path: Path) -> 
     study = open_budgeted(limited(tmp_path, max_hours=0.1), tmp_path, clock)
     [run] = study.claim(1)
     clock.now += 100.0
-    study.report([measured(run, 1)])
+    study.report([measure(run, 1)])
 
     clock.now += 200.0  # 60 of 360 seconds are left, and a rung takes 100
     assert not study.budget.is_over
     assert study.claim(1) == []
-    study.report([measured(run, 2)])
+    study.report([measure(run, 2)])
     assert [stop.trial_number for stop in study.beyond_budget([run.number])] == [run.number]
 
 

@@ -66,14 +66,20 @@ def diverge(study: SweepStudy, run: TrialRun) -> str:
     return study.finish(nan)
 
 
-def simulate(study: SweepStudy, slots: int = 4, measure: Callable[..., Measurement] = measure) -> None:
-    """A worker without an engine: every tick each held trial moves one rung."""
+def simulate(
+    study: SweepStudy,
+    slots: int = 4,
+    measure: Callable[..., Measurement] = measure,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """A worker without an engine, driven as `worker.work` does: every tick each held trial moves one rung."""
     running: dict[int, tuple[TrialRun, int]] = {}
-    while True:
+    while not study.budget.is_over:
         for run in study.claim(slots - len(running)):
             running[run.number] = (run, max(rungs_of(study, run.number), default=0))
         if not running:
             return
+        tick()
         ticks = [
             measure(run, done + 1, "finished" if done + 1 == RUNGS else None)
             for run, done in running.values()
@@ -86,6 +92,9 @@ def simulate(study: SweepStudy, slots: int = 4, measure: Callable[..., Measureme
                 del running[m.trial_number]
         for stop in study.judge():
             study.prune(stop)
+            del running[stop.trial_number]
+        for stop in study.beyond_budget(list(running)):
+            study.put_back(stop)
             del running[stop.trial_number]
 
 
