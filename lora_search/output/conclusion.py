@@ -74,7 +74,8 @@ def _conclude(
 def edges_of_best(rows: Sequence[TrialRow], config: SweepConfig) -> list[str]:
     """Return notes on best values at the edge of the searched ranges."""
     best = best_of(rows)
-    return [] if best is None else edge_notes(config, parse_space(config), best.params)
+    notes = [] if best is None else edge_notes(config, parse_space(config), best.params)
+    return [f"{text}: {override}" for text, override in notes]
 
 
 def conclude_so_far(

@@ -108,7 +108,7 @@ def edges(attributes: Mapping[str, str], best: TrialRow) -> list[tuple[str, str]
         notes = edge_notes(config, parse_space(config), best.params)
     except LoraSearchError:
         return []
-    return [(f"{text}:", override) for text, _, override in (note.rpartition(": ") for note in notes)]
+    return [(f"{text}:", override) for text, override in notes]
 
 
 def tiles(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:

@@ -1,21 +1,24 @@
 """Notes on best values at the end of their range, with the override that extends the range."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_search.errors import ConfigError
-from lora_search.settings.grammar import stepped
-from lora_search.settings.overlay import trial_settings
+from lora_search.settings.grammar import WhenCall, _is_whole, as_text, read_key, resolve, stepped
+from lora_search.settings.recorded import plain
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space
 
 NEAR = 0.1  # share of the range, in its own scale
+Wider = tuple[str, BaseDistribution]  # what is said, and what the key could be searched over
 
 
-def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) -> list[str]:
-    """Return one line for each searched number whose best value is at an end of its range.
+def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return, for each searched number whose best value is at an end of its range, a note and the override
+    that extends the range, quoted for the shell.
 
     The same study may widen a range and add choices.
     """
@@ -25,74 +28,84 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
         if isinstance(value, bool) or not isinstance(value, int | float) or key == "train.seed":
             continue  # seeds have no order
         if isinstance(distribution, CategoricalDistribution):
-            found = _choice_note(config, key, [*distribution.choices], value)
-        elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.step in (None, 1):
-            found = _range_note(config, key, distribution, value)
+            found = _choice_note(key, distribution, value)
+        elif isinstance(distribution, FloatDistribution | IntDistribution) and not _steps(distribution):
+            found = _range_note(key, distribution, value)
         else:
             continue
-        notes += [f"{text}: 'space.{key}={_in_place(space, key, params, wide)}'" for text, wide in found]
+        if found is not None:
+            text, wide = found
+            sweep = _in_place(space, key, params, wide)
+            if _is_allowed(config, space, key, sweep):  # not a rank of 0, a learning rate of 1
+                notes.append((text, shlex.quote(f"space.{key}={sweep}")))
     return notes
 
 
-def _in_place(space: Space, key: str, params: Mapping[str, object], wide: str) -> str:
-    """Return the wider sweep; of a key that depends on another, with the sweeps for that one's choices."""
+def _in_place(space: Space, key: str, params: Mapping[str, object], wide: BaseDistribution) -> str:
+    """Return the wider sweep; of a key that depends on another, with the sweeps for that one's choices, which
+    must all have the same choices."""
     if key not in space.conditions:
-        return wide
+        return _written(key, wide)
     when = space.conditions[key]
-    mine = params[when.parent]
-    pairs = [f"{choice}, {wide if choice == mine else _written(d)}" for choice, d in when.branches.items()]
+    branches = {**when.branches, params[when.parent]: wide}
+    if isinstance(wide, CategoricalDistribution):
+        branches = dict.fromkeys(branches, wide)
+    pairs = [f"{as_text(plain(choice))}, {_written(key, d)}" for choice, d in branches.items()]
     return f"when({when.parent}, {', '.join(pairs)})"
 
 
-def _written(distribution: BaseDistribution) -> str:
+def _written(key: str, distribution: BaseDistribution) -> str:
     """Return a distribution in Hydra's grammar."""
     if isinstance(distribution, CategoricalDistribution):
-        return f"choice({','.join(map(str, distribution.choices))})"
+        return f"choice({','.join(as_text(plain(choice)) for choice in distribution.choices)})"
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high, step = distribution.low, distribution.high, distribution.step
-    if step not in (None, 1):
+    if step is not None and _steps(distribution):
         return f"range({low},{stepped(high, step, 1)},{step})"
-    return f"tag(log,interval({low},{high}))" if distribution.log else f"interval({low},{high})"
+    is_tagged = isinstance(distribution, IntDistribution) and not _is_whole(key)
+    tags = ["int"] * is_tagged + ["log"] * distribution.log
+    return f"tag({','.join(tags)},interval({low},{high}))" if tags else f"interval({low},{high})"
 
 
-def _range_note(
-    config: SweepConfig, key: str, distribution: FloatDistribution | IntDistribution, value: float
-) -> list[tuple[str, str]]:
+def _steps(distribution: FloatDistribution | IntDistribution) -> bool:
+    """Return whether the values are further apart than the kind of number makes them."""
+    return distribution.step != (1 if isinstance(distribution, IntDistribution) else None)
+
+
+def _range_note(key: str, distribution: FloatDistribution | IntDistribution, value: float) -> Wider | None:
     low, high, log = distribution.low, distribution.high, distribution.log
     place = _place(value, low, high, log=log)
     if NEAR < place < 1 - NEAR:
-        return []
+        return None
     is_low = place <= NEAR
     wider = _beyond(low, high, is_low=is_low, log=log)
     whole = isinstance(distribution, IntDistribution)
     bound = max(1, round(wider)) if whole else float(f"{wider:.3g}")
     ends = (bound, high) if is_low else (low, bound)
-    if (ends[0] >= low and ends[1] <= high) or not _is_allowed(config, key, bound):
-        return []  # no valid value beyond: a rank of 0, a learning rate of 1
-    inner = f"interval({ends[0]},{ends[1]})"
-    wide = f"tag(log,{inner})" if log else inner
+    if ends[0] >= low and ends[1] <= high:
+        return None
     text = (
         f"{key}={value:.4g} is at the {'lower' if is_low else 'upper'} end of its range; the best value may "
         "be outside. To extend the range in the same study"
     )
-    return [(text, wide)]
+    return text, type(distribution)(*ends, log=log)  # type: ignore[arg-type]
 
 
-def _choice_note(config: SweepConfig, key: str, choices: list[object], value: float) -> list[tuple[str, str]]:
+def _choice_note(key: str, distribution: CategoricalDistribution, value: float) -> Wider | None:
+    choices = distribution.choices
     numbers = sorted(c for c in choices if isinstance(c, int | float) and not isinstance(c, bool))
     if len(numbers) < 2 or len(numbers) < len(choices) or value not in (numbers[0], numbers[-1]):
-        return []
-    end, word = ("largest", "larger") if value == numbers[-1] else ("smallest", "smaller")
-    new = _next_choice(numbers if word == "larger" else numbers[::-1])
-    if new in numbers or not _is_allowed(config, key, new):
-        return []  # no valid value beyond
-    listed = [*numbers, new] if word == "larger" else [new, *numbers]
-    wide = f"choice({','.join(map(str, listed))})"
+        return None
+    is_largest = value == numbers[-1]
+    new = _next_choice(numbers if is_largest else numbers[::-1])
+    if (new <= value) if is_largest else (new >= value):
+        return None
+    end, word = ("largest", "larger") if is_largest else ("smallest", "smaller")
     text = (
         f"{key}={value} is the {end} choice: a {word} one may be better. To extend the choices in the same "
         "study"
     )
-    return [(text, wide)]
+    return text, CategoricalDistribution([*numbers, new] if is_largest else [new, *numbers])
 
 
 def _next_choice(numbers: Sequence[float]) -> float:
@@ -120,9 +133,11 @@ def _beyond(low: float, high: float, *, is_low: bool, log: bool) -> float:
     return low - half if is_low else high + half
 
 
-def _is_allowed(config: SweepConfig, key: str, value: object) -> bool:
+def _is_allowed(config: SweepConfig, space: Space, key: str, sweep: str) -> bool:
     try:
-        trial_settings(config, {key: value})
+        found = read_key(config, key, sweep)
+        if isinstance(found, WhenCall):
+            resolve(config, key, sweep, found, space.distributions)
     except ConfigError:
         return False
     return True

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.page.plain import report_markdown
 from lora_search.page.report import write_report
-from lora_search.results.findings import facts, share_saved
+from lora_search.results.findings import edges, facts, share_saved
 from lora_search.results.samples import Sample, write_samples
 from lora_search.settings.composition import compose
 from lora_search.settings.schema import as_dict
@@ -185,6 +186,20 @@ def test_a_best_value_at_the_edge_comes_with_a_wider_range_to_type(tmp_path: Pat
     assert "'space.lora.r=choice(8,16,32,64)'" in text
     assert "optim.lr=" not in text.partition("What may help further")[2].partition("Learning curves")[0]
     assert "The best trial was still improving at its end" in text
+
+
+def test_the_override_of_a_range_under_a_mapping_is_whole(tmp_path: Path) -> None:
+    typed = ["lora.rank_pattern=choice({q_proj:32},{v_proj:4})",
+             "lora.r=when(lora.rank_pattern,{q_proj:32},interval(4,16),{v_proj:4},range(4,9))"]  # fmt: skip
+    recorded = {"settings": json.dumps(as_dict(compose("smoke", typed)))}
+    params = {"lora.rank_pattern": '{"q_proj": 32}', "lora.r": 16}
+
+    [(text, override)] = edges(recorded, replace(make_row(0), params=params))
+
+    assert text.endswith("To extend the range in the same study:")
+    assert shlex.split(override) == [
+        "space.lora.r=when(lora.rank_pattern, {q_proj:32}, interval(4,22), {v_proj:4}, interval(4,8))"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,9 @@ def test_an_edge_is_said_with_an_override_that_keeps_the_other_ranges() -> None:
     config = SweepConfig(space=SPACE)
     params = {"lora.target_modules": "all-linear", "optim.schedule": "cosine", "optim.lr": 9.9e-4}
 
-    [note] = edge_notes(config, parse_space(config), params)
+    [(_, quoted)] = edge_notes(config, parse_space(config), params)
 
-    override = note.partition("'space.optim.lr=")[2].removesuffix("'")
+    override = quoted.removeprefix("'space.optim.lr=").removesuffix("'")
     wider = parse_space(config_with(lr=override)).conditions["optim.lr"].branches
     assert wider[QV] == FloatDistribution(1e-4, 2e-3, log=True)
     assert wider["all-linear"].high > 1e-3  # type: ignore[attr-defined]

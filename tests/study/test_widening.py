@@ -129,7 +129,7 @@ def test_a_best_value_outside_the_first_range_is_found_by_the_overrides_of_the_r
         notes = edge_notes(config, study.space, best.params)
         if not notes:
             break
-        text = notes[0].partition("'space.optim.lr=")[2].removesuffix("'")
+        text = notes[0][1].removeprefix("'space.optim.lr=").removesuffix("'")
 
     assert found[0] < 1e-4
     assert 3e-4 < found[-1] < 3e-3
