@@ -51,8 +51,8 @@ def importances(rows: Sequence[TrialRow]) -> list[Importance]:
     found = []
     for key in split_keys(measured)[0]:
         has_it = np.array([key in row.params for row in measured])
-        if has_it.sum() >= FEWEST_TRIALS:
-            groups = groups_of([row.params[key] for row in measured if key in row.params])
+        groups = groups_of([row.params[key] for row in measured if key in row.params])
+        if has_it.sum() >= FEWEST_TRIALS and len(set(groups)) > 1:
             found.append(_importance(key, _ranks(values[has_it]), groups, rung))
     return sorted(found, key=lambda one: (-one.share, one.p_value))
 

@@ -13,9 +13,11 @@ OUT_OF_REACH = 100_000  # validation rows that nobody has
 
 
 def split_keys(rows: Sequence[TrialRow]) -> tuple[list[str], dict[str, object]]:
-    """Return the searched keys that differ between trials, and the values of those that do not."""
+    """Return the searched keys that differ between trials, and the values of those that do not. A key that
+    only some trials have differs."""
     keys = searched_keys(rows)
-    values = {key: [row.params[key] for row in rows if key in row.params] for key in keys}
+    drawn = [row.params for row in rows if row.params]  # a trial that waits may have none yet
+    values = {key: [params.get(key, ...) for params in drawn] for key in keys}
     same = {key: found[0] for key, found in values.items() if len(set(map(repr, found))) == 1 < len(rows)}
     return [key for key in keys if key not in same], same
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lora_search.output.leaderboard import leaderboard
 from lora_search.results.certainty import Certainty, Comparison
+from lora_search.results.verdict import split_keys
 from lora_search.trial import TrialRow
 from tests.rows import BASE_PERPLEXITY, BEST, ROWS, make_row
 
@@ -82,6 +83,21 @@ def test_what_all_trials_share_is_said_once() -> None:
 
     assert "dropout" not in lines[1]
     assert "the same in all trials: lora.dropout 0.05" in lines
+
+
+def test_a_setting_that_only_some_trials_have_is_not_said_to_be_that_of_all() -> None:
+    some = [replace(row, params={**row.params, "optim.decay_ratio": 0.1}) for row in ROWS[:3]]
+
+    lines = drawn([*some, *ROWS[3:]], width=140)
+
+    assert "decay_ratio" in lines[1]
+    assert not any("the same in all trials" in line and "decay_ratio" in line for line in lines)
+
+
+def test_a_trial_that_waits_without_settings_hides_nothing_that_the_others_share() -> None:
+    rows = [replace(row, params={**row.params, "lora.dropout": 0.05}) for row in ROWS]
+
+    assert split_keys([*rows, replace(make_row(99, "WAITING", None, 0), params={})])[1] == split_keys(rows)[1]
 
 
 def test_tied_trials_are_named_with_the_rows_that_would_separate_them() -> None:

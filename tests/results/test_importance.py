@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def test_a_trial_that_diverged_is_the_last_and_no_more() -> None:
     gone = TrialRow(**{**vars(worst), "perplexities": {1: math.nan, 2: math.nan}, "state": "FAIL"})
 
     assert importances([*rows[: worst.number], gone, *rows[worst.number + 1 :]]) == importances(rows)
+
+
+def test_a_setting_with_one_value_that_only_some_trials_have_explains_nothing() -> None:
+    rows = study(lambda log_lr, r, noise: 8 + noise)
+    some = [replace(row, params={**row.params, "optim.decay_ratio": 0.1}) for row in rows[:30]]
+
+    assert importances([*some, *rows[30:]]) == importances(rows)
 
 
 def test_few_trials_say_nothing() -> None:
