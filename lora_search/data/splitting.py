@@ -150,12 +150,25 @@ def cap(parts: dict[str, list[Row]], config: DataConfig, counts: Counter[str]) -
 
 
 def require_both_sides(parts: dict[str, list[Row]], config: SweepConfig) -> None:
-    num_rows = sum(len(members) for members in parts.values())
-    for name, remedy in (("train", "lower"), ("validation", "raise")):
-        if not parts[name]:
-            raise DataError(
-                f"data.validation_fraction: of {num_rows} different rows none falls to {name} "
-                f"(validation_fraction={config.data.validation_fraction}, "
-                f"test_fraction={config.data.test_fraction}, seed={config.seed}). "
-                f"Give more rows, {remedy} data.validation_fraction, or try another seed."
-            )
+    """Raise DataError if no row is left to train on, or none to validate on."""
+    for name, change in (("train", "lower"), ("validation", "raise")):
+        if parts[name]:
+            continue
+        rows = [row for members in parts.values() for row in members]
+        num_groups = _num_groups(rows)
+        groups = f" in {num_groups} group{'s' * (num_groups > 1)}" if num_groups else ""
+        give = "A group stays on one side: give rows of more groups" if num_groups else "Give more rows"
+        others = f", {change} data.validation_fraction, or try another seed."
+        remedy = f"{give}{others if num_groups != 1 else ', or group by another column.'}"
+        key = "data.group_by" if num_groups else "data.validation_fraction"
+        raise DataError(
+            f"{key}: of {len(rows)} different rows{groups} "
+            f"none falls to {name} (validation_fraction={config.data.validation_fraction}, "
+            f"test_fraction={config.data.test_fraction}, seed={config.seed}). {remedy}"
+        )
+
+
+def _num_groups(rows: Sequence[Row]) -> int:
+    """Return how many groups there are, those that share a question counted as one."""
+    grouped = [row for row in rows if row.group]
+    return len(set(_sides(grouped, [_side_key(row) for row in grouped]).values()))

@@ -176,6 +176,20 @@ def test_an_empty_side_is_refused_with_what_to_change(tmp_path: Path, fraction: 
         prepared(tmp_path, ROWS[:3], config)
 
 
+@pytest.mark.parametrize(
+    ("num_groups", "said"),
+    [
+        (1, "52 different rows in 1 group none .* give rows of more groups, or group by another column"),
+        (3, "52 different rows in 3 groups none .* give rows of more groups, raise .*, or try another seed"),
+    ],
+)
+def test_an_empty_side_of_grouped_rows_asks_for_groups(tmp_path: Path, num_groups: int, said: str) -> None:
+    rows = [replace(row, group=f"page {i % num_groups}") for i, row in enumerate(ROWS[:52])]
+
+    with pytest.raises(DataError, match=f"^data.group_by: of {said}"):
+        prepared(tmp_path, rows, settings(group_by="page", validation_fraction=0.001))
+
+
 def test_the_files_hold_what_the_tokens_say(tmp_path: Path) -> None:
     tokenizer = make_tiny_tokenizer()
 
