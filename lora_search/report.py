@@ -28,7 +28,7 @@ def main() -> int:
     """Write the report of the study that the command line names; return the exit code."""
     parser = study_parser("report", "Rewrite runs/<study>/report.html, also during the sweep.")
     parser.add_argument("--format", choices=("html", "json", "md"), default="html",
-                        help="json and md: the content of report.html (default: %(default)s)")  # fmt: skip
+                        help="json, md: report.json or .md, same content (default: %(default)s)")  # fmt: skip
     return run(report, parser)
 
 
