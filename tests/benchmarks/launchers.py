@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.launchers [WORKERS ...]`: wall time of a study by one, two, ... Ray workers.
 
 The launcher, its seats, the worker's loop and PostgreSQL are real; the engine waits (`simulated`). Time runs
-from the first trial's begin to the last one's end, without the start of Ray and of the workers.
+from the first trial's begin, when all workers are there, to the last one's end.
 """
 
 import os
@@ -26,7 +26,7 @@ def measure(workers: int, storage: str, folder: Path) -> tuple[float, float]:
     config.launcher = LauncherConfig(name="ray", workers=workers)
     config.engine = EngineConfig(device="cpu")
     command = SimulatedCommand(
-        sweep=NAME, config_dir=None, overrides=(storage, str(TRIALS), str(RUNG_SECONDS))
+        sweep=NAME, config_dir=None, overrides=(storage, str(TRIALS), str(RUNG_SECONDS), str(workers))
     )
     begin = time.monotonic()
     team = RayTeam(config, make_order(command, 0, os.environ), folder)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import event
+
 from lora_search.database.storage import quieten_optuna
 from lora_search.output.tracking import NoTracker
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.settings.space import parse_space
+from lora_search.study.budget import read_intervals
 from lora_search.study.study import SweepStudy
 from lora_search.trial import Measurement, TrialRun
 from lora_search.worker.command import Command, received
@@ -24,7 +27,7 @@ from lora_search.worker.team import told_to_launcher
 from lora_search.worker.worker import work
 from tests.benchmarks.surrogate import Surrogate, Task, families
 
-RUNGS, NAME = 8, "simulated"
+RUNGS, SLOTS, NAME = 8, 4, "simulated"
 SPACE = {
     "lora": {"r": "choice(8, 16, 32)"},
     "train": {"batch_size": "choice(2, 4, 8)"},
@@ -128,31 +131,32 @@ class Silent:
 
 
 class SimulatedCommand(Command):
-    """A launcher's command for workers of this module. Its overrides are storage, trials, seconds."""
+    """A launcher's command for workers of this module. Its overrides: storage, trials, seconds of a rung, how
+    many workers begin together."""
 
     def for_worker(self, number: int, config_dir: Path | None = None) -> list[str]:
         return [sys.executable, "-m", "tests.benchmarks.simulated", f"launcher.worker={number}"]
 
 
-def train(storage: str, n_trials: int, rung_seconds: float, slots: int = 4, sampler: str = "random") -> int:
-    """Be a worker until the study is finished; return the number of SQL statements."""
-    from sqlalchemy import event
-
+def train(storage: str, n_trials: int, rung_seconds: float, together: int = 1) -> int:
+    """Once so many are there, be a worker until the study is finished; return the number of statements."""
     quieten_optuna()
-    config = sweep(storage, n_trials, sampler)
+    config = sweep(storage, n_trials, "random")
     with tempfile.TemporaryDirectory() as folder:
         study, seen = SweepStudy.open(config, parse_space(config), {}, {}, Path(folder)), list[object]()
         event.listen(study.storage.engine, "before_cursor_execute", lambda *_: seen.append(None))
-        engine = Engine(recorded_task(), slots, rung_seconds)
+        while len(read_intervals(study.storage, study.table.study_id)) < together:
+            time.sleep(0.1)
+        engine = Engine(recorded_task(), SLOTS, rung_seconds)
         work(study, engine, NoTracker(), Silent())  # type: ignore[arg-type]
         study.storage.engine.dispose()
     return len(seen)
 
 
 def main() -> int:
-    storage, n_trials, rung_seconds = received().overrides
+    storage, n_trials, rung_seconds, together = received().overrides
     with told_to_launcher(True):
-        train(storage, int(n_trials), float(rung_seconds))
+        train(storage, int(n_trials), float(rung_seconds), int(together))
     return 0
 
 
