@@ -21,7 +21,7 @@ from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.store import knows_rows, token_counts, used_tokens
 from lora_search.data.tokens import LENGTH, check_vocabulary
-from lora_search.engine.build import Room, build_engine
+from lora_search.engine.build import Room, build_engine, require_exact
 from lora_search.engine.content import content_before_loading, content_of
 from lora_search.engine.effects import (
     check_outline,
@@ -210,14 +210,14 @@ def prepare_sweep(
     config: SweepConfig, sweep_name: str, space: Space, progress: Progress
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
-    pick_device(config.engine.device)
+    room = Room.of_space(config, space)
+    require_exact(config, room, pick_device(config.engine.device))
     identity = check_places(config)
     keep_rule(config.pruner, identity)
     rows = load_rows(config.data, None, knows_rows, progress.watch, commits_of(identity, config.data))
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")
-    room = Room.of_space(config, space)
     inputs = read_inputs(config, rows, identity, room, progress.watch)
     for line in [*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))]:
         progress.event(line)

@@ -107,6 +107,10 @@ BAD_INPUT = [
     (["train.epochs=0"], "train.epochs: must be at least 1, got 0"),
     (["train.batch_size=-2"], "train.batch_size: must be at least 1, got -2"),
     (["optim.lr=-1"], "optim.lr: must be between 0 and 1, got -1.0"),
+    (
+        ["lora.use_dora=true", "model.quantization=nf4"],
+        "lora.use_dora: cannot be true over model.quantization=nf4 on a CPU, got True",
+    ),
     (["optim.lr=nan"], "optim.lr: must be between 0 and 1, got nan"),
     (
         ["optim.schedule=cosin"],

@@ -123,7 +123,8 @@ def _store(
     try:
         for name, members in kept.items():
             skip = config.data.on_bad_row == "skip"
-            items = tokenize_rows(members, renderer, config.train.loss_on, skip=skip)
+            needed = name != "test"
+            items = tokenize_rows(members, renderer, config.train.loss_on, skip=skip, is_needed=needed)
             write_items(watch(items, f"tokenizing {name} rows", len(members)), fresh / f"{name}.arrow")
         counts += renderer.counts
         write_meta(

@@ -29,20 +29,26 @@ LENGTH = "tokens in a training row:"  # prefix of the counts of the token distri
 
 
 def tokenize_rows(
-    rows: Sequence[Row], renderer: Renderer, loss_on: str = "all_assistant_turns", *, skip: bool = False
+    rows: Sequence[Row],
+    renderer: Renderer,
+    loss_on: str = "all_assistant_turns",
+    *,
+    skip: bool = False,
+    is_needed: bool = True,
 ) -> Iterator[Item]:
     """Yield the items of rows; with ``skip``, without those that the template refuses, which it counts. A
     thread tokenizes one batch, without the interpreter's lock, while this one renders the next and uses the
-    previous. Raises ConfigError for a row that the template refuses; with ``skip``, DataError for all."""
+    previous. Raises ConfigError for a row that the template refuses; with ``skip``, if it refuses the first
+    1,000 or all, and some ``is_needed``."""
     conversations, tokens = ConversationRenderer(renderer, loss_on), Tokens(renderer.tokenizer)
     under_way: deque[tuple[Sequence[Row], list[Pair], Future[list[Example]]]] = deque()
     refused: list[ConfigError] | None = [] if skip else None
     with ThreadPoolExecutor(1) as thread:
         for start in range(0, len(rows), BATCH):
             batch, pairs = _rendered(rows[start : start + BATCH], renderer, conversations, refused)
-            if refused and not pairs and not start:
-                all_of_them = f"data.on_bad_row: skip would leave out all of {len(refused)} rows"
-                raise DataError(f"{all_of_them}. The first: {refused[0]}")
+            if refused and not pairs and not start and is_needed:
+                rule, remedy = f"{refused[0].rule}, as all of {len(refused)} rows", "Choose another base."
+                raise ConfigError(refused[0].key, refused[0].value, rule, remedy)
             under_way.append((batch, pairs, thread.submit(_examples, pairs, tokens)))
             if len(under_way) > 1:
                 yield from _items(*under_way.popleft())

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from lora_search.data.rows import Splits
@@ -17,7 +18,7 @@ from lora_search.model.targets import matches, target_layers
 from lora_search.ops.device import available_bytes
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.overlay import trial_settings
-from lora_search.settings.schema import ALL_LINEAR, SweepConfig
+from lora_search.settings.schema import ALL_LINEAR, SweepConfig, require
 from lora_search.settings.space import Space, corners, smallest
 from lora_search.trial import TrialSettings
 
@@ -54,6 +55,15 @@ class Room:
         keys = ("train.batch_size", "train.gradient_accumulation_steps")
         min_batch = math.prod(smallest(config, space, key) for key in keys)
         return replace(cls.of(trials), min_batch=min_batch, num_trials=config.study.most_trials)
+
+
+def require_exact(config: SweepConfig, room: Room, device: torch.device) -> None:
+    """Raise ConfigError for DoRA over a 4-bit base on a CPU: bitsandbytes repacks its weights at the first
+    forward, and neither PEFT nor we can then unpack them, which their norms need."""
+    allowed = not room.has_dora or config.model.quantization is None or device.type != "cpu"
+    rule = f"cannot be true over model.quantization={config.model.quantization} on a CPU"
+    remedy = "Set model.quantization=null, or use a GPU"
+    require(allowed, "lora.use_dora", True, rule, remedy)
 
 
 def _largest_rank(trial: TrialSettings) -> int:

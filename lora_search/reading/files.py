@@ -174,14 +174,20 @@ def _rows_of(content: dict[str, Any], file: DataFile) -> list[object]:
     """Return the rows of an object: its only list of objects, its columns as in pandas, or itself."""
     parts = content.items()
     lists = {name: part for name, part in parts if isinstance(part, list) and _holds_objects(part)}
+    if any("role" in part[0] for part in lists.values()) and len(content) > 1:
+        return [content]  # one conversation
     if len(lists) == 1:
         return next(iter(lists.values()))
-    if len(lists) > 1 and not any("role" in part[0] for part in lists.values()):
+    if len(lists) > 1:
         example = f"data.path={next(iter(lists))}.json"
         raise file.error(f"has several lists of rows: {', '.join(lists)}. Write each to a file, {example}.")
-    columns = [list(part.values()) if isinstance(part, dict) else part for part in content.values()]
+    columns = list(content.values())
     if len(columns) > 1 and all(isinstance(part, list) and len(part) == len(columns[0]) for part in columns):
         return [dict(zip(content, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if len(columns) > 1 and all(
+        isinstance(part, dict) and part.keys() == columns[0].keys() for part in columns
+    ):
+        return [{name: part[key] for name, part in parts} for key in columns[0]]
     return [content]
 
 

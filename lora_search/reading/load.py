@@ -17,7 +17,7 @@ from lora_search.settings.data_schema import DataConfig
 from lora_search.watching import Watch, unwatched
 
 SHOWN_COMPLAINTS = 3
-MOST_WEIGHT = 1000
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1000  # smaller ones vanish in float32
 PEEKED = 1000  # records from which to recognise a file's layout
 
 
@@ -97,7 +97,9 @@ def _row(record: Record, layout: Layout, source: Source, config: DataConfig) -> 
         changes["split"] = source.split
     if source.weight != 1.0:
         changes["weight"] = source.weight
-    if config.columns.weight is not None and source.split not in ("validation", "test"):
+    if config.columns.weight is not None and (
+        source.split not in ("validation", "test") or config.columns.weight in record.content
+    ):
         number = _loss_weight(record, config.columns.weight)
         if isinstance(number, Complaint):
             return number
@@ -108,9 +110,9 @@ def _row(record: Record, layout: Layout, source: Source, config: DataConfig) -> 
 def _loss_weight(record: Record, column: str) -> float | Complaint:
     """Return the number in a row's column of weights, or what is wrong with it."""
     value = record.content.get(column)
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         number = float(value) if isinstance(value, str | int | float) and value is not True else math.nan
-        if 0 < number <= MOST_WEIGHT:
+        if LEAST_WEIGHT <= number <= MOST_WEIGHT:
             return number
-    rule = f"not a number above 0 and at most {MOST_WEIGHT} (data.columns.weight)"
+    rule = f"not a number from 0.000001 to {MOST_WEIGHT} (data.columns.weight)"
     return Complaint("wrong weight", f'{record.place}: "{column}" is {value!r:.40}, {rule}.')

@@ -10,7 +10,7 @@ from lora_search.data.masks import DROPPED
 from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
 from lora_search.data.tokens import cut, cut_pair, tokenize_rows
-from lora_search.errors import ConfigError, DataError
+from lora_search.errors import ConfigError
 from lora_search.model.tiny import CHATML, make_tiny_tokenizer
 from lora_search.reading.conversations import conversation_row
 from lora_search.reading.rows import Record, Row
@@ -259,9 +259,7 @@ def test_a_template_that_refuses_every_row_is_one_message_even_when_rows_may_be_
     tokenizer.chat_template = ALTERNATING + GEMMA
     rows = [row_of(UNUSUAL["greeting"]), row_of(UNUSUAL["two questions"])]
 
-    with pytest.raises(
-        DataError, match=r"data.on_bad_row: skip would leave out all of 2 rows. The first: .*alternate"
-    ):
+    with pytest.raises(ConfigError, match=r"alternate \(chat.jsonl:1\), as all of 2 rows"):
         list(tokenize_rows(rows, Renderer(TemplateConfig(), tokenizer), skip=True))
 
 

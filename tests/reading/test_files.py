@@ -129,7 +129,7 @@ def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
     "content",
     [
         {"question": ["Why?", "When?"], "answer": ["So.", "Now."]},
-        {"question": {"0": "Why?", "1": "When?"}, "answer": {"0": "So.", "1": "Now."}},
+        {"question": {"0": "Why?", "1": "When?"}, "answer": {"1": "Now.", "0": "So."}},
         {
             "version": 2,
             "rows": [{"question": "Why?", "answer": "So."}, {"question": "When?", "answer": "Now."}],
@@ -142,6 +142,14 @@ def test_an_object_of_columns_and_a_list_inside_an_object_are_read(
     path = write(tmp_path / "faq.json", json.dumps(content).encode())
 
     assert texts(path) == [("Why?", "So."), ("When?", "Now.")]
+
+
+def test_one_conversation_with_its_tools_is_one_row(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("a", "b")]
+    path = write(tmp_path / "chat.json", json.dumps({"messages": turns, "tools": tools}).encode())
+
+    assert texts(path) == [("Why?", "So.")]
 
 
 def test_several_lists_of_rows_in_one_file_are_refused(tmp_path: Path) -> None:

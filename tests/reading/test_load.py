@@ -282,7 +282,7 @@ def test_a_weight_that_is_no_number_above_0_is_refused_with_its_line(tmp_path: P
     message = refusal(config)
 
     assert 'line 2 of faq.jsonl: "w" is ' in message
-    assert "not a number above 0 and at most 1000 (data.columns.weight)" in message
+    assert "not a number from 0.000001 to 1000 (data.columns.weight)" in message
 
 
 def test_the_column_of_the_groups_is_no_text_that_nothing_uses(tmp_path: Path) -> None:

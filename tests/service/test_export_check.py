@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_search.engine.engine import Engine
+from lora_search.engine.evaluation import ROUNDING
 from lora_search.errors import StudyError
 from lora_search.service.export_check import check_export
 from lora_search.trial import TrialRow
@@ -17,8 +19,10 @@ from tests.rows import make_row
 SPLITS = random_splits()
 
 
-def trained(folder: Path, tiny_llama: Path, **changes: object) -> tuple[Engine, TrialRow]:
-    engine = build_engine(tiny_llama, SPLITS)
+def trained(
+    folder: Path, tiny_llama: Path, dtype: str = "float32", **changes: object
+) -> tuple[Engine, TrialRow]:
+    engine = build_engine(tiny_llama, SPLITS, dtype=dtype)
     train_all(engine, [make_run(folder / "trials", 0, target_modules=("all-linear",), **changes)])
     return engine, make_row(0)
 
@@ -29,11 +33,23 @@ def test_what_was_exported_is_checked_in_one_line(
 ) -> None:
     (line,) = check_export(*trained(tmp_path, tiny_llama, **changes), tmp_path)
 
-    number, found, expected = re.search(
-        r"row (\d) ([\d.]+) in plain PEFT, ([\d.]+) in the study", line
+    found, expected = re.search(
+        r"5 shortest validation rows ([\d.]+) in plain PEFT, ([\d.]+) in the study", line
     ).groups()
-    assert number == str(min(range(5), key=lambda i: len(SPLITS.validation[i].input_ids)))
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_in_16_bits_it_is_a_warning(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ROUNDING, torch.bfloat16, 1e-9)
+    engine, row = trained(tmp_path, tiny_llama, dtype="bfloat16")
+
+    (line,) = check_export(engine, row, tmp_path)
+
+    assert re.match(
+        r"warning: trial 0: .* shortest validation rows a perplexity of [\d.]+ in plain PEFT", line
+    )
 
 
 def test_an_adapter_that_peft_reads_otherwise_is_an_error_with_both_numbers(
@@ -52,4 +68,6 @@ def test_an_adapter_that_peft_reads_otherwise_is_an_error_with_both_numbers(
 def test_a_finished_sweep_says_what_plain_peft_gives(smoke_sweep: Path) -> None:
     log = (smoke_sweep / "runs/smoke/sweep.log").read_text()
 
-    assert re.search(r"trial \d as exported: perplexity of validation row \d+ [\d.]+ in plain PEFT", log)
+    assert re.search(
+        r"trial \d as exported: perplexity of the \d+ shortest validation rows [\d.]+ in plain PEFT", log
+    )
