@@ -12,7 +12,7 @@ LINES = {  # Okabe and Ito's colours
     "tpe, successive halving": "#56b4e9", "grid 3x3x2": "#cc79a7", "Syne Tune's ASHA": "#009e73",
     "SMAC3's Hyperband": "#d55e00",
 }  # fmt: skip
-WIDE, HIGH, ACROSS = 330, 260, 3
+WIDE, HIGH, ACROSS = 400, 260, 2
 STYLE = (
     "text{font:11px sans-serif;fill:#222}.grid{stroke:#ddd;fill:none}.line{fill:none;stroke-width:1.8}"
     ".title{font-weight:bold}"
@@ -27,7 +27,7 @@ def plot(found: Mapping[str, Mapping[str, np.ndarray]], budgets: Sequence[int]) 
         parts.append(f'<g transform="{place}">{"".join(_panel(family, regrets, budgets))}</g>')
     foot = -(-len(found) // ACROSS) * HIGH
     for i, (name, colour) in enumerate(LINES.items()):
-        x, y = 20 + i % 4 * 245, foot + 14 + i // 4 * 18
+        x, y = 20 + i % 4 * 195, foot + 14 + i // 4 * 18
         parts.append(f'<path class="line" stroke="{colour}" d="M{x} {y - 4}h22"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{name}</text>')
     text = svg(WIDE * min(ACROSS, len(found)), foot + 44, "Mean regret over training tokens", parts)
