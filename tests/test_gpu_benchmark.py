@@ -1,6 +1,7 @@
 """The command that gives all GPU figures, at its tiny size on the CPU: every row is a figure."""
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.gpu import BATCH_SIZES
 from tests.benchmarks.gpu.__main__ import Results, table
 
 EXACT = ("loss of a step", "perplexity in plain PEFT", "time outside passes")  # may be zero
@@ -56,3 +58,44 @@ def test_what_fails_is_a_row_with_its_reason_and_the_others_stand() -> None:
     assert rows["large model"][1:] == ("failed", "", "3 GiB are missing")
     assert rows["TRL SFTTrainer + PEFT, large model, batch 8, one trial"][3] == "no trl"
     assert rows["plain PEFT loop, large model, batch 8, one trial"][3] == "its process ended with -9"
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("hydra", "omegaconf", "optuna", "sqlalchemy", "datasets", "trl", "wandb"))
+sys.argv = ["part", "small", "tiny"]
+runpy.run_module("tests.benchmarks.gpu.part", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_part_runs_where_hydra_optuna_datasets_and_trl_are_missing() -> None:
+    command = [sys.executable, "-c", WITHOUT]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"keys"')]
+    assert len(records) == 1 + 2 * len(BATCH_SIZES)
+    assert not [record["failure"] for record in records if "failure" in record]
+
+
+@pytest.mark.slow
+def test_named_parts_show_each_figure_as_it_comes() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "exact", "tiny"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+
+    shown, _, rows = done.stdout.partition("| ---")
+    assert "exact: exact.float32 " in shown
+    assert "exact: exact.bfloat16 " in shown
+    assert "| matmul | failed | | not measured |" in rows.replace("  ", " ")
+
+
+def test_a_part_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "smal"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+
+    assert done.returncode == 2
+    assert "smal: must be one of small, large, exact, rivals, tiny" in done.stderr

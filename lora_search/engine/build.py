@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,8 +20,10 @@ from lora_search.ops.device import available_bytes
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import ALL_LINEAR, SweepConfig, require
-from lora_search.settings.space import Space, corners, smallest
 from lora_search.trial import TrialSettings
+
+if TYPE_CHECKING:
+    from lora_search.settings.space import Space
 
 ADAPTER_KEYS = (
     "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
@@ -49,8 +52,13 @@ class Room:
         return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora)
 
     @classmethod
-    def of_space(cls, config: SweepConfig, space: Space) -> "Room":
+    def of_space(cls, config: SweepConfig, space: "Space") -> "Room":
         """Return the size needed for any trial of a space."""
+        from lora_search.settings.space import (
+            corners,
+            smallest,
+        )  # an engine alone needs no Hydra and no Optuna
+
         trials = corners(config, space, ADAPTER_KEYS)
         keys = ("train.batch_size", "train.gradient_accumulation_steps")
         min_batch = math.prod(smallest(config, space, key) for key in keys)

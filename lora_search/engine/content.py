@@ -1,5 +1,7 @@
 """Digests of everything that a trial's numbers depend on, except its settings and seed."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +12,12 @@ from lora_search.files.peft import BaseRecord
 from lora_search.model.digest import base_content, layers_content
 from lora_search.model.loading import Base
 from lora_search.settings.schema import ModelConfig, SweepConfig
-from lora_search.study.fingerprint import digest_of
+
+DIGESTED = (  # the origin in checkpoints and adapters: a change here would make all existing ones useless
+    "content.weights", "content.config", "content.code", "content.tokenizer", "content.train",
+    "content.validation", "content.test", "content.layers", "content.float32_matmul", "engine.dtype",
+    "model.quantization",
+)  # fmt: skip
 
 
 def content_before_loading(
@@ -38,3 +45,9 @@ def base_record(config: SweepConfig, base: Base, splits: Splits, content: Mappin
         digest=digest_of({**content, "model.quantization": str(config.model.quantization)}),
         data_hash=splits.data_hash,
     )
+
+
+def digest_of(fingerprint: Mapping[str, str]) -> str:
+    """Return one digest of everything that a trial's numbers depend on, except its settings and seed."""
+    parts = {key: fingerprint[key] for key in DIGESTED if key in fingerprint}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,6 @@ A range of numbers may widen, as Optuna allows, and choices may be added. The so
 long as the rows are the same.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 
@@ -47,11 +45,6 @@ EFFECTS = {  # of a cause above or a setting: named only if none of those has ch
     "content.validation": "the validation rows changed, as the model reads them",
     "content.test": "the test rows changed, as the model reads them",
 }
-DIGESTED = (  # the origin in checkpoints and adapters: a change here would make all existing ones useless
-    "content.weights", "content.config", "content.code", "content.tokenizer", "content.train",
-    "content.validation", "content.test", "content.layers", "content.float32_matmul", "engine.dtype",
-    "model.quantization",
-)  # fmt: skip
 READS_ROWS = (  # where the rows are and how they are read: free as long as the rows are the same
     "data.path", "data.validation_path", "data.test_path", "data.subset", "data.split", "data.revision",
     "data.format", "data.encoding", "data.on_bad_row", "data.on_control_text", "data.on_leakage",
@@ -86,12 +79,6 @@ def flat(prefix: str, value: object) -> dict[str, str]:
     return {
         key: text for name, child in value.items() for key, text in flat(f"{prefix}.{name}", child).items()
     }
-
-
-def digest_of(fingerprint: Mapping[str, str]) -> str:
-    """Return one digest of everything that a trial's numbers depend on, except its settings and seed."""
-    parts = {key: fingerprint[key] for key in DIGESTED if key in fingerprint}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check_fingerprint(study_name: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

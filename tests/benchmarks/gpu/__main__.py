@@ -1,12 +1,18 @@
-"""Runs the parts one after the other and prints the table. Touches no GPU itself."""
+"""Runs the parts, or those named, one after the other, shows every figure as it comes, and prints the table.
+Touches no GPU itself. Needs torch, transformers, peft, rich; TRL's rows need trl and datasets.
+"""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Timer
+from typing import Any
 
 from lora_search.output.terminal import Progress
 from tests.benchmarks.gpu import BATCH_SIZES
@@ -120,34 +126,38 @@ def _gib(num_bytes: float) -> float:
     return num_bytes / 2**30
 
 
-def measure(part: str, arguments: list[str], results: Results) -> None:
-    """Run one part to its end, or to its time limit; whatever it told counts."""
-    command = [sys.executable, "-m", "tests.benchmarks.gpu.part", part, *arguments]
+def measure(part: str, sizes: list[str], results: Results, show: Callable[[str], None]) -> None:
+    """Run one part to its end, or to its time limit, and show every figure as it comes; it counts."""
+    command = [sys.executable, "-m", "tests.benchmarks.gpu.part", part, *sizes]
     first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=MOST_SECONDS,
-            env=os.environ | OFFLINE | first,
+    with tempfile.TemporaryFile("w+") as complaints:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=os.environ | OFFLINE | first
         )
-        told, complaints, end = done.stdout, done.stderr, f"its process ended with {done.returncode}"
-    except subprocess.TimeoutExpired as late:
-        told, complaints = (_text(output) for output in (late.stdout, late.stderr))
-        end = f"not done after {MOST_SECONDS:.0f} s"
-    for line in told.splitlines():
-        if line.startswith('{"keys"'):
-            _note(json.loads(line), results)
-    last = (complaints.strip().splitlines() or [""])[-1]
+        late = Timer(MOST_SECONDS, process.kill)
+        late.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"keys"'):
+                _note(record := json.loads(line), results)
+                show(_shown(part, record))
+        is_late = not late.is_alive()
+        late.cancel()
+        end = f"its process ended with {process.wait()}"
+        end = f"not done after {MOST_SECONDS:.0f} s" if is_late else end
+        complaints.seek(0)
+        said = complaints.read()
+    last = (said.strip().splitlines() or [""])[-1]
     results.failures[part] = f"{end}: {last}" if last else end
-    if '"failure"' in told or not end.endswith(" 0"):
-        sys.stderr.write(complaints)
+    if any(key.partition(".")[0] in PARTS[part] for key in results.failures) or not end.endswith(" 0"):
+        sys.stderr.write(said)
 
 
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def _shown(part: str, record: dict[str, Any]) -> str:
+    """Return a record for display: the figures, or why there are none."""
+    if "figures" in record:
+        return f"{part}: " + ", ".join(f"{key} {value:.6g}" for key, (value, _) in record["figures"].items())
+    return f"{part}: {record.get('about') or record['failure']}"
 
 
 def _note(record: dict[str, object], results: Results) -> None:
@@ -162,10 +172,16 @@ def _note(record: dict[str, object], results: Results) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all; tiny: the CPU's size")
+    named = parser.parse_args().parts
+    strange = [name for name in named if name not in (*PARTS, "tiny")]
+    if strange:
+        parser.error(f"{strange[0]}: must be one of {', '.join(PARTS)}, tiny")
     progress, results = Progress(), Results()
-    for part in PARTS:
+    for part in [part for part in PARTS if part in named] or list(PARTS):
         start = time.perf_counter()
-        measure(part, sys.argv[1:], results)
+        measure(part, [name for name in named if name == "tiny"], results, progress.event)
         progress.event(f"{part}: {time.perf_counter() - start:.0f} s")
     head = (results.about, "figure", "aim", "how")
     for row in (head, ("---",) * 4, *(line.cells(results) for line in table())):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -75,7 +74,8 @@ class Ends(TrainerCallback):  # type: ignore[misc]
 
 
 def with_trl(scale: Scale, case: Case, micro_batch: int) -> float:
-    from trl import SFTTrainer  # here, so that the plain loop does without
+    from datasets import Dataset  # here, so that the plain loop does without
+    from trl import SFTTrainer
 
     ends, counts = Ends(scale.device), []
     with tempfile.TemporaryDirectory() as folder:
