@@ -5,6 +5,7 @@ A range on the command line (`optim.lr=interval(1e-5,1e-3)`, quoted or not) sets
 
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,16 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import ChoiceSweep, Quote
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from lora_search.errors import InputError, LoraSearchError
+from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.settings.explanations import explain, known_keys, leaves, unknown
-from lora_search.settings.grammar import WhenCall, make_parser, quoted
+from lora_search.settings.grammar import WhenCall, _plain, make_parser, quoted, unreadable
+from lora_search.settings.overlay import searchable_keys
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
 from lora_search.settings.sweep_file import (
@@ -132,19 +135,24 @@ def help_page(config_name: str, overrides: Sequence[str], more: Path | None = No
     )
 
 
-TEXTS = ("study.storage", "artifacts.uri", "launcher.sbatch")  # may have = and ? in them, without quotes
+TEXTS = ("study.storage", "artifacts.uri", "launcher.sbatch")  # may have = ? and , in them, without quotes
 
 
 def as_override(text: str) -> str:
     """Return the override; one with a range becomes text under `space`.
 
-    Raises InputError for overrides that crash Hydra.
+    Raises InputError for overrides that crash Hydra, and for a sweep of a key that cannot be searched.
     """
+    typed, _, value = text.partition("=")
+    is_text = typed.lstrip("+") in TEXTS
     try:
         override = make_parser().parse_override(text)
-    except HydraException:
-        key, _, value = text.partition("=")
-        return f"{key}={quoted(value)}" if key in TEXTS else text  # `compose` reports others
+    except HydraException as error:
+        if is_text:
+            return f"{typed}={quoted(value)}"
+        if "when(" in value:  # Hydra's own parser does not know it
+            raise InputError(redact(str(unreadable(typed, value, error)))) from None
+        return text  # `compose` reports others
     key = override.key_or_group
     if not key:
         raise InputError(f"{text}: has no key. Write key=value.")
@@ -156,11 +164,37 @@ def as_override(text: str) -> str:
     if override.is_delete() and is_section:
         raise InputError(f"~{key}: settings cannot be left out. Give them values; groups can be left out.")
     if override.is_sweep_override() or isinstance(override.value(), WhenCall):
-        key = key if key.startswith("space.") else f"space.{key}"
-        return f"++{key}={quoted(text.partition('=')[2])}"
+        if is_text and _is_listed(override.value()):
+            return f"{typed}={quoted(value)}"
+        if not key.startswith("space."):
+            _require_searchable(text, key, override.value())
+            key = f"space.{key}"
+        return f"++{key}={quoted(value)}"
     if (CONF / key).is_dir() and not override.is_delete():
         _check_choice(text, key, override.value())
     return f"++{text}" if key.startswith("space.") else text
+
+
+def _is_listed(sweep: object) -> bool:
+    """Return whether the sweep was typed with commas alone: 8,16."""
+    return isinstance(sweep, ChoiceSweep) and sweep.simple_form
+
+
+def _require_searchable(text: str, key: str, sweep: object) -> None:
+    """Raise InputError if no trial may have its own value of the key."""
+    if key in searchable_keys():
+        return
+    if (CONF / key).is_dir() and isinstance(sweep, ChoiceSweep):
+        _check_choice(text, key, sweep.list)
+    elif not any(f"{key}.".startswith(f"{known}.") for known in known_keys()):
+        raise InputError(unknown(key))
+    value, remedy = text.partition("=")[2], "Give one value."
+    _remember([value, *map(_plain, sweep.list if isinstance(sweep, ChoiceSweep) else [])])
+    shown = redact(value)  # before other quotes change how a password is spelled
+    if _is_listed(sweep):
+        typed = shlex.quote(f"{key}={quoted(shown, Quote.double)}")
+        remedy = f"Quote a value that contains commas: {typed}; a list has brackets: {key}=[a,b]"
+    raise ConfigError(key, shown, "cannot be searched", remedy)
 
 
 def _list_keys() -> list[str]:

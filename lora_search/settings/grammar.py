@@ -4,6 +4,7 @@ Beside Hydra's functions there is `when(KEY, CHOICE, SWEEP, ...)`: a sweep for s
 Every choice and every bound must pass the rules of its key.
 """
 
+import difflib
 import json
 import math
 import re
@@ -13,7 +14,14 @@ from decimal import Decimal
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException
 from optuna.distributions import (
     BaseDistribution,
@@ -24,7 +32,7 @@ from optuna.distributions import (
 )
 
 from lora_search.errors import ConfigError
-from lora_search.settings.overlay import _encode, _types, trial_settings
+from lora_search.settings.overlay import _encode, _types, searchable_keys, trial_settings
 from lora_search.settings.rules import require
 from lora_search.settings.schema import SweepConfig
 
@@ -71,16 +79,24 @@ def read_key(config: SweepConfig, key: str, text: str) -> BaseDistribution | Whe
     try:
         sweep = make_parser().parse_override(f"{key}={text}").value()
     except HydraException as error:
-        cause = str(error).splitlines()[0].rpartition("': ")[2]
-        raise ConfigError(f"space.{key}", text, f"is not in the sweep grammar ({cause})", HINT) from None
+        raise unreadable(f"space.{key}", text, error) from None
     return sweep if isinstance(sweep, WhenCall) else _distribution(config, key, sweep, text)
+
+
+def unreadable(full_key: str, text: str, error: HydraException) -> ConfigError:
+    """Return the error for a sweep that the parser cannot read."""
+    cause = str(error).splitlines()[0].rpartition("': ")[2]
+    if WhenCall.__name__ in cause:
+        cause = "no function may contain when(...); its sweeps may have tags"
+    hint = WHEN if "when(" in text else HINT
+    return ConfigError(full_key, text, f"is not in the sweep grammar ({cause})", hint)
 
 
 def resolve(
     config: SweepConfig, key: str, text: str, call: WhenCall, searched: Mapping[str, BaseDistribution]
 ) -> When:
     """Return the branches of a key that depends on one of those ``searched``. Raises ConfigError."""
-    full_key, parent, branches = f"space.{key}", str(call.parent), dict[object, BaseDistribution]()
+    full_key, branches = f"space.{key}", dict[object, BaseDistribution]()
     require(
         bool(call.branches) and len(call.branches) % 2 == 0,
         full_key,
@@ -88,20 +104,12 @@ def resolve(
         "must pair choices and sweeps",
         WHEN,
     )
-    choices = searched.get(parent)
-    if not isinstance(choices, CategoricalDistribution):
-        remedy = f"Search {parent} by choice(...), without when(...)."
-        raise ConfigError(full_key, parent, "must depend on a key that is searched by choice(...)", remedy)
+    parent, choices = _parent(key, text, call, searched)
     for value, sweep in zip(call.branches[::2], call.branches[1::2], strict=True):
-        choice = _encode(_plain(value))
-        listed = ", ".join(map(str, choices.choices))
-        require(
-            choice in choices.choices,
-            full_key,
-            _plain(value),
-            f"must be a choice of {parent}: {listed}",
-            WHEN,
-        )
+        if isinstance(value, Sweep | WhenCall):
+            rule = f"must have a choice of {parent}, not a sweep, before each sweep"
+            raise ConfigError(full_key, text, rule, WHEN)
+        choice = _own_choice(full_key, parent, _plain(value), choices)
         require(
             choice not in branches,
             full_key,
@@ -114,6 +122,33 @@ def resolve(
     for other in branches.values():
         _require_alike(full_key, text, first, other)
     return When(parent, branches)
+
+
+def _parent(
+    key: str, text: str, call: WhenCall, searched: Mapping[str, BaseDistribution]
+) -> tuple[str, CategoricalDistribution]:
+    """Return the key that ``key`` depends on, and its choices. Raises ConfigError."""
+    full_key, parent = f"space.{key}", _plain(call.parent)
+    if not isinstance(parent, str):
+        raise ConfigError(full_key, text, "must begin with the name of a searched key", WHEN)
+    if parent == key:
+        raise ConfigError(full_key, parent, "cannot depend on itself", "Name another searched key.")
+    choices = searched.get(parent)
+    if isinstance(choices, CategoricalDistribution):
+        return parent, choices
+    remedy = f"Search {parent} by choice(...), without when(...)."
+    if parent not in searchable_keys():
+        near = difflib.get_close_matches(parent, searchable_keys(), n=1)
+        remedy = f"Did you mean {near[0]}?" if near else "Keys of lora, optim and train can be searched."
+    raise ConfigError(full_key, parent, "must depend on a key that is searched by choice(...)", remedy)
+
+
+def _own_choice(full_key: str, parent: str, value: object, choices: CategoricalDistribution) -> object:
+    """Return the encoded choice of the parent that the value is: 8 for 8.0. Raises ConfigError."""
+    same = [c for c in choices.choices if identity({"": c}) == identity({"": _encode(value)})]
+    rule = f"must be a choice of {parent}: {', '.join(map(str, choices.choices))}"
+    require(bool(same), full_key, value, rule, "Write it as it is there; a list in the same order.")
+    return same[0]
 
 
 def _require_alike(full_key: str, text: str, first: BaseDistribution, other: BaseDistribution) -> None:

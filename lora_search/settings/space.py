@@ -201,10 +201,13 @@ def _require_effect(config: SweepConfig, space: Space) -> None:
         schedules = [*when.branches] if when and is_bound else _ends(config, space, "optim.schedule")
         value, is_searched = getattr(config.optim, name), f"optim.{name}" in space.expressions
         is_given = is_searched or value != getattr(OptimConfig(), name)
-        if is_given and not set(users) & set(schedules):
+        idle = [schedule for schedule in schedules if schedule not in users]
+        if is_given and idle and (is_bound or idle == schedules):  # each branch of a `when` must count
             shown = space.expressions[f"optim.{name}"] if is_searched else value
-            rule = f"has no effect with optim.schedule={', '.join(map(str, schedules))}"
+            rule = f"has no effect with optim.schedule={', '.join(map(str, idle))}"
             remedy = f"Leave it out, or set optim.schedule={' or '.join(users)}."
+            if idle != schedules:
+                remedy = f"Leave {', '.join(map(str, idle))} out of when(...)."
             raise ConfigError(f"optim.{name}", shown, rule, remedy)
     ratio, steps = "optim.warmup_ratio", _ends(config, space, "optim.warmup_steps")
     if ratio in space.expressions and None not in steps:

@@ -8,6 +8,7 @@ import pytest
 from lora_search.errors import InputError
 from lora_search.search.priors import first_points
 from lora_search.settings.composition import SWEEPS, as_override, compose, compose_study, help_page
+from lora_search.settings.secrets import redact
 from lora_search.settings.space import corners, parse_space
 
 
@@ -42,14 +43,94 @@ def test_what_is_no_sweep_is_left_to_hydra(text: str) -> None:
     ("section", "name", "value"),
     [
         ("study", "storage", "postgresql+psycopg://u:it's@host/db?sslmode=require&options=-csearch_path%3Da"),
+        ("study", "storage", "postgresql://u:p4ss,w0rd@h/db"),
+        ("study", "storage", "postgresql://u:p4ss,w0rd@h/db?sslmode=require"),
         ("artifacts", "uri", "s3://bucket/a=b/c"),
+        ("artifacts", "uri", "s3://bucket/a,b/c"),
         ("launcher", "sbatch", "--account=mine --mem=64G"),
+        ("launcher", "sbatch", "--nodelist=a,b"),
     ],
 )
 def test_a_url_or_an_option_needs_no_quotes_of_its_own(section: str, name: str, value: str) -> None:
-    for text in (value, f'"{value}"'):
-        config = compose("smoke", ["launcher=slurm", f"{section}.{name}={text}"])
-        assert getattr(getattr(config, section), name) == value
+    for typed in (f"{name}={value}", f'{name}="{value}"'):
+        for prefix in ("", "++"):
+            config = compose("smoke", ["launcher=slurm", f"{prefix}{section}.{typed}"])
+            assert getattr(getattr(config, section), name) == value
+
+
+def test_a_comma_in_a_databases_password_is_kept_and_hidden() -> None:
+    url = "postgresql://u:c0mma,p4ss@h/db"
+
+    study, _ = compose_study("smoke", ["study.name=k2", f"study.storage={url}"])
+
+    assert (study.name, study.storage) == ("k2", url)
+    assert redact(f"cannot reach {url}, as c0mma,p4ss is wrong") == (
+        "cannot reach postgresql://u:***@h/db, as *** is wrong"
+    )
+
+
+@pytest.mark.parametrize("paths", ["[a.jsonl,b.csv]", "['a.jsonl','b.csv']"])
+def test_a_list_is_no_sweep(paths: str) -> None:
+    assert compose("smoke", [f"data.path={paths}"]).data.path == ["a.jsonl", "b.csv"]
+    assert compose("smoke", ["data.path='a,b.jsonl'"]).data.path == "a,b.jsonl"
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "study.name=k2,k",
+            "study.name: cannot be searched, got 'k2,k'. Quote a value that contains commas: "
+            "'study.name=\"k2,k\"'; a list has brackets: study.name=[a,b]",
+        ),
+        ("runs_dir=a,b", "runs_dir: cannot be searched, got 'a,b'. Quote a value that contains commas"),
+        ("+data.path=https://h/a,b.jsonl", "data.path: cannot be searched, got 'https://h/a,b.jsonl'."),
+        ("study.storage=choice(a,b)", "study.storage: cannot be searched, got 'choice(a,b)'. Give one"),
+        ("engine.slots=range(1,3)", "engine.slots: cannot be searched, got 'range(1,3)'. Give one value."),
+        ("train.evals_per_epoch=2,4", "train.evals_per_epoch: cannot be searched, got '2,4'."),
+        ("lora.rank_pattern.q_proj=8,16", "lora.rank_pattern.q_proj: cannot be searched, got '8,16'."),
+        ("study.name=when(lora.r, 8, choice(a))", "study.name: cannot be searched, got 'when("),
+        ("optim.lrr=1e-4,1e-3", "optim.lrr: there is no such setting. Did you mean optim.lr"),
+        ("sampler=tpe,gp", "sampler=tpe,gp: has 2 choices, and only the last would count. Give one."),
+        ("space/lora=rank,rank_alpha", "a list has brackets: space/lora=[a,b]"),
+    ],
+)
+def test_a_sweep_of_a_key_that_cannot_be_searched_is_refused_by_commands_on_a_study(
+    override: str, message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_study("smoke", [override])
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.path=https://u:hush4,m3rry@h/a.jsonl",
+        "data.path='https://u:hush4 m3rry@h/a.jsonl','https://v:hush4 m3rry@h/b.jsonl'",
+        r'''data.path='https://u:hush4\'m3rry@h/a.jsonl',"https://v:m3rry\"hush4@h/b.jsonl"''',
+        "study.storage=choice(postgresql://u:hush4,m3rry@h/db,b)",
+        "+study.storage=postgresql://u:hush4,m3rry@h/db",
+    ],
+)
+def test_a_refused_value_is_shown_without_its_password(override: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_study("smoke", [override])
+
+    assert "***" in str(caught.value)
+    assert "hush4" not in str(caught.value)
+    assert "m3rry" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["+", "++"])
+def test_a_urls_prefix_stays_before_its_quotes(prefix: str) -> None:
+    assert as_override(f"{prefix}study.storage=sqlite:///x=y.db") == (
+        f"{prefix}study.storage='sqlite:///x=y.db'"
+    )
 
 
 def test_a_group_of_the_space_can_be_left_out() -> None:
@@ -135,6 +216,11 @@ BAD = [
         "train.early_stopping_patience: must be at least 1, got 0. null trains to the end",
     ),
     ("optim.lr=choice()", "optim.lr=choice(): cannot be read: empty choice is not legal."),
+    ("optim.lr=when()", "optim.lr: is not in the sweep grammar (missing a required argument: 'key'), got 'w"),
+    ("optim.lr=when(foo=1)", "Write when(lora.target_modules, all-linear, interval(1e-5, 1e-3)): a key"),
+    ("optim.lr=choice(when(lora.r, 8, choice(0.1)))", "(no function may contain when(...); its sweeps"),
+    ("optim.lr=choice(0.1, when(lora.r, 8, choice(0.1)))", "optim.lr: is not in the sweep grammar (no f"),
+    ("optim.lr=tag(log, when(lora.r, 8, interval(1, 2)))", "optim.lr: is not in the sweep grammar (no f"),
     ("train.batch_size=choice(null,2)", "null cannot be a choice in Hydra's grammar. Leave it out."),
     ("model.path=my model!", """Quote the value for Hydra and for the shell: 'model.path="my model!"'"""),
     ("study.name=é", """'study.name="é"'"""),

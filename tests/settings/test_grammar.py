@@ -120,7 +120,7 @@ def test_an_edge_is_said_with_an_override_that_keeps_the_other_ranges() -> None:
         ("when(lora.target_modules)", r"must pair choices and sweeps.* Write when\(lora.target_modules, "),
         ("when(lora.target_modules, all-linear)", "must pair choices and sweeps"),
         ("when(lora.r, 8, interval(1e-5, 1e-3))", r"searched by choice\(...\), got 'lora.r'. Search lora.r"),
-        ("when(optim.lr, 8, interval(1e-5, 1e-3))", r"must depend on a key .* Search optim.lr by choice"),
+        ("when(optim.eps, 8, interval(1e-5, 1e-3))", r"must depend on a key .* Search optim.eps by choice"),
         (
             "when(lora.target_modules, [k_proj], interval(1e-5, 1e-3))",
             r"must be a choice of lora.target_modules: .* \"v_proj\"\], all-linear, got \['k_proj'\]",
@@ -133,6 +133,24 @@ def test_an_edge_is_said_with_an_override_that_keeps_the_other_ranges() -> None:
         ("when(lora.target_modules, all-linear, when(lora.r, 8, choice(1)))", "must be a sweep"),
         ("when(lora.target_modules, all-linear, interval(1, 1e-5))", "low < high must hold"),
         ("when(lora.target_modules, all-linear, choice(20))", "must be between 0 and 1, got 20"),
+        (
+            "when(lora.target_modules, choice(all-linear), choice(1e-5))",
+            "must have a choice of lora.target_modules, not a sweep, before each sweep, got 'when.* Write",
+        ),
+        (
+            "when(lora.target_modules, [v_proj,q_proj], choice(1e-5))",
+            r"got \['v_proj', 'q_proj'\]. Write it as it is there; a list in the same order",
+        ),
+        (
+            "when(lora.target_module, all-linear, choice(1e-5))",
+            "got 'lora.target_module'. Did you mean lora.target_modules?",
+        ),
+        ("when(engine.slots, 1, choice(1e-5))", "got 'engine.slots'. Keys of lora, optim and train can be"),
+        (
+            "when(null, 1, choice(1e-5))",
+            r"must begin with the name of a searched key, got 'when\(null.* Write",
+        ),
+        ("when(optim.lr, 1e-5, choice(1e-5))", "cannot depend on itself, got 'optim.lr'. Name another"),
         (LR.format("interval(1e-5, 1e-3)"), r"its sweeps must be of one kind.* Write interval\(...\)"),
         (LR.format("choice(1e-5)"), "its sweeps must be of one kind, with the same choices"),
     ],
@@ -143,6 +161,20 @@ def test_a_wrong_condition_is_one_message(expression: str, message: str) -> None
 
     assert str(caught.value).startswith("space.optim.lr: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_choice_is_the_parents_own_however_its_number_is_written() -> None:
+    lora = {"r": "choice(8, 16)", "use_rslora": "choice(true, false)"}
+    space = {"lora": lora, "optim": {"lr": "when(lora.r, 8.0, choice(1e-4))"}}
+
+    [choice] = parse_space(SweepConfig(space=space)).conditions["optim.lr"].branches
+
+    assert (choice, type(choice)) == (8, int)
+    space["optim"] = {"lr": "when(lora.use_rslora, 1, choice(1e-4))"}
+    with pytest.raises(
+        ConfigError, match="must be a choice of lora.use_rslora: True, False, got 1. Write it"
+    ):
+        parse_space(SweepConfig(space=space))
 
 
 @pytest.mark.wrong_input
@@ -165,6 +197,11 @@ def test_a_setting_of_one_schedule_is_not_searched_for_another() -> None:
     config = config_with(schedule="choice(cosine, wsd)", decay_ratio=text)
 
     with pytest.raises(ConfigError, match="optim.decay_ratio: has no effect with optim.schedule=cosine, got"):
+        parse_space(config)
+
+    both = "when(optim.schedule, wsd, choice(0.1, 0.2), cosine, choice(0.1, 0.2))"
+    config = config_with(schedule="choice(cosine, wsd)", decay_ratio=both)
+    with pytest.raises(ConfigError, match=r"with optim.schedule=cosine, got .* Leave cosine out of when\("):
         parse_space(config)
 
 
