@@ -17,6 +17,7 @@ from lora_search.files.peft import BaseRecord
 from lora_search.model import loading as model_module
 from lora_search.model.loading import Base, load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
+from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
 from tests.conftest import make_run
 from tests.engine.test_engine import losses, mixed_runs, perplexities, plain_perplexity
@@ -72,6 +73,21 @@ def test_packed_equals_solo_over_a_quantized_base(tiny_llama: Path, tmp_path: Pa
     for number, curve in solo.items():
         torch.testing.assert_close(losses(packed[number]), losses(curve), rtol=1e-5, atol=0)
         torch.testing.assert_close(perplexities(packed[number]), perplexities(curve), rtol=1e-5, atol=0)
+
+
+@needs_bitsandbytes
+def test_layers_in_four_bits_that_are_computed_again_give_the_same_losses(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As a 70B model trains on one card."""
+    chosen = {"target_modules": ("all-linear",), "dropout": 0.1}
+    kept = train_all(quantized_engine(tiny_llama), [make_run(tmp_path / "kept", **chosen)])[0]
+    engine = quantized_engine(tiny_llama)
+    recompute_layers(engine.model.decoder)
+
+    again = train_all(engine, [make_run(tmp_path / "again", **chosen)])[0]
+
+    torch.testing.assert_close(losses(again), losses(kept), rtol=1e-6, atol=0)
 
 
 @needs_bitsandbytes
