@@ -183,7 +183,15 @@ def test_only_the_rung_rule_takes_trials_up_again() -> None:
 def test_a_trial_that_was_taken_up_again_measures_what_an_undisturbed_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ("-cn", "smoke", "engine.device=cpu", "sampler=random", "study.n_trials=18", "optim.lr=5e-3")
+    sweep = (
+        "-cn",
+        "smoke",
+        "engine.device=cpu",
+        "sampler=random",
+        "study.n_trials=18",
+        "optim.lr=5e-3",
+        "pruner.reduction_factor=3",
+    )
     codes = [
         run_sweep(monkeypatch, tmp_path, *sweep, f"pruner={name}", f"study.name={name}") for name in PRUNERS
     ]
