@@ -132,6 +132,8 @@ def test_an_exported_adapter_serves_in_plain_peft_and_its_card_says_how_good_it_
     said = " ".join(capsys.readouterr().out.split())
     rank = " --max-lora-rank 32" if best.params["lora.r"] == 32 else ""
     assert f"--enable-lora{rank} --lora-modules smoke={tmp_path}/served" in said
+    assert f"--chat-template {tmp_path}/served/chat_template.jinja" in said
+    assert (tmp_path / "served/chat_template.jinja").is_file()
 
 
 def test_an_exported_adapter_has_what_vllm_asks_for_and_nothing_that_it_refuses(

@@ -63,7 +63,8 @@ folder = "."  # of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)"""
 VLLM = """
-With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER`
+With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER
+--chat-template FOLDER/chat_template.jinja` (without it, vLLM takes the base's own template)
 """
 SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank; the first is its default
@@ -144,7 +145,9 @@ def serving_lines(
             return [f"# {MERGE_FIRST}", f"hf upload ME/{name} {place}"]
         rank = rank_option(settings.get("lora.r"))
         base = shlex.quote(attributes.get("base_model", "BASE"))
-        served = [f"vllm serve {base} --enable-lora{rank} --lora-modules {name}={place}"]
+        template = shlex.quote(str(folder / "chat_template.jinja"))  # vLLM takes the base's own by itself
+        lora = f"--enable-lora{rank} --lora-modules {name}={place}"
+        served = [f"vllm serve {base} {lora} --chat-template {template}"]
     return [*served, f"hf upload ME/{name} {place}"]
 
 
