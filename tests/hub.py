@@ -1,5 +1,6 @@
-"""A hub of our own on 127.0.0.1: the endpoints that the libraries ask, over a folder of data sets."""
+"""A hub of our own on 127.0.0.1: the endpoints that the libraries ask, over data sets and models."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """A data set: its commits in order, each file name -> bytes; what the hub says instead of an answer."""
+    """A data set or model: its commits in order, each file name -> bytes; what the hub says instead."""
 
     commits: list[dict[str, bytes]] = field(default_factory=list)
     refusal: tuple[int, str] | None = None  # status, X-Error-Code
@@ -47,8 +48,15 @@ class Hub(BaseHTTPRequestHandler):
     def _serve(self, body: str = "") -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.asked.append(path)
-        parts = path.removeprefix("api/").split("/")
-        if parts[0] != "datasets" or len(parts) < 3:
+        parts = path.removeprefix("api/").removeprefix("models/").split("/")
+        if parts == ["repos", "create"]:
+            made = json.loads(body)
+            self.repositories.setdefault(f"{made['organization']}/{made['name']}", Repository([{}]))
+            self._answer(200, json.dumps({"url": self._url(made["organization"], made["name"])}).encode())
+            return
+        if "/".join(parts[:2]) in self.repositories:
+            parts = ["models", *parts]
+        if parts[0] not in ("datasets", "models") or len(parts) < 3:
             self._answer(200, b"{}")
             return
         repository = self.repositories.get("/".join(parts[1:3]))
@@ -68,7 +76,9 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
         sha, files = found
-        if not is_api:
+        if self.command == "POST" and rest[:1] in (["preupload"], ["commit"]):
+            self._upload(repository, name, rest[0], files, body)
+        elif not is_api:
             self._file(sha, files, "/".join(rest[2:]))
         elif rest[:1] in (["tree"], ["paths-info"]):
             wanted = [name for name in files if not body or name in unquote(body)]
@@ -84,6 +94,26 @@ class Hub(BaseHTTPRequestHandler):
                 "gated": False,
             }
             self._answer(200, json.dumps(about).encode())
+
+    def _upload(
+        self, repository: Repository, name: str, step: str, files: dict[str, bytes], body: str
+    ) -> None:
+        """Take all files as plain ones: first their names, then a line of JSON for each."""
+        if step == "preupload":
+            named = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]
+            self._answer(200, json.dumps({"files": modes}).encode())
+            return
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        given = [line["value"] for line in lines if line["key"] == "file"]
+        new = {file["path"]: base64.b64decode(file["content"]) for file in given}
+        repository.commits.append({**files, **new})
+        sha = name_of(repository.commits[-1])
+        said = {"success": True, "commitOid": sha, "commitUrl": f"{self._url(*name.split('/'))}/commit/{sha}"}
+        self._answer(200, json.dumps(said).encode())
+
+    def _url(self, owner: str, name: str) -> str:
+        return f"http://{self.headers['Host']}/{owner}/{name}"
 
     def _file(self, sha: str, files: dict[str, bytes], name: str) -> None:
         if name not in files:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from lora_search.study.study import SweepStudy
 from lora_search.study.view import study_names
 from lora_search.trial import TrialRow
 from tests.engine.test_engine import plain_perplexity
+from tests.hub import Repository, running_hub
 
 TINY = ModelConfig(path="tiny-llama")
 STUDY = StudyConfig(name="smoke")
@@ -134,6 +137,38 @@ def test_an_exported_adapter_serves_in_plain_peft_and_its_card_says_how_good_it_
     assert f"--enable-lora{rank} --lora-modules smoke={tmp_path}/served" in said
     assert f"--chat-template {tmp_path}/served/chat_template.jinja" in said
     assert (tmp_path / "served/chat_template.jinja").is_file()
+
+
+LOADED = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tuned = PeftModel.from_pretrained(base, "me/faq")
+print(float(sum(p.double().abs().sum() for name, p in tuned.named_parameters() if "lora_" in name)))
+print(AutoTokenizer.from_pretrained("me/faq").chat_template)
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_adapter_goes_to_a_hub_and_comes_back(typed: Callable[..., int], tmp_path: Path) -> None:
+    assert typed(export.main, f"to={tmp_path}/served") == 0
+    repositories: dict[str, Repository] = {}
+    with running_hub(repositories) as endpoint:
+        usual = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "HF_HOME": f"{tmp_path}/home"}
+        run = partial(subprocess.run, env={**usual, **hub}, check=True, capture_output=True, text=True)
+
+        run([Path(sys.executable).parent / "hf", "upload", "me/faq", f"{tmp_path}/served"])
+
+        told = run([sys.executable, "-c", LOADED, resolve_model(TINY)]).stdout.strip()
+
+    uploaded = repositories["me/faq"].commits[-1]
+    assert uploaded == {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()}
+    weights = load_file(tmp_path / "served/adapter_model.safetensors").values()
+    total, _, template = told.partition("\n")
+    assert float(total) == pytest.approx(float(sum(w.double().abs().sum() for w in weights)))
+    assert template == (tmp_path / "served/chat_template.jinja").read_text().strip()
 
 
 def test_an_exported_adapter_has_what_vllm_asks_for_and_nothing_that_it_refuses(
