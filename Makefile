@@ -33,8 +33,8 @@ test: $(READY)  ## run the fast tests, every promise at small size (about 3 minu
 	@echo "fast tests: about 3 minutes on 2 free cores; make test-all adds the slow ones"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=5 $(ARGS)
 
-test-all: $(READY)  ## run all tests, with storms of kills and real servers (about 40 minutes on 2 cores)
-	@echo "all tests: about 40 minutes on 2 cores; make test runs the fast ones only"
+test-all: $(READY)  ## run all tests, with storms of kills and real servers (20 to 40 minutes on 2 cores)
+	@echo "all tests: 20 to 40 minutes on 2 cores; make test runs the fast ones only"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow' --durations=5 $(ARGS) || [ $$? = 5 ]
 	@$(BIN)/python -m pytest --slow -m slow --durations=20 $(ARGS)
 
