@@ -1,5 +1,7 @@
 """What docs/pruning.md rests on: the surrogate of recorded curves, and searches replayed on it."""
 
+import json
+import math
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,9 +11,10 @@ from scipy.linalg import cho_solve
 
 from lora_search.database.storage import quieten_optuna
 from tests.benchmarks.contenders import OURS, contenders
+from tests.benchmarks.record import RECORDINGS
 from tests.benchmarks.regret_plot import plot
 from tests.benchmarks.search import BUDGETS, best_possible, search
-from tests.benchmarks.surrogate import Surrogate, families
+from tests.benchmarks.surrogate import CURVES, Surrogate, families
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,21 @@ def _quiet() -> None:
 @pytest.fixture(scope="module", params=["faq", "docs"])
 def surrogate(request: pytest.FixtureRequest) -> Surrogate:
     return Surrogate(*families(request.param))
+
+
+def test_every_family_is_recorded_in_full_at_least_150_curves() -> None:
+    recorded = {name: family["trials"] for name, family in json.loads(CURVES.read_text()).items()}
+
+    assert {name: len(trials) for name, trials in recorded.items()} == {
+        name: recording.num_trials for name, recording in RECORDINGS.items()
+    }
+    assert sum(map(len, recorded.values())) >= 150
+    for name, recording in RECORDINGS.items():
+        num_rungs = recording.epochs * recording.evals_per_epoch
+        for trial in recorded[name]:
+            assert 0 < len(trial["losses"]) <= num_rungs
+            assert all(math.isfinite(loss) for loss in trial["losses"])
+            assert len(trial.get("row_losses", [])) in (0, recording.rows[1])
 
 
 def test_the_surrogate_misses_a_curve_that_it_has_not_seen_by_less_than_a_percent_in_the_median(
