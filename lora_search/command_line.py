@@ -87,14 +87,15 @@ def whole_number(key: str, text: str) -> int:
 
 
 def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
-    """Return the settings that the study recorded, with the `engine` keys of the command line."""
+    """Return the settings that the study recorded, with `engine` and `artifacts` keys of the command line."""
     config = recorded_config(attributes, found.config)
     typed = [key.partition("=")[0] for key in arguments.overrides]
     sections = {key.partition(".")[0] for key in typed}
-    if "engine" in sections:
-        given = compose_section(arguments.sweep, arguments.overrides, arguments.config_dir, "engine")
-        names = [key.partition(".")[2] for key in typed if key.startswith("engine.")]
-        config.engine = replace(config.engine, **{name: getattr(given, name) for name in names})
+    for section in sections & {"engine", "artifacts"}:
+        given = compose_section(arguments.sweep, arguments.overrides, arguments.config_dir, section)
+        names = [key.partition(".")[2] for key in typed if key.startswith(f"{section}.")]
+        values = {name: getattr(given, name) for name in names}
+        setattr(config, section, replace(getattr(config, section), **values))
     return config
 
 

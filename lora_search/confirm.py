@@ -15,13 +15,14 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
+from lora_search.output.copies import bring_files
 from lora_search.output.overview import confirmed_table
 from lora_search.output.terminal import Progress
 from lora_search.output.tracking_study import track_confirmation
 from lora_search.page.report import write_report
 from lora_search.results.confirmed import verdicts
 from lora_search.results.ranking import base_of, ranked
-from lora_search.study.folder import find_owned
+from lora_search.study.folder import own_folder
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -49,7 +50,8 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
     rows, attributes = view.rows(), view.attributes()
     trials = best_trials(rows, top, seeds)
     base, config = base_of(attributes), recorded(arguments, found, attributes)
-    find_owned(found.config, found.folder)
+    own_folder(found.config, found.folder)
+    bring_files(config, attributes, rows, found.folder, progress)
 
     listed = ", ".join(map(str, trials))
     progress.event(f"study {found.config.name}: trials {listed}, {seeds} fresh seeds each")

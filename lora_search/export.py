@@ -18,10 +18,11 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
 from lora_search.files.atomic import write_file
+from lora_search.output.copies import adapter_here, bring_files
 from lora_search.output.model_card import model_card, serving_lines
 from lora_search.output.terminal import Progress
 from lora_search.results.certainty import certainty_of
-from lora_search.service.exporting import adapter_here, check_target, copy_adapter, is_true, merge_to
+from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
 from lora_search.study.results import read_test_score
 from lora_search.study.view import StudyView
 
@@ -44,14 +45,17 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
     view = StudyView(found.config)
     rows, attributes = view.rows(), view.attributes()
     row = chosen_trial("trial", own["trial"], rows)
-    adapter, tokenizer = adapter_here(found.folder, row.number), found.folder / "tokenizer"
+    tokenizer, config = found.folder / "tokenizer", recorded(arguments, found, attributes)
     name = f"trial-{row.number}-merged" if is_merged else f"trial-{row.number}"
     to = Path(own["to"]) if own["to"] else found.folder / "export" / name
     check_target(to)
+    bring_files(config, attributes, rows, found.folder, progress, [row.number])
+    adapter = adapter_here(found.folder, row.number)
+    if not tokenizer.is_dir():
+        progress.event(f"warning: {tokenizer} does not exist: {to} gets no tokenizer and no chat template")
     merged = None
     if is_merged:
-        config, expected = recorded(arguments, found, attributes), row.perplexity or math.nan
-        merged = merge_to(config, adapter, tokenizer, to, expected, progress)
+        merged = merge_to(config, adapter, tokenizer, to, row.perplexity or math.nan, progress)
     else:
         copy_adapter(adapter, tokenizer, to)
     to_base = certainty_of(rows, found.folder).against_base.get(row.number)

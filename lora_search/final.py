@@ -28,6 +28,7 @@ from lora_search.command_line import (
 )
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import write_file
+from lora_search.output.copies import bring_files
 from lora_search.output.model_card import model_card
 from lora_search.output.terminal import Progress
 from lora_search.page.report import write_report
@@ -35,7 +36,7 @@ from lora_search.results.ranking import base_of
 from lora_search.results.verdict import line_of_final
 from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
 from lora_search.settings.schema import SweepConfig
-from lora_search.study.folder import find_owned
+from lora_search.study.folder import own_folder
 from lora_search.study.results import FinalAdapter, add_final, read_finals, read_test_score
 from lora_search.study.view import StudyView
 
@@ -63,13 +64,15 @@ def final(arguments: argparse.Namespace, progress: Progress) -> None:
         raise ConfigError("seeds", seeds, f"must be at most {MOST_SEEDS}")
     found = find_study(arguments)
     view = StudyView(found.config)
-    attributes, row = view.attributes(), chosen_trial("trial", own["trial"], view.rows())
+    attributes, rows = view.attributes(), view.rows()
+    row = chosen_trial("trial", own["trial"], rows)
     name = f"final-trial-{row.number}" + ("-all" if own["rows"] == "all" else "")
     to = Path(own["to"]) if own["to"] else found.folder / "export" / (name + ("-merged" if is_merged else ""))
     check_target(to)
     base_of(attributes)
-    find_owned(found.config, found.folder)
+    own_folder(found.config, found.folder)
     config = recorded(arguments, found, attributes)
+    bring_files(config, attributes, rows, found.folder, progress)
     progress.event(
         f"study {found.config.name}: the settings of trial {row.number}, up to rung {row.best_rung}"
     )

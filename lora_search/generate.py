@@ -29,6 +29,7 @@ from lora_search.command_line import (
 )
 from lora_search.errors import ConfigError, DataError, InputError
 from lora_search.files.atomic import write_file
+from lora_search.output.copies import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.study.identity import find_identity
 from lora_search.study.view import StudyView
@@ -58,7 +59,9 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
     view = StudyView(found.config)
     rows = view.rows()
     numbers = [chosen_trial("trials", text, rows).number for text in own["trials"].split(",")]
-    config, identity = recorded(arguments, found, view.attributes()), find_identity(found.config)
+    attributes, identity = view.attributes(), find_identity(found.config)
+    config = recorded(arguments, found, attributes)
+    bring_files(config, attributes, rows, found.folder, progress, numbers)
 
     from lora_search.service.plain import open_answerer
 

@@ -37,6 +37,7 @@ from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device
+from lora_search.output.copies import share
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.terminal import Progress
 from lora_search.reading.load import load_rows
@@ -250,6 +251,7 @@ def prepare_sweep(
     if is_new:
         progress.event(describe_validation(engine, time.perf_counter() - began))
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)
+        share(study.folder, engine.keeper.artifacts)
     return engine, study
 
 

@@ -14,13 +14,14 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, run, study_parser
+from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.files.atomic import write_file
+from lora_search.output.copies import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.page.plain import report_facts, report_markdown
 from lora_search.page.report import write_report
 from lora_search.results.ranking import base_of
-from lora_search.study.folder import find_owned
+from lora_search.study.folder import own_folder
 from lora_search.study.study import SweepStudy
 
 
@@ -36,7 +37,8 @@ def report(arguments: argparse.Namespace, progress: Progress) -> None:
     """Write the report and print its path."""
     found = find_study(arguments)
     rows, attributes = SweepStudy.read(found.config)
-    find_owned(found.config, found.folder)
+    own_folder(found.config, found.folder)
+    bring_files(recorded(arguments, found, attributes), attributes, rows, found.folder, progress)
     path, base = found.folder / f"report.{arguments.format}", base_of(attributes)
     if arguments.format == "html":
         write_report(rows, attributes, base, path)

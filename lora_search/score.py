@@ -15,6 +15,7 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.errors import InputError, StudyError
+from lora_search.output.copies import adapter_here, bring_files
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_test
@@ -34,7 +35,8 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
     found = find_study(arguments)
     view = StudyView(found.config)
     attributes = view.attributes()
-    best, before = best_of(view.rows()), read_test_score(attributes)
+    rows = view.rows()
+    best, before = best_of(rows), read_test_score(attributes)
     if best is None:
         raise StudyError(f"study.name: {found.config.name!r} has no complete trial yet. Run the sweep first.")
     if before is not None and not arguments.again:
@@ -43,12 +45,12 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
             "look makes the test split a second validation split. Add --again to score anyway, counted."
         )
     config = recorded(arguments, found, attributes)
+    bring_files(config, attributes, rows, found.folder, progress, [best.number])
+    adapter_here(found.folder, best.number)
 
-    from lora_search.service.plain import adapter_folder
     from lora_search.service.reopen import reopen
     from lora_search.service.scoring import score_test
 
-    adapter_folder(found.folder, best.number)
     opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
     found_score = score_test(opened.engine, view, best, found.folder) if opened.splits.test else None
     if found_score is None:

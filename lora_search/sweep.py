@@ -96,7 +96,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     the launcher."""
     from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude_so_far
-    from lora_search.output.copies import bring_results
+    from lora_search.output.copies import bring_results, share
     from lora_search.output.tracking import facts_of_sweep, make_tracker
     from lora_search.output.tracking_study import tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
@@ -134,6 +134,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                         score_answers_once(engine, config, study.folder, progress, interrupts.check)
                         keep_samples_once(engine, config, study.folder, progress, interrupts.check)
                         score_test_once(engine, config.study, study.folder, interrupts.check)
+                        share(study.folder, engine.keeper.artifacts)
                 if study.is_finished and config.launcher.worker in (None, 0):
                     for line in check_best_export(engine, config.study, study.folder):
                         progress.event(line)

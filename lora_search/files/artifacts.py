@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 
 from lora_search.errors import ConfigError, LoraSearchError
-from lora_search.files.atomic import TEMPORARY, replacing
+from lora_search.files.atomic import TEMPORARY, explained_writing, replacing, write_file
 from lora_search.settings.schema import require
 from lora_search.settings.secrets import redact
 
@@ -119,6 +119,23 @@ class Artifacts:
                 )
         except Exception as error:  # noqa: BLE001  (each file system raises its own)
             raise ArtifactError(self.uri, cause_of(error)) from None
+
+    def bring(self, name: str, target: Path) -> None:
+        """Copy what was published under the name to a path that does not exist here. Raises ArtifactError."""
+        place = f"{self.root}/{name}"
+        try:
+            self.files.invalidate_cache()
+            found = {path[len(place) + 1 :]: self.files.cat_file(path) for path in self.files.find(place)}
+        except Exception as error:  # noqa: BLE001  (each file system raises its own)
+            raise ArtifactError(self.uri, cause_of(error)) from None
+        if "" in found:  # a file, not a folder
+            write_file(target, found[""])
+        elif found:
+            fresh = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY}")
+            for inner, content in found.items():
+                write_file(fresh / inner, content)
+            with explained_writing(target):
+                fresh.rename(target)
 
     def delete(self) -> None:
         """Remove all of the study's files here. Raises ArtifactError."""

@@ -1,19 +1,24 @@
-"""The conclusion of a sweep whose trials ran on several nodes: files on other disks come from
-artifacts.uri, and the answer goes there. Whatever fails there is a line on the screen: the answer stays."""
+"""Files of trials that ran on other nodes come from artifacts.uri, for the conclusion of a sweep and for the
+commands after it; the answer goes there. Whatever fails there is a line on the screen: the answer stays."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_search.errors import LoraSearchError
+from lora_search.errors import LoraSearchError, StudyError
 from lora_search.files.artifacts import Artifacts, place_of
-from lora_search.files.row_scores import VALIDATION
+from lora_search.files.row_scores import BASE, VALIDATION, read_scores
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
+from lora_search.results.samples import FILE as SAMPLES
+from lora_search.results.samples import read_samples
 from lora_search.settings.schema import SweepConfig
+from lora_search.settings.secrets import redact
+from lora_search.study.folder import own_folder
 from lora_search.trial import TrialRow
 
 SHOWN = ("best", "report.html")  # of the study's folder
+SHARED = ("tokenizer", BASE, SAMPLES)  # that other nodes need: of them, samples only a finished sweep has
 
 
 @contextmanager
@@ -45,12 +50,76 @@ def shared_results(
         progress.event(str(error))
 
 
-def bring_results(rows: Sequence[TrialRow], folder: Path, artifacts: Artifacts | None) -> None:
-    """Bring the best trial's files, and how the other trials predict each row. Raises ArtifactError."""
+def share(folder: Path, artifacts: Artifacts | None) -> None:
+    """Copy what is of no single trial and a command elsewhere needs. Raises ArtifactError."""
+    for name in SHARED:
+        if artifacts is not None and (folder / name).exists():
+            artifacts.publish(folder / name, name)
+
+
+def bring_results(
+    rows: Sequence[TrialRow], folder: Path, artifacts: Artifacts | None, trials: Collection[int] | None = None
+) -> None:
+    """Bring the files of these trials (None: the best), how the other trials predict each row, and what
+    `share` copied, where the folder lacks them. Raises ArtifactError."""
     best = best_of(rows)
     if artifacts is None or best is None:
         return
-    artifacts.fetch(best.number, folder / "trials" / str(best.number))
+    for name in SHARED:
+        if not (read_samples(folder, best) if name == SAMPLES else (folder / name).exists()):
+            artifacts.bring(name, folder / name)
+    for number, suffix in lacking(rows, folder, [best.number] if trials is None else trials).items():
+        artifacts.fetch(number, folder / "trials" / str(number), suffix)
+
+
+def lacking(rows: Sequence[TrialRow], folder: Path, trials: Collection[int]) -> dict[int, str]:
+    """Return trial -> suffix of the files to fetch ("": all), of the trials whose row scores here are not of
+    their best rung, as an adapter here is not either, and of those in ``trials`` without an adapter here."""
+    found = {}
     for row in rows:
-        if row.perplexity is not None and row.number != best.number:
-            artifacts.fetch(row.number, folder / "trials" / str(row.number), suffix=VALIDATION)
+        place = folder / "trials" / str(row.number)
+        scores, has_adapter = read_scores(place), (place / "adapter").is_dir()
+        is_known = scores is not None and scores[1] == row.best_rung
+        if row.perplexity is not None and not (is_known and (has_adapter or row.number not in trials)):
+            found[row.number] = "" if has_adapter or row.number in trials else VALIDATION
+    return found
+
+
+def bring_files(
+    config: SweepConfig,
+    attributes: Mapping[str, str],
+    rows: Sequence[TrialRow],
+    folder: Path,
+    progress: Progress,
+    trials: Collection[int] = (),
+) -> None:
+    """For a command after the search: bring what this node lacks, with the adapters of ``trials``.
+
+    Raises ConfigError if the folder is another study's.
+    """
+    num_trials = len(lacking(rows, folder, trials))
+    if config.artifacts.uri is None or not (num_trials or lacks_shared(folder)):
+        return
+    own_folder(config.study, folder)
+    place = place_of(config.study.name, attributes.get("study_id"))
+    progress.event(f"{redact(config.artifacts.uri)}: fetching what this machine lacks of {num_trials} trials")
+    try:
+        bring_results(rows, folder, Artifacts(config.artifacts.uri, place), trials)
+    except LoraSearchError as error:
+        progress.event(str(error))
+
+
+def lacks_shared(folder: Path) -> bool:
+    """Whether the folder lacks what every study has. One that is without samples may have none."""
+    return not all((folder / name).exists() for name in SHARED if name != SAMPLES)
+
+
+def adapter_here(folder: Path, number: int) -> Path:
+    """Return the folder of a trial's adapter. Raises StudyError if it is on another machine only."""
+    adapter = folder / "trials" / str(number) / "adapter"
+    if not adapter.is_dir():
+        raise StudyError(
+            f"trial {number}: its adapter is not in {adapter}, nor at artifacts.uri. Copy the folder of the "
+            "trial from the machine that trained it, or name another trial."
+        )
+    return adapter

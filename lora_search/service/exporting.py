@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig
@@ -21,14 +21,6 @@ def is_true(key: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise ConfigError(key, text, "must be true or false")
     return text == "true"
-
-
-def adapter_here(folder: Path, number: int) -> Path:
-    """Return the trial's adapter. Raises StudyError if it was trained on another machine."""
-    adapter = folder / "trials" / str(number) / "adapter"
-    if not adapter.is_dir():
-        raise StudyError(f"trial {number}: {adapter} does not exist. Export it where it was trained.")
-    return adapter
 
 
 def copy_adapter(adapter: Path, tokenizer: Path, to: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_search.data.rows import Splits
+from lora_search.data.serving import write_serving
 from lora_search.data.store import JoinedRows
 from lora_search.engine.build import Room, build_engine
 from lora_search.engine.content import content_before_loading, content_of
@@ -51,6 +52,9 @@ def train_final(
         progress.event(f"{len(splits.train)} rows to train on instead of {len(inputs.splits.train)}")
         wider = content_before_loading(config, inputs.source, inputs.model, inputs.tokenizer, splits)
         base = load_base(inputs.source, inputs.model, config.engine)
+        if not (folder / "tokenizer").is_dir():  # a machine that never searched
+            generation = base.model.generation_config.to_diff_dict()
+            write_serving(folder / "tokenizer", inputs.tokenizer, config.template, generation)
         content = content_of(wider, base, inputs.model, inputs.tokenizer)
         slots = config.engine.slots
         sized = replace(config.engine, slots=min(slots, seeds) if isinstance(slots, int) else slots)

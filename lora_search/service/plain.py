@@ -25,6 +25,7 @@ from lora_search.errors import StudyError
 from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device, pick_dtype
+from lora_search.output.copies import adapter_here
 from lora_search.output.streams import clean
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import SweepConfig
@@ -83,7 +84,7 @@ def merge(
     fresh = to.with_name(f"{to.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     merge_adapter(load_plain(config, commit), adapter, fresh)
-    for file in sorted(path for path in serving.iterdir() if path.is_file()):
+    for file in sorted(path for path in serving.glob("*") if path.is_file()):
         shutil.copy(file, fresh / file.name)
     model = AutoModelForCausalLM.from_pretrained(fresh, dtype="auto").eval()
     perplexity = plain_perplexity(model, rows)
@@ -159,21 +160,10 @@ def open_answerer(
     config: SweepConfig, commit: str | None, folder: Path, trials: Sequence[int], max_new_tokens: int
 ) -> Answerer:
     """Return the study's base with the adapters of these trials. Raises StudyError if one is missing."""
-    adapters = {number: adapter_folder(folder, number) for number in trials}
+    adapters = {number: adapter_here(folder, number) for number in trials}
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
     return Answerer(config, commit, tokenizer, adapters, max_new_tokens)
-
-
-def adapter_folder(folder: Path, number: int) -> Path:
-    """Return the folder of a trial's adapter. Raises StudyError if it was trained on another machine."""
-    adapter = folder / "trials" / str(number) / "adapter"
-    if not adapter.is_dir():
-        raise StudyError(
-            f"trial {number}: its adapter is not in {adapter}. Copy the folder of the trial from the machine "
-            "that trained it, or name another trial."
-        )
-    return adapter
 
 
 class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers has no types

@@ -161,6 +161,16 @@ def claim_folder(folder: Path, study_name: str, identity: Identity) -> None:
     check_owner(folder, identity)
 
 
+def own_folder(config: StudyConfig, folder: Path) -> None:
+    """Mark the folder, made if need be, as the study's, for a command that writes there: on another machine
+    than the sweep's it is new. Raises ConfigError if it is another study's."""
+    identity = find_owned(config, folder)
+    if identity is not None and identity.id is not None:
+        with explained_writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        claim_folder(folder, config.name, identity)
+
+
 def _owner(marker: Path) -> str | None:
     """Return the id in the marker; None if it is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -84,6 +84,19 @@ def test_what_was_put_comes_to_a_node_that_never_saw_it(copies: Artifacts, tmp_p
     assert copies.fetch(8, tmp_path / "c") is None
 
 
+def test_what_was_published_comes_back_under_its_name(copies: Artifacts, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    copies.publish(folder / "adapter", "tokenizer")
+    copies.publish(folder / "validation_rows.npz", "base_rows.npz")
+
+    for name in ("tokenizer", "base_rows.npz", "samples.json"):
+        copies.bring(name, tmp_path / "b" / name)
+
+    assert contents(tmp_path / "b/tokenizer") == contents(folder / "adapter")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["base_rows.npz", "tokenizer"]
+    assert (tmp_path / "b/base_rows.npz").read_bytes() == b"rows"
+
+
 def test_only_the_last_rung_stays_there_and_a_checkpoint_goes_with_its_trial(
     copies: Artifacts, tmp_path: Path
 ) -> None:
