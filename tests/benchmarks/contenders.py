@@ -71,6 +71,7 @@ class OptunaSearch:
 
     def __init__(self, contender: Contender, family: Family, seed: int) -> None:
         self.contender, self.seed, self.num_rungs = contender, seed, family.num_rungs
+        self.family = family
         self.space: dict[str, BaseDistribution] = {
             "optim.lr": FloatDistribution(*family.rates, log=True),
             "lora.r": CategoricalDistribution(RANKS),
@@ -88,6 +89,7 @@ class OptunaSearch:
 
     def suggest(self) -> tuple[int, Mapping[str, Any], int]:
         trial = self.study.ask(self.space)
+        trial.set_user_attr("progress", {"untrained_rung": self.family.untrained_rung(trial.params)})
         self.trials[trial.number] = trial
         return trial.number, trial.params, 0
 

@@ -43,6 +43,30 @@ def test_every_family_is_recorded_in_full_at_least_150_curves() -> None:
             assert len(trial.get("row_losses", [])) in (0, recording.rows[1])
 
 
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_trial_that_hardly_leaves_the_base_is_not_taken_for_a_diverged_one(name: str) -> None:
+    (family,) = families(name)
+    slowest = min(range(len(family.params)), key=lambda n: family.params[n]["optim.lr"])
+
+    kept_K = np.exp(family.curves_NK[slowest])
+
+    recorded = json.loads(CURVES.read_text())[name]["trials"][slowest]["losses"]
+    np.testing.assert_allclose(kept_K, recorded)
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_the_trials_whose_first_rung_measures_the_bare_base_are_known(name: str) -> None:
+    (family,) = families(name)
+    rows, per_epoch = RECORDINGS[name].rows[0], RECORDINGS[name].evals_per_epoch
+
+    for params in family.params:
+        one_step = rows <= params["train.batch_size"] * per_epoch
+        assert family.untrained_rung(params) == int(one_step)
+
+    bare = [family.untrained_rung(params) == 1 for params in family.params]
+    assert len(set(family.curves_NK[bare, 0])) <= 1  # whatever the learning rate
+
+
 def test_the_surrogate_misses_a_curve_that_it_has_not_seen_by_less_than_a_percent_in_the_median(
     surrogate: Surrogate,
 ) -> None:
