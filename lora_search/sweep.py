@@ -7,8 +7,10 @@ import io
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_search.output.streams import greet
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
@@ -39,6 +41,10 @@ from lora_search.trial import TrialRow
 from lora_search.worker.command import Command, received, typed_command
 from lora_search.worker.launcher import leaving_no_folder, run_workers
 from lora_search.worker.team import told_to_launcher
+
+if TYPE_CHECKING:  # torch
+    from lora_search.engine.engine import Engine
+    from lora_search.study.study import SweepStudy
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -96,16 +102,12 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     the launcher."""
     from lora_search.ops.device import peak_bytes
     from lora_search.output.conclusion import conclude_so_far
-    from lora_search.output.copies import bring_results, share
     from lora_search.output.tracking import facts_of_sweep, make_tracker
     from lora_search.output.tracking_study import tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
-    from lora_search.service.answering import score_answers_once
     from lora_search.service.export_check import check_best_export
     from lora_search.service.metrics import check_metric
-    from lora_search.service.samples import keep_samples_once
-    from lora_search.service.scoring import score_test_once
     from lora_search.settings.space import parse_space
     from lora_search.study.adoption import check_study
     from lora_search.study.study import SweepStudy
@@ -130,11 +132,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                             work(study, engine, tracker, progress, interrupts.check)
                         study.note_peak(peak_bytes(engine.model.device))
                     if study.is_finished:
-                        bring_results(study.rows(), study.folder, engine.keeper.artifacts)
-                        score_answers_once(engine, config, study.folder, progress, interrupts.check)
-                        keep_samples_once(engine, config, study.folder, progress, interrupts.check)
-                        score_test_once(engine, config.study, study.folder, interrupts.check)
-                        share(study.folder, engine.keeper.artifacts)
+                        _score_and_share(config, study, engine, progress, interrupts.check)
                 if study.is_finished and config.launcher.worker in (None, 0):
                     for line in check_best_export(engine, config.study, study.folder):
                         progress.event(line)
@@ -144,6 +142,22 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             raise
     if is_alone:
         _finish_alone(config, progress)
+
+
+def _score_and_share(
+    config: SweepConfig, study: "SweepStudy", engine: "Engine", progress: Progress, check: Callable[[], None]
+) -> None:
+    """Let the loaded base answer what a finished study asks: scores, samples, the test split."""
+    from lora_search.output.copies import bring_results, share
+    from lora_search.service.answering import score_answers_once
+    from lora_search.service.samples import keep_samples_once
+    from lora_search.service.scoring import score_test_once
+
+    bring_results(study.rows(), study.folder, engine.keeper.artifacts)
+    score_answers_once(engine, config, study.folder, progress, check)
+    keep_samples_once(engine, config, study.folder, progress, check)
+    score_test_once(engine, config.study, study.folder, check)
+    share(study.folder, engine.keeper.artifacts)
 
 
 def _finish_alone(config: SweepConfig, progress: Progress) -> None:

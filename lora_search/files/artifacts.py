@@ -11,9 +11,9 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,13 @@ class Artifacts:
         """
         self._finish_uploads()
         here = _rung_of(folder)
-        try:
+        with _explained(self.uri):
             for path in self._manifests(trial):
                 found = self._read(path)
                 if found is None or (here is not None and found["rung"] <= here):
                     continue
                 if self._bring(trial, found, folder, suffix):
                     return int(found["rung"])
-        except Exception as error:  # noqa: BLE001  (each file system raises its own)
-            raise ArtifactError(self.uri, cause_of(error)) from None
         return None
 
     def _finish_uploads(self) -> None:
@@ -112,22 +110,18 @@ class Artifacts:
 
     def publish(self, folder: Path, name: str) -> None:
         """Copy a file, or a folder with its files, under the names they have. Raises ArtifactError."""
-        try:
+        with _explained(self.uri):
             for path in [folder] if folder.is_file() else _files(folder):
                 self._send(
                     path, f"{self.root}/{name}/{path.relative_to(folder).as_posix()}".removesuffix("/.")
                 )
-        except Exception as error:  # noqa: BLE001  (each file system raises its own)
-            raise ArtifactError(self.uri, cause_of(error)) from None
 
     def bring(self, name: str, target: Path) -> None:
         """Copy what was published under the name to a path that does not exist here. Raises ArtifactError."""
         place = f"{self.root}/{name}"
-        try:
+        with _explained(self.uri):
             self.files.invalidate_cache()
             found = {path[len(place) + 1 :]: self.files.cat_file(path) for path in self.files.find(place)}
-        except Exception as error:  # noqa: BLE001  (each file system raises its own)
-            raise ArtifactError(self.uri, cause_of(error)) from None
         if "" in found:  # a file, not a folder
             write_file(target, found[""])
         elif found:
@@ -139,11 +133,9 @@ class Artifacts:
 
     def delete(self) -> None:
         """Remove all of the study's files here. Raises ArtifactError."""
-        try:
+        with _explained(self.uri):
             if self.files.exists(self.root):
                 self.files.rm(self.root, recursive=True)
-        except Exception as error:  # noqa: BLE001  (each file system raises its own)
-            raise ArtifactError(self.uri, cause_of(error)) from None
 
     def _upload(self, trial: int, folder: Path, staged: Path, rung: int) -> None:
         """Upload the missing files, then the manifest; then remove the files that it does not name."""
@@ -255,6 +247,15 @@ def check_uri(uri: str) -> None:
         rule = f"must be a place that can be written to and read ({cause_of(error)})"
         raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
     require(found == text, "artifacts.uri", redact(uri), "must give back what was written", REMEDY)
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Raise ArtifactError for whatever is raised here."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  (each file system raises its own)
+        raise ArtifactError(uri, cause_of(error)) from None
 
 
 def _make_folder(files: Any, path: str) -> None:
