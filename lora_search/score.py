@@ -52,9 +52,13 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
     from lora_search.service.scoring import score_test
 
     opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
-    found_score = score_test(opened.engine, view, best, found.folder) if opened.splits.test else None
+    has_rows = bool(opened.splits.test)
+    found_score = score_test(opened.engine, view, best, found.folder, before) if has_rows else None
     if found_score is None:
-        raise StudyError(f"data.test_fraction: {len(opened.splits.test)} test rows give no score.")
+        raise StudyError(
+            f"data.test_fraction: {len(opened.splits.test)} test rows give no score, or another command has "
+            "scored them meanwhile. `lora-search status` shows the score."
+        )
     progress.event(line_of_test(found_score))
 
 

@@ -7,10 +7,8 @@ import io
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_search.output.streams import greet
 from lora_search.worker.interrupts import EXIT_CODE, Interrupts
@@ -41,10 +39,6 @@ from lora_search.trial import TrialRow
 from lora_search.worker.command import Command, received, typed_command
 from lora_search.worker.launcher import leaving_no_folder, run_workers
 from lora_search.worker.team import told_to_launcher
-
-if TYPE_CHECKING:  # torch
-    from lora_search.engine.engine import Engine
-    from lora_search.study.study import SweepStudy
 
 INFORMING = (
     "help", "hydra_help", "version", "show_config", "cfg", "info", "shell_completion", "show_overrides",
@@ -106,6 +100,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.output.tracking_study import tracked_facts
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
+    from lora_search.service.afterwards import score_and_share
     from lora_search.service.export_check import check_best_export
     from lora_search.service.metrics import check_metric
     from lora_search.settings.space import parse_space
@@ -132,7 +127,8 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                             work(study, engine, tracker, progress, interrupts.check)
                         study.note_peak(peak_bytes(engine.model.device))
                     if study.is_finished:
-                        _score_and_share(config, study, engine, progress, interrupts.check)
+                        rows, folder = study.rows(), study.folder
+                        score_and_share(config, rows, folder, engine, progress, interrupts.check)
                 if study.is_finished and config.launcher.worker in (None, 0):
                     for line in check_best_export(engine, config.study, study.folder):
                         progress.event(line)
@@ -142,22 +138,6 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
             raise
     if is_alone:
         _finish_alone(config, progress)
-
-
-def _score_and_share(
-    config: SweepConfig, study: "SweepStudy", engine: "Engine", progress: Progress, check: Callable[[], None]
-) -> None:
-    """Let the loaded base answer what a finished study asks: scores, samples, the test split."""
-    from lora_search.output.copies import bring_results, share
-    from lora_search.service.answering import score_answers_once
-    from lora_search.service.samples import keep_samples_once
-    from lora_search.service.scoring import score_test_once
-
-    bring_results(study.rows(), study.folder, engine.keeper.artifacts)
-    score_answers_once(engine, config, study.folder, progress, check)
-    keep_samples_once(engine, config, study.folder, progress, check)
-    score_test_once(engine, config.study, study.folder, check)
-    share(study.folder, engine.keeper.artifacts)
 
 
 def _finish_alone(config: SweepConfig, progress: Progress) -> None:

@@ -1,14 +1,19 @@
-"""Attributes that a study gets once: of several simultaneous starts the first writes, the others read."""
+"""Attributes that a study gets once: of several simultaneous starts the first writes, the others read. And
+work that one worker does at a time."""
 
 import json
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import StudyUserAttributeModel
+from optuna.storages._rdb.models import StudySystemAttributeModel, StudyUserAttributeModel
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+
+from lora_search.database.presence import worker_is_dead
 
 
 def write_once(storage: RDBStorage, study_id: int, values: Mapping[str, object]) -> dict[str, Any]:
@@ -32,3 +37,65 @@ def read_attribute(storage: RDBStorage, study_id: int, key: str) -> Any:
     with Session(storage.engine) as session:
         text = session.query(row.value_json).filter_by(study_id=study_id, key=key).scalar()
     return None if text is None else json.loads(text)
+
+
+class Turn:
+    """Work on a study that any worker may do, on whichever machine, but only one at a time.
+
+    The study's row of the work names who has the turn; every change of it is one statement that names what
+    it replaces. Whoever extends it no more loses it after ``grace_seconds``, by the others' own clocks, and
+    at once where its process is known to have ended.
+    """
+
+    def __init__(
+        self, storage: RDBStorage, study_id: int, work: str, worker: str, grace_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._storage, self._row = storage, {"study_id": study_id, "key": f"turn/{work}"}
+        self._worker, self._grace_seconds, self._clock = worker, grace_seconds, clock
+        self._own = ""  # the row as this worker wrote it last
+        self._seen: tuple[str | None, float] = (None, 0.0)  # another's, and since when
+
+    def take(self) -> bool:
+        """Return whether it is this worker's turn by now."""
+        found = self._read()
+        if found is not None and found == self._own:
+            return True
+        if found != self._seen[0]:
+            self._seen = found, self._clock()
+        if found is not None and not self._is_over(found):
+            return False
+        self._own = self._next()
+        with suppress(IntegrityError), Session(self._storage.engine) as session, session.begin():
+            if found is None:
+                session.add(StudySystemAttributeModel(**self._row, value_json=self._own))
+            else:
+                self._replace(session, found, self._own)
+        return self._read() == self._own
+
+    def extend(self) -> None:
+        """Show that this worker is still at it; without effect where another has taken the turn."""
+        before, self._own = self._own, self._next()
+        with Session(self._storage.engine) as session, session.begin():
+            self._replace(session, before, self._own)
+
+    def give_back(self) -> None:
+        """End this worker's turn, if it still has it."""
+        with Session(self._storage.engine) as session, session.begin():
+            session.query(StudySystemAttributeModel).filter_by(**self._row, value_json=self._own).delete()
+
+    def _is_over(self, found: str) -> bool:
+        worker = str(json.loads(found)[0])
+        return worker_is_dead(worker) or self._clock() - self._seen[1] > self._grace_seconds
+
+    def _next(self) -> str:
+        return json.dumps([self._worker, uuid.uuid4().hex])
+
+    def _read(self) -> str | None:
+        with Session(self._storage.engine) as session:
+            found = session.query(StudySystemAttributeModel.value_json).filter_by(**self._row).scalar()
+        return None if found is None else str(found)
+
+    def _replace(self, session: Session, before: str, after: str) -> None:
+        row = session.query(StudySystemAttributeModel).filter_by(**self._row, value_json=before)
+        row.update({"value_json": after})

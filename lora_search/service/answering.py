@@ -19,7 +19,6 @@ from lora_search.engine.generation import generate
 from lora_search.errors import StudyError
 from lora_search.files.atomic import write_file
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
-from lora_search.output.conclusion import one_at_a_time
 from lora_search.output.terminal import Progress
 from lora_search.service.metrics import Answer, named, score_answers
 from lora_search.service.scoring import adapter_of
@@ -43,11 +42,10 @@ def score_answers_once(
     settings. A metric that fails is one line, and the sweep concludes without it."""
     if config.metric.name == "none":
         return
-    with one_at_a_time(folder):
-        try:
-            _score(engine, config, folder, progress, after_pass)
-        except StudyError as error:
-            progress.event(f"no score of the answers: {error}")
+    try:
+        _score(engine, config, folder, progress, after_pass)
+    except StudyError as error:
+        progress.event(f"no score of the answers: {error}")
 
 
 def _score(

@@ -12,9 +12,7 @@ from pathlib import Path
 from lora_search.engine.engine import Engine
 from lora_search.engine.generation import generate
 from lora_search.errors import LoraSearchError
-from lora_search.output.conclusion import one_at_a_time
 from lora_search.output.terminal import Progress
-from lora_search.results.ranking import best_of
 from lora_search.results.samples import Sample, read_samples, write_samples
 from lora_search.service.answering import decoded, reference_of, tokenizer_and_ends
 from lora_search.service.scoring import adapter_of
@@ -30,26 +28,25 @@ def keep_samples_once(
     engine: Engine,
     config: SweepConfig,
     folder: Path,
+    best: TrialRow | None,
     progress: Progress,
     after_pass: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer the first study.sample_answers questions with base and best trial, and write that to the
     study's folder, unless it is there or the adapter is not. A failure is reported and ends nothing."""
-    view, pairs = StudyView(config.study), engine.splits.pairs.get("validation", ())
+    pairs = engine.splits.pairs.get("validation", ())
     short = (number for number, pair in enumerate(pairs) if len(pair.prompt) <= LONGEST_PROMPT)
     chosen = list(islice(short, config.study.sample_answers))
-    with one_at_a_time(folder):
-        best = best_of(view.rows())
-        if best is None or best.state != "COMPLETE" or not chosen or not adapter_of(best, folder).is_dir():
-            return
-        if len(read_samples(folder, best)) >= len(chosen):
-            return
-        progress.event(f"base and trial {best.number} answer {len(chosen)} validation questions")
-        try:
-            samples = answers(engine, config, view, best, folder, chosen, after_pass)
-            write_samples(folder, best, MAX_NEW_TOKENS, samples)
-        except (LoraSearchError, OSError, RuntimeError, ValueError) as error:
-            progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    if best is None or best.state != "COMPLETE" or not chosen or not adapter_of(best, folder).is_dir():
+        return
+    if len(read_samples(folder, best)) >= len(chosen):
+        return
+    progress.event(f"base and trial {best.number} answer {len(chosen)} validation questions")
+    try:
+        samples = answers(engine, config, StudyView(config.study), best, folder, chosen, after_pass)
+        write_samples(folder, best, MAX_NEW_TOKENS, samples)
+    except (LoraSearchError, OSError, RuntimeError, ValueError) as error:
+        progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
 def answers(

@@ -9,43 +9,45 @@ from pathlib import Path
 
 from lora_search.engine.engine import Engine
 from lora_search.files.row_scores import TEST, write_scores
-from lora_search.output.conclusion import one_at_a_time
 from lora_search.results.certainty import compare
-from lora_search.results.ranking import best_of
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.results import TestScore, read_test_score, store_test_score
+from lora_search.study.results import TestScore, has_test_score, store_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
 
 def score_test_once(
-    engine: Engine, config: StudyConfig, folder: Path, after_pass: Callable[[], None] = lambda: None
+    engine: Engine,
+    config: StudyConfig,
+    folder: Path,
+    best: TrialRow | None,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> TestScore | None:
     """Score the best trial and the base on the test split, unless any worker has done so before.
 
     Returns None if there is nothing to score: no test rows, no complete trial, its adapter elsewhere.
     """
-    view = StudyView(config)
-    with one_at_a_time(folder):
-        best = best_of(view.rows())
-        if best is None or not engine.splits.test or not adapter_of(best, folder).is_dir():
-            return None
-        if read_test_score(view.attributes()) is not None:
-            return None
-        engine.after_pass = after_pass
-        return score_test(engine, view, best, folder)
+    if best is None or not engine.splits.test or not adapter_of(best, folder).is_dir():
+        return None
+    if has_test_score(config):
+        return None
+    engine.after_pass = after_pass
+    return score_test(engine, StudyView(config), best, folder, before=None)
 
 
-def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) -> TestScore | None:
-    """Score the trial and the base on the test split, and store the result in the study.
+def score_test(
+    engine: Engine, view: StudyView, best: TrialRow, folder: Path, before: TestScore | None
+) -> TestScore | None:
+    """Score the trial and the base on the test split, and store the result in the study: one look more than
+    ``before``.
 
-    Returns None if a score is not finite or there is only one row.
+    Returns None if a score is not finite, if there is only one row, or if another worker was faster.
     """
     slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
     base, scores = engine.scores([None, slot], engine.splits.test)
     engine.bank.release(slot)
     write_scores(folder / "trials" / str(best.number), scores, best.best_rung or 0, TEST)
-    comparison, before = compare(scores, base), read_test_score(view.attributes())
+    comparison = compare(scores, base)
     if comparison is None:
         return None
     earlier = (*before.earlier, (before.trial, before.perplexity, before.scored_at)) if before else ()
@@ -61,8 +63,7 @@ def score_test(engine: Engine, view: StudyView, best: TrialRow, folder: Path) ->
         looks=before.looks + 1 if before else 1,
         earlier=earlier,
     )
-    store_test_score(view.config, score)
-    return score
+    return score if store_test_score(view.config, score) else None
 
 
 def adapter_of(row: TrialRow, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import optuna
 
+from lora_search.database.once import read_attribute, write_once
 from lora_search.database.storage import explained_errors, open_storage
 from lora_search.settings.schema import StudyConfig
 
@@ -67,9 +68,25 @@ def read_test_score(attributes: Mapping[str, str]) -> TestScore | None:
     return TestScore(**{**stored, "earlier": tuple(tuple(look) for look in stored["earlier"])})
 
 
-def store_test_score(config: StudyConfig, score: TestScore) -> None:
-    """Put the score into the study, in the place of an older one."""
-    store_result(config, TEST_SCORE, asdict(score))
+def store_test_score(config: StudyConfig, score: TestScore) -> bool:
+    """Put the score into the study: of several first looks only the first, a later look in the place of an
+    older one. Return whether it is there now."""
+    if score.looks > 1:
+        store_result(config, TEST_SCORE, asdict(score))
+        return True
+    text = json.dumps(asdict(score))
+    storage = open_storage(config)
+    with explained_errors(config):
+        study_id = storage.get_study_id_from_name(config.name)
+        return bool(write_once(storage, study_id, {TEST_SCORE: text})[TEST_SCORE] == text)
+
+
+def has_test_score(config: StudyConfig) -> bool:
+    """Whether any worker has stored a score by now, in one query."""
+    storage = open_storage(config)
+    with explained_errors(config):
+        study_id = storage.get_study_id_from_name(config.name)
+        return read_attribute(storage, study_id, TEST_SCORE) is not None
 
 
 def store_result(config: StudyConfig, key: str, value: Mapping[str, object]) -> None:

@@ -1,0 +1,72 @@
+"""What a finished study asks of the loaded base: scores of answers, samples, the test score. One worker does
+it at a time, on whichever machine; the next one finds what is done. Imports torch."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora_search.database.once import Turn
+from lora_search.database.outbox import Outbox
+from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
+from lora_search.database.storage import explained_errors, open_storage
+from lora_search.engine.engine import Engine
+from lora_search.errors import LoraSearchError
+from lora_search.output.copies import bring_results, share
+from lora_search.output.terminal import Progress
+from lora_search.results.ranking import best_of
+from lora_search.service.answering import score_answers_once
+from lora_search.service.samples import keep_samples_once
+from lora_search.service.scoring import score_test_once
+from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.study.view import StudyView
+from lora_search.trial import TrialRow
+
+POLL_SECONDS = 0.5
+
+
+def score_and_share(
+    config: SweepConfig, rows: Sequence[TrialRow], folder: Path, engine: Engine, progress: Progress,
+    check: Callable[[], None],
+) -> None:  # fmt: skip
+    """Score what no worker has scored yet, and copy the results to artifacts.uri.
+
+    ``check`` is called after every pass and while others are waited for; it may raise.
+    """
+    bring_results(rows, folder, engine.keeper.artifacts)
+    with in_turn(config.study, progress, check) as after_pass:
+        bring_results(rows, folder, engine.keeper.artifacts)  # what another worker has just made
+        score_answers_once(engine, config, folder, progress, after_pass)
+        best = best_of(rows if config.metric.name == "none" else StudyView(config.study).rows())
+        keep_samples_once(engine, config, folder, best, progress, after_pass)
+        score_test_once(engine, config.study, folder, best, after_pass)
+        share(folder, engine.keeper.artifacts)
+
+
+@contextmanager
+def in_turn(
+    config: StudyConfig, progress: Progress, check: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """Wait until no other worker of the study is inside; yield what is to be called after every pass."""
+    storage, outbox, extended = open_storage(config), Outbox(config), [time.monotonic()]
+    with explained_errors(config):
+        study_id = storage.get_study_id_from_name(config.name)
+    grace = GRACE_HEARTBEATS * config.heartbeat_seconds
+    turn = Turn(storage, study_id, "after the search", worker_name(os.getpid()), grace)
+    while not outbox.ask(turn.take):
+        progress.wait("another worker scores the finished study")
+        check()
+        time.sleep(POLL_SECONDS)
+
+    def after_pass() -> None:
+        check()
+        if time.monotonic() - extended[0] > config.heartbeat_seconds:
+            extended[0] = time.monotonic()
+            outbox.ask(turn.extend)
+
+    try:
+        yield after_pass
+    finally:
+        with suppress(LoraSearchError):  # it ends by itself, some heartbeats later
+            outbox.ask(turn.give_back)
