@@ -13,7 +13,8 @@ from pathlib import Path
 from lora_search.files.atomic import write_file
 from lora_search.results.ranking import best_of, progress_note
 from lora_search.settings.grammar import as_text
-from lora_search.settings.recorded import plain, recorded_values, trial_values
+from lora_search.settings.overlay import decoded
+from lora_search.settings.recorded import recorded_values, trial_values
 from lora_search.trial import TrialRow, draw_seed
 
 BUDGETS = ("study.max_hours", "study.max_tokens", "study.max_cost")  # the sweep's, not one trial's
@@ -128,7 +129,7 @@ def settings_of(best: TrialRow, attributes: Mapping[str, str]) -> dict[str, obje
         "perplexity": best.perplexity,
         "rung": best.best_rung,
         "seed": seed_of(best, attributes),
-        "params": {key: plain(value) for key, value in best.params.items()},
+        "params": {key: decoded(value) for key, value in best.params.items()},
         "settings": trial_values(attributes, best.params),
     }
 
@@ -190,7 +191,7 @@ def retrain_command(best: TrialRow, attributes: Mapping[str, str], study: str) -
         *(f"{key}=null" for key in BUDGETS if attributes.get(f"setting/sweep.{key}", "None") != "None"),
     ]
     params = {**best.params, "train.seed": seed_of(best, attributes)}
-    values = [text for key, value in params.items() for text in overrides_of(key, plain(value))]
+    values = [text for key, value in params.items() for text in overrides_of(key, decoded(value))]
     return f"{attributes.get('command') or sweep} {shlex.join([*alone, *values])}"
 
 

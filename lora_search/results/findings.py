@@ -13,7 +13,8 @@ from lora_search.results.formatting import (
 )
 from lora_search.results.verdict import line_of_final, line_of_test, metric_line, tied_line
 from lora_search.settings.edges import edge_notes
-from lora_search.settings.recorded import plain, recorded_config, recorded_values
+from lora_search.settings.overlay import decoded
+from lora_search.settings.recorded import recorded_config, recorded_values
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.space import parse_space
 from lora_search.study.about import LENGTHS, PEAK
@@ -64,7 +65,7 @@ def over_default(
 ) -> list[str]:
     """Return the gain over the given settings, if a trial has trained those."""
     settings = recorded_values(attributes, best.params)
-    given = [row for row in rows if all(plain(v) == settings.get(key) for key, v in row.params.items())]
+    given = [row for row in rows if all(decoded(v) == settings.get(key) for key, v in row.params.items())]
     default = next((row for row in given if row.perplexity is not None), None)
     if default is None or not default.params or not settings:
         return []

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.settings.explanations import explain, known_keys, leaves, unknown
-from lora_search.settings.grammar import WhenCall, _plain, make_parser, quoted, unreadable
+from lora_search.settings.grammar import WhenCall, make_parser, quoted, unreadable, without_quotes
 from lora_search.settings.overlay import searchable_keys
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import redact, remember
@@ -189,7 +189,7 @@ def _require_searchable(text: str, key: str, sweep: object) -> None:
     elif not any(f"{key}.".startswith(f"{known}.") for known in known_keys()):
         raise InputError(unknown(key))
     value, remedy = text.partition("=")[2], "Give one value."
-    _remember([value, *map(_plain, sweep.list if isinstance(sweep, ChoiceSweep) else [])])
+    _remember([value, *map(without_quotes, sweep.list if isinstance(sweep, ChoiceSweep) else [])])
     shown = redact(value)  # before other quotes change how a password is spelled
     if _is_listed(sweep):
         typed = shlex.quote(f"{key}={quoted(shown, Quote.double)}")

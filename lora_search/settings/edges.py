@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_search.errors import ConfigError
-from lora_search.settings.grammar import WhenCall, _is_whole, as_text, read_key, resolve, stepped
-from lora_search.settings.recorded import plain
+from lora_search.settings.grammar import WhenCall, as_text, is_whole_number, read_key, resolve, stepped
+from lora_search.settings.overlay import decoded
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space
 
@@ -50,19 +50,19 @@ def _in_place(space: Space, key: str, params: Mapping[str, object], wide: BaseDi
     branches = {**when.branches, params[when.parent]: wide}
     if isinstance(wide, CategoricalDistribution):
         branches = dict.fromkeys(branches, wide)
-    pairs = [f"{as_text(plain(choice))}, {_written(key, d)}" for choice, d in branches.items()]
+    pairs = [f"{as_text(decoded(choice))}, {_written(key, d)}" for choice, d in branches.items()]
     return f"when({when.parent}, {', '.join(pairs)})"
 
 
 def _written(key: str, distribution: BaseDistribution) -> str:
     """Return a distribution in Hydra's grammar."""
     if isinstance(distribution, CategoricalDistribution):
-        return f"choice({','.join(as_text(plain(choice)) for choice in distribution.choices)})"
+        return f"choice({','.join(as_text(decoded(choice)) for choice in distribution.choices)})"
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high, step = distribution.low, distribution.high, distribution.step
     if step is not None and _steps(distribution):
         return f"range({low},{stepped(high, step, 1)},{step})"
-    is_tagged = isinstance(distribution, IntDistribution) and not _is_whole(key)
+    is_tagged = isinstance(distribution, IntDistribution) and not is_whole_number(key)
     tags = ["int"] * is_tagged + ["log"] * distribution.log
     return f"tag({','.join(tags)},interval({low},{high}))" if tags else f"interval({low},{high})"
 

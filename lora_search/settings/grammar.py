@@ -32,7 +32,7 @@ from optuna.distributions import (
 )
 
 from lora_search.errors import ConfigError
-from lora_search.settings.overlay import _encode, _types, searchable_keys, trial_settings
+from lora_search.settings.overlay import declared_types, encoded, searchable_keys, trial_settings
 from lora_search.settings.rules import require
 from lora_search.settings.schema import SweepConfig
 
@@ -109,11 +109,11 @@ def resolve(
         if isinstance(value, Sweep | WhenCall):
             rule = f"must have a choice of {parent}, not a sweep, before each sweep"
             raise ConfigError(full_key, text, rule, WHEN)
-        choice = _own_choice(full_key, parent, _plain(value), choices)
+        choice = _own_choice(full_key, parent, without_quotes(value), choices)
         require(
             choice not in branches,
             full_key,
-            _plain(value),
+            without_quotes(value),
             "the choices must differ",
             "Remove the repeated one.",
         )
@@ -128,7 +128,7 @@ def _parent(
     key: str, text: str, call: WhenCall, searched: Mapping[str, BaseDistribution]
 ) -> tuple[str, CategoricalDistribution]:
     """Return the key that ``key`` depends on, and its choices. Raises ConfigError."""
-    full_key, parent = f"space.{key}", _plain(call.parent)
+    full_key, parent = f"space.{key}", without_quotes(call.parent)
     if not isinstance(parent, str):
         raise ConfigError(full_key, text, "must begin with the name of a searched key", WHEN)
     if parent == key:
@@ -145,7 +145,7 @@ def _parent(
 
 def _own_choice(full_key: str, parent: str, value: object, choices: CategoricalDistribution) -> object:
     """Return the encoded choice of the parent that the value is: 8 for 8.0. Raises ConfigError."""
-    same = [c for c in choices.choices if identity({"": c}) == identity({"": _encode(value)})]
+    same = [c for c in choices.choices if identity({"": c}) == identity({"": encoded(value)})]
     rule = f"must be a choice of {parent}: {', '.join(map(str, choices.choices))}"
     require(bool(same), full_key, value, rule, "Write it as it is there; a list in the same order.")
     return same[0]
@@ -166,7 +166,7 @@ def _distribution(
 ) -> BaseDistribution:
     def check(value: object) -> None:
         try:
-            trial_settings(config, {**(given or {}), key: _encode(value)})
+            trial_settings(config, {**(given or {}), key: encoded(value)})
         except ConfigError as error:
             raise ConfigError(f"space.{error.key}", error.value, error.rule, error.remedy) from None
 
@@ -190,15 +190,15 @@ def as_choice(key: str, value: object) -> str:
 
 
 def _choices(check: Check, key: str, sweep: ChoiceSweep) -> CategoricalDistribution:
-    values = [_plain(value) for value in sweep.list]
+    values = [without_quotes(value) for value in sweep.list]
     if sweep.tags:
         raise ConfigError(f"space.{key}", sorted(sweep.tags), "tags belong to interval(...) only", HINT)
     for value in values:
         check(value)
-    encoded = [_encode(value) for value in values]
-    if len({identity({"": value}) for value in encoded}) < len(encoded):
+    choices = [encoded(value) for value in values]
+    if len({identity({"": value}) for value in choices}) < len(choices):
         raise ConfigError(f"space.{key}", values, "the choices must differ", "Remove the repeated one.")
-    return CategoricalDistribution(encoded)  # type: ignore[arg-type]
+    return CategoricalDistribution(choices)  # type: ignore[arg-type]
 
 
 def _interval(check: Check, key: str, sweep: IntervalSweep) -> BaseDistribution:
@@ -213,7 +213,7 @@ def _interval(check: Check, key: str, sweep: IntervalSweep) -> BaseDistribution:
     _require_ordered(full_key, low, high)
     if log and low <= 0:
         raise ConfigError(full_key, low, "a log range must start above 0", "Raise the lower bound.")
-    whole = _is_whole(key) or "int" in sweep.tags
+    whole = is_whole_number(key) or "int" in sweep.tags
     if whole and not (float(low).is_integer() and float(high).is_integer()):
         raise ConfigError(
             full_key, f"interval({low}, {high})", "the bounds must be whole numbers", "Round them."
@@ -240,7 +240,7 @@ def _range(check: Check, key: str, sweep: RangeSweep) -> BaseDistribution:
         check(bound)
     if all(isinstance(number, int) for number in (start, step)):
         return IntDistribution(int(start), int(last), step=int(step))
-    if _is_whole(key):
+    if is_whole_number(key):
         raise ConfigError(full_key, step, "the step must be a whole number", "Write range(8, 33, 8).")
     return FloatDistribution(float(start), float(last), step=float(step))
 
@@ -252,17 +252,17 @@ def _require_ordered(full_key: str, low: float, high: float) -> None:
         )
 
 
-def _is_whole(key: str) -> bool:
-    return int in _types(key) and float not in _types(key)
+def is_whole_number(key: str) -> bool:
+    return int in declared_types(key) and float not in declared_types(key)
 
 
-def _plain(value: object) -> object:
+def without_quotes(value: object) -> object:
     """Return a parsed element of Hydra's grammar as plain Python."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, dict):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {str(without_quotes(key)): without_quotes(item) for key, item in value.items()}
+    return [without_quotes(item) for item in value] if isinstance(value, list) else value
 
 
 def identity(params: Mapping[str, object]) -> tuple[str, ...]:

@@ -70,14 +70,14 @@ def searchable_keys() -> list[str]:
 
 
 def _overlay(config: SweepConfig, section: str, params: Mapping[str, object]) -> object:
-    mine = {k.partition(".")[2]: _decode(v) for k, v in params.items() if k.startswith(f"{section}.")}
+    mine = {k.partition(".")[2]: decoded(v) for k, v in params.items() if k.startswith(f"{section}.")}
     for name, value in mine.items():
         _check_type(f"{section}.{name}", value)
     return replace(getattr(config, section), **mine)
 
 
 def _check_type(key: str, value: object) -> None:
-    types = _types(key)
+    types = declared_types(key)
     if object in types:
         return  # its class checks it
     allowed = (*types, int) if float in types else types
@@ -86,7 +86,7 @@ def _check_type(key: str, value: object) -> None:
         raise ConfigError(key, value, f"must be of type {shown}")
 
 
-def _types(key: str) -> tuple[type, ...]:
+def declared_types(key: str) -> tuple[type, ...]:
     """Return the declared types of the key's field; object for Any."""
     section, _, name = key.partition(".")
     declared = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
@@ -95,17 +95,17 @@ def _types(key: str) -> tuple[type, ...]:
     return (object,) if declared is Any or not isinstance(declared, type) else (declared,)
 
 
-def _get(config: SweepConfig, key: str) -> object:
+def value_of(config: SweepConfig, key: str) -> object:
     section, _, name = key.partition(".")
     value: object = getattr(getattr(config, section), name)
     return value
 
 
-def _encode(value: object) -> object:
+def encoded(value: object) -> object:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _decode(value: object) -> object:
+def decoded(value: object) -> object:
     """Return the list or mapping that a choice was encoded from."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         with suppress(ValueError):  # a regular expression may begin so

@@ -3,10 +3,10 @@
 import ast
 import json
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from lora_search.settings.overlay import decoded
 from lora_search.settings.schema import StudyConfig, SweepConfig
 
 PREFIX = "setting/sweep."
@@ -27,15 +27,7 @@ def recorded_values(attributes: Mapping[str, str], whole: Collection[str] = ()) 
 
 def trial_values(attributes: Mapping[str, str], params: Mapping[str, object]) -> dict[str, object]:
     """Return the sweep's settings with a trial's parameters laid over them."""
-    return recorded_values(attributes, params) | {key: plain(value) for key, value in params.items()}
-
-
-def plain(value: object) -> object:
-    """Return a list where the study keeps one as JSON."""
-    if isinstance(value, str) and value.startswith(("[", "{")):
-        with suppress(ValueError):  # a regular expression may begin so
-            return json.loads(value)
-    return value
+    return recorded_values(attributes, params) | {key: decoded(value) for key, value in params.items()}
 
 
 def recorded_config(attributes: Mapping[str, str], study: StudyConfig) -> SweepConfig:

@@ -19,7 +19,7 @@ from optuna.distributions import (
 
 from lora_search.errors import ConfigError
 from lora_search.settings.grammar import When, WhenCall, as_choice, identity, read_key, resolve, stepped
-from lora_search.settings.overlay import FIXED, _encode, _get, searchable_keys, trial_settings
+from lora_search.settings.overlay import FIXED, encoded, searchable_keys, trial_settings, value_of
 from lora_search.settings.schema import OptimConfig, SweepConfig
 from lora_search.trial import TrialSettings
 
@@ -52,16 +52,16 @@ class Space:
     def given_params(self, config: SweepConfig) -> dict[str, object]:
         """Return the settings outside `space` that are in the range of their key."""
         outside = self.outside(config)
-        return {k: _encode(_get(config, k)) for k in self._given(config) if k not in outside}
+        return {k: encoded(value_of(config, k)) for k in self._given(config) if k not in outside}
 
     def outside(self, config: SweepConfig) -> dict[str, object]:
         """Return the settings outside `space` that are not in the range of their key."""
-        given = {key: (d, _get(config, key)) for key, d in self._given(config).items()}
-        return {key: value for key, (d, value) in given.items() if not _contains(d, _encode(value))}
+        given = {key: (d, value_of(config, key)) for key, d in self._given(config).items()}
+        return {key: value for key, (d, value) in given.items() if not _contains(d, encoded(value))}
 
     def _given(self, config: SweepConfig) -> dict[str, BaseDistribution]:
         """Return the distributions of the keys that the settings outside `space` ask for."""
-        return self.of({key: _encode(_get(config, key)) for key in self.distributions})
+        return self.of({key: encoded(value_of(config, key)) for key in self.distributions})
 
     def refusal(self, params: Mapping[str, object]) -> str:
         """Return why these parameters are not in the space; "" if they are."""
@@ -150,7 +150,7 @@ def smallest(config: SweepConfig, space: Space, key: str) -> int:
 
 def _ends(config: SweepConfig, space: Space, key: str) -> list[object]:
     """Return the choices and bounds of a key, and its own value where a trial has no other."""
-    own = _encode(_get(config, key))
+    own = encoded(value_of(config, key))
     return [point.get(key, own) for point in space.limited([key]).points(_bounds)]
 
 
