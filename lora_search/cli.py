@@ -14,7 +14,7 @@ COMMANDS = {  # name of the module in lora_search -> purpose
     "score": "score winner and base on the test split; a sweep does so once, at its end",
     "confirm": "retrain the best trials with fresh seeds: is the winner luck?",
     "export": "write an adapter, or merged weights, as a folder with a model card",
-    "final": "train the winner's settings on all rows, for use: it has no score of its own",
+    "final": "train the winner's settings on training and validation rows, for use; the result has no score",
     "generate": "answer questions with base and trials, one by one or a whole file",
     "status": "show one study, or all of a storage: trials, best, workers, slots",
     "list": "list the studies of a storage",

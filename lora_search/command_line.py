@@ -5,17 +5,19 @@ torch.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_search.errors import ConfigError, LoraSearchError
+from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.settings.composition import DEFAULT_SWEEP, compose_section, compose_study
+from lora_search.settings.explanations import known_keys
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import remember_all
@@ -58,8 +60,13 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
 
 
 def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the command's own keys, given or at their defaults; remove them from the overrides."""
+    """Return the command's own keys, given or at their defaults; remove them from the overrides. Raises
+    InputError for a key that is nearly one of them."""
     typed = [text.partition("=") for text in arguments.overrides]
+    for key in (key for key, equals, _ in typed if equals and key not in {*known, *known_keys()}):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+        if near:
+            raise InputError(f"{key}: there is no such setting. Did you mean {near[0]}?")
     given = {key: value for key, equals, value in typed if equals and key in known}
     arguments.overrides = [text for text in arguments.overrides if text.partition("=")[0] not in given]
     return {**known, **given}

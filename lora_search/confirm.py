@@ -15,12 +15,12 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
-from lora_search.output.copies import bring_files
-from lora_search.output.overview import confirmed_table
+from lora_search.output.shared_files import bring_files
+from lora_search.output.status_text import confirmed_table
 from lora_search.output.terminal import Progress
 from lora_search.output.tracking_study import track_confirmation
 from lora_search.page.report import write_report
-from lora_search.results.confirmed import verdicts
+from lora_search.results.confirmation_text import verdicts
 from lora_search.results.ranking import base_of, ranked
 from lora_search.study.folder import own_folder
 from lora_search.study.view import StudyView
@@ -55,9 +55,10 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
 
     listed = ", ".join(map(str, trials))
     progress.event(f"study {found.config.name}: trials {listed}, {seeds} fresh seeds each")
-    from lora_search.service import confirmation
 
-    done = confirmation.confirm(config, view, found.folder, trials, seeds, progress)
+    from lora_search.service import retraining
+
+    done = retraining.confirm(config, view, found.folder, trials, seeds, progress)
     progress.console.print(confirmed_table(done, rows))
     for sentence in verdicts(done, rows):
         progress.console.print(sentence, markup=False, soft_wrap=True)

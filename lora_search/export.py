@@ -18,12 +18,12 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
 from lora_search.files.atomic import write_file
-from lora_search.output.copies import adapter_here, bring_files
 from lora_search.output.model_card import model_card, serving_lines
+from lora_search.output.shared_files import adapter_here, bring_files
 from lora_search.output.terminal import Progress
 from lora_search.results.certainty import certainty_of
-from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
-from lora_search.study.results import read_test_score
+from lora_search.service.export_folder import check_target, copy_adapter, is_true, merge_to
+from lora_search.study.stored_results import read_test_score
 from lora_search.study.view import StudyView
 
 OWN = {"trial": "", "merge": "false", "to": ""}

@@ -28,16 +28,16 @@ from lora_search.command_line import (
 )
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import write_file
-from lora_search.output.copies import bring_files
 from lora_search.output.model_card import model_card
+from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.page.report import write_report
 from lora_search.results.ranking import base_of
 from lora_search.results.verdict import line_of_final
-from lora_search.service.exporting import check_target, copy_adapter, is_true, merge_to
+from lora_search.service.export_folder import check_target, copy_adapter, is_true, merge_to
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.folder import own_folder
-from lora_search.study.results import FinalAdapter, add_final, read_finals, read_test_score
+from lora_search.study.stored_results import FinalAdapter, add_final, read_finals, read_test_score
 from lora_search.study.view import StudyView
 
 OWN = {"rows": "train+validation", "seeds": "1", "trial": "", "merge": "false", "to": ""}
@@ -47,11 +47,12 @@ MOST_SEEDS = 50
 
 def main() -> int:
     """Train and export what the command line names; return the exit code."""
+    does = "Train the winner's settings on training and validation rows and export the adapter, for use."
     own = (
         "Its own keys: rows=train+validation (default) or all (the test rows too), seeds=1, trial=N "
         "(default: the best), merge=true, to=FOLDER."
     )
-    return run(final, study_parser("final", f"Train the winner's settings on all rows and export it. {own}"))
+    return run(final, study_parser("final", f"{does} {own}"))
 
 
 def final(arguments: argparse.Namespace, progress: Progress) -> None:

@@ -29,13 +29,13 @@ from lora_search.command_line import (
 )
 from lora_search.errors import ConfigError, DataError, InputError
 from lora_search.files.atomic import write_file
-from lora_search.output.copies import bring_files
+from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.study.identity import find_identity
 from lora_search.study.view import StudyView
 
 if TYPE_CHECKING:
-    from lora_search.service.plain import Answerer
+    from lora_search.service.plain_peft import Answerer
 
 OWN = {"trials": "", "questions": "", "answers": "", "max_new_tokens": "200", "batch_size": "8"}
 KEYS = ("question", "instruction", "prompt")  # that may have the question in a line of questions=FILE
@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
     config = recorded(arguments, found, attributes)
     bring_files(config, attributes, rows, found.folder, progress, numbers)
 
-    from lora_search.service.plain import open_answerer
+    from lora_search.service.plain_peft import open_answerer
 
     answerer = open_answerer(
         config, identity.commit if identity else None, found.folder, numbers, limits["max_new_tokens"]

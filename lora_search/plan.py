@@ -27,7 +27,7 @@ from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import Space, largest, parse_space, smallest
-from lora_search.study.adoption import check_study
+from lora_search.study.opening_checks import check_study
 from lora_search.trial import TrialRun
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     """Return the engine that the sweep would use."""
     from lora_search.data.store import knows_rows
     from lora_search.engine.build import Room, build_engine
-    from lora_search.engine.content import content_of
+    from lora_search.engine.digest import content_of
     from lora_search.model.loading import load_base
     from lora_search.ops.device import pick_device
     from lora_search.prepare import check_inputs, describe_rows, read_inputs

@@ -22,8 +22,8 @@ from lora_search.data.serving import write_serving
 from lora_search.data.store import knows_rows, token_counts, used_tokens
 from lora_search.data.tokens import LENGTH, check_vocabulary
 from lora_search.engine.build import Room, build_engine, require_exact
-from lora_search.engine.content import content_before_loading, content_of
-from lora_search.engine.effects import (
+from lora_search.engine.digest import content_before_loading, content_of
+from lora_search.engine.effect_checks import (
     check_outline,
     check_rates,
     note_left_out,
@@ -37,8 +37,8 @@ from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device
-from lora_search.output.copies import share
 from lora_search.output.dashboard_note import write_note
+from lora_search.output.shared_files import share
 from lora_search.output.terminal import Progress
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Loaded
@@ -46,8 +46,6 @@ from lora_search.results.formatting import show_seconds
 from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
-from lora_search.study.about import LENGTHS, attributes, length_histogram
-from lora_search.study.adoption import check_adoptable, check_room, keep_rule
 from lora_search.study.fingerprint import (
     DATA_COMMIT,
     check_fingerprint,
@@ -58,6 +56,8 @@ from lora_search.study.fingerprint import (
 )
 from lora_search.study.folder import check_folder, claim_folder, find_owned, study_folder
 from lora_search.study.identity import Identity
+from lora_search.study.opening_checks import check_adoptable, check_room, keep_rule
+from lora_search.study.provenance import LENGTHS, attributes, length_histogram
 from lora_search.study.study import BASE_WIDTH, SweepStudy
 from lora_search.watching import Watch, unwatched
 from lora_search.worker.command import typed_command

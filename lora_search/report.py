@@ -16,10 +16,10 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.files.atomic import write_file
-from lora_search.output.copies import bring_files
+from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
-from lora_search.page.plain import report_facts, report_markdown
 from lora_search.page.report import write_report
+from lora_search.page.text_report import report_facts, report_markdown
 from lora_search.results.ranking import base_of
 from lora_search.study.folder import own_folder
 from lora_search.study.study import SweepStudy

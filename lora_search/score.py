@@ -15,11 +15,11 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.errors import InputError, StudyError
-from lora_search.output.copies import adapter_here, bring_files
+from lora_search.output.shared_files import adapter_here, bring_files
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_test
-from lora_search.study.results import read_test_score
+from lora_search.study.stored_results import read_test_score
 from lora_search.study.view import StudyView
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # the imports below take a second or more
 # isort: split
 
 from lora_search.command_line import FoundStudy, find_study, run, study_parser
-from lora_search.output.overview import studies_table, study_page
+from lora_search.output.status_text import studies_table, study_page
 from lora_search.output.terminal import Progress
 from lora_search.study.view import StudyView, study_names
 

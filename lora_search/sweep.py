@@ -101,10 +101,10 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     from lora_search.prepare import describe_search, prepare_sweep
     from lora_search.results.ranking import base_of
     from lora_search.service.afterwards import score_and_share
+    from lora_search.service.answer_metrics import check_metric
     from lora_search.service.export_check import check_best_export
-    from lora_search.service.metrics import check_metric
     from lora_search.settings.space import parse_space
-    from lora_search.study.adoption import check_study
+    from lora_search.study.opening_checks import check_study
     from lora_search.study.study import SweepStudy
     from lora_search.worker.worker import work
 
@@ -152,11 +152,11 @@ def _finish_alone(config: SweepConfig, progress: Progress) -> None:
 def run_together(config: SweepConfig, command: Command, progress: Progress, interrupts: Interrupts) -> None:
     """Run worker processes, then conclude once. Imports no torch."""
     from lora_search.output.conclusion import conclude_so_far
-    from lora_search.service.metrics import check_metric
+    from lora_search.service.answer_metrics import check_metric
     from lora_search.settings.space import parse_space
-    from lora_search.study.adoption import check_adoptable, check_study
     from lora_search.study.claims import reclaim_all
     from lora_search.study.folder import check_folder, find_owned, study_folder
+    from lora_search.study.opening_checks import check_adoptable, check_study
     from lora_search.study.study import SweepStudy
 
     check_study(config, parse_space(config))

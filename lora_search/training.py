@@ -24,8 +24,8 @@ from lora_search.data.preparation import prepare, write_pairs
 from lora_search.data.store import used_tokens
 from lora_search.data.tokens import check_vocabulary
 from lora_search.engine.build import Room, build_engine
-from lora_search.engine.content import content_before_loading, content_of
-from lora_search.engine.effects import check_effect, check_outline
+from lora_search.engine.digest import content_before_loading, content_of
+from lora_search.engine.effect_checks import check_effect, check_outline
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model

@@ -29,7 +29,7 @@ from lora_search.results.ranking import best_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import ModelConfig, StudyConfig
-from lora_search.study.results import read_test_score
+from lora_search.study.stored_results import read_test_score
 from lora_search.study.study import SweepStudy
 from lora_search.study.view import study_names
 from lora_search.trial import TrialRow
@@ -226,7 +226,8 @@ def test_merged_weights_give_the_studys_perplexity_without_peft(
         (["trial=99"], "trial: must be a trial that has a perplexity, got '99'. There are: 0, 1, 2, 3."),
         (["merge=yes"], "merge: must be true or false, got 'yes'."),
         (["to=runs/smoke"], "to: must be a new or empty folder, got 'runs/smoke'."),
-        (["too=x"], "too: there is no such setting."),
+        (["too=x"], "too: there is no such setting. Did you mean to?"),
+        (["trail=3"], "trail: there is no such setting. Did you mean trial?"),
     ],
 )
 def test_wrong_exports_are_one_message_and_write_nothing(

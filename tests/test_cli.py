@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_search import cli, report
+from lora_search import cli, confirm, report
 from tests.study.test_study import make_config, open_study
 
 PACKAGE = Path(cli.__file__).parent
@@ -56,6 +56,17 @@ def test_a_command_leaves_with_its_own_exit_code_and_message(
 
     assert left.value.code == 2
     assert "study.nam: there is no such setting. Did you mean study.name" in capsys.readouterr().out
+
+
+def test_a_misspelt_key_of_a_command_is_answered_with_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["confirm", "study.name=x", "confirm.tops=3"])
+
+    assert confirm.main() == 2
+
+    assert "confirm.tops: there is no such setting. Did you mean confirm.top?" in capsys.readouterr().out
 
 
 def test_a_study_is_found_by_its_name_and_storage_alone_wherever_the_options_are(

@@ -14,7 +14,7 @@ from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
 from lora_search.data.store import used_tokens
 from lora_search.data.tokens import LENGTH
-from lora_search.engine.effects import check_rates, warn_of_few, warn_of_untrained
+from lora_search.engine.effect_checks import check_rates, warn_of_few, warn_of_untrained
 from lora_search.errors import ConfigError, LoraSearchError, ModelError
 from lora_search.model.loading import load_base, resolve_model
 from lora_search.model.tiny import CHATML, make_tiny_model, make_tiny_tokenizer

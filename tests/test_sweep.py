@@ -146,7 +146,7 @@ BAD_INPUT = [
     (["model.path=/no/such/folder"], "model.path: the folder /no/such/folder does not exist"),
     (["model.path=/no/model.gguf"], "model.path: /no/model.gguf does not exist"),
     (["data.path=missing.jsonl"], "data.path: missing.jsonl does not exist"),
-    (["data=jsonl"], "data.path: must be given"),
+    (["data=jsonl"], "data.path: is not set"),
     (["data.max_length=4"], "data.max_length: must be a number of tokens >= 8, or auto, got 4"),
     (["data.validation_fraction=0"], "data.validation_fraction: must be between 0 and 1, got 0.0"),
     (["tracker.name=mlflow"], "tracker.name: must be one of wandb_offline, wandb, none, got 'mlflow'"),

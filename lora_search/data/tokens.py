@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_search.data.boundaries import Beginning, Tokens
-from lora_search.data.masks import ConversationRenderer
+from lora_search.data.conversation_masks import ConversationRenderer
 from lora_search.data.rows import Example, Item, Pair
 from lora_search.data.store import Numbers, StoredItems
 from lora_search.data.templates import Renderer

@@ -11,7 +11,7 @@ from torch import nn
 from lora_search.data.rows import Splits
 from lora_search.engine.autosize import Fit, bytes_per_slot, fit
 from lora_search.engine.bank import SlotBank
-from lora_search.engine.content import base_record
+from lora_search.engine.digest import base_record
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.model.loading import Base

@@ -7,19 +7,19 @@ from filelock import BaseFileLock, FileLock
 
 from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
-from lora_search.output.best import export_best
-from lora_search.output.copies import shared_results
+from lora_search.output.best_folder import export_best
 from lora_search.output.leaderboard import leaderboard
+from lora_search.output.shared_files import shared_results
 from lora_search.output.terminal import Progress, next_steps
 from lora_search.page.report import write_report
 from lora_search.results.certainty import certainty_of
 from lora_search.results.costs import compared
 from lora_search.results.ranking import FINISHED, base_of, best_of, is_final
 from lora_search.results.verdict import line_of_test
-from lora_search.settings.edges import edge_notes
+from lora_search.settings.range_ends import edge_notes
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import parse_space
-from lora_search.study.results import read_test_score
+from lora_search.study.stored_results import read_test_score
 from lora_search.trial import TrialRow
 
 

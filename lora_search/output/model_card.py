@@ -10,7 +10,7 @@ from lora_search.results.formatting import show_difference, show_value
 from lora_search.results.verdict import line_of_test, listed
 from lora_search.settings.recorded import trial_values
 from lora_search.settings.train_schema import PATTERNS
-from lora_search.study.results import FinalAdapter, TestScore
+from lora_search.study.stored_results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
 CARD = """\

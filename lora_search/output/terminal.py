@@ -31,9 +31,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.bar import Bar
 from lora_search.output.log_file import LogFile
-from lora_search.output.slots import rungs_trained, slot_table
+from lora_search.output.progress_bar import Bar
+from lora_search.output.slot_table import rungs_trained, slot_table
 from lora_search.output.streams import clean, shorten
 from lora_search.results.formatting import show_perplexity, show_seconds
 from lora_search.settings.schema import StudyConfig, SweepConfig

@@ -25,15 +25,15 @@ from lora_search.output.tracking import (
 )
 from lora_search.results.certainty import Certainty, certainty_of
 from lora_search.results.confirmation import Confirmation, read_confirmation
-from lora_search.results.confirmed import verdicts
+from lora_search.results.confirmation_text import verdicts
 from lora_search.results.importance import importances
 from lora_search.results.ranking import base_of, best_of, is_final, ranked, searched_keys
 from lora_search.results.verdict import metric_name, state_of
 from lora_search.settings.overlay import trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
-from lora_search.study.about import PEAK
-from lora_search.study.results import read_test_score
+from lora_search.study.provenance import PEAK
+from lora_search.study.stored_results import read_test_score
 from lora_search.trial import TrialRow, TrialRun
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lora_search.page.charts import (
 )
 from lora_search.results.formatting import short_names, show_seconds, show_value
 from lora_search.results.importance import Importance
-from lora_search.results.lanes import Bar, Lanes
+from lora_search.results.timeline import Bar, Lanes
 from lora_search.trial import TrialRow
 
 LANE, ROW = 18, 26  # pixels of height

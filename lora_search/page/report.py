@@ -12,7 +12,7 @@ from lora_search.page.charts import kind_of, learning_curves, parameter_chart
 from lora_search.page.diagrams import importance_chart, length_chart, parallel, timeline
 from lora_search.results.certainty import certainty_of
 from lora_search.results.confirmation import read_confirmation
-from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
+from lora_search.results.confirmation_text import HEADS, confirmed_cells, verdicts
 from lora_search.results.costs import costs
 from lora_search.results.findings import facts, hints, how_sure, share_saved, tiles
 from lora_search.results.formatting import (
@@ -25,11 +25,11 @@ from lora_search.results.formatting import (
     show_value,
 )
 from lora_search.results.importance import importances
-from lora_search.results.lanes import lanes_of
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
+from lora_search.results.timeline import lanes_of
 from lora_search.results.verdict import metric_base, metric_name, metric_text, split_keys, state_of
-from lora_search.study.about import LENGTHS
+from lora_search.study.provenance import LENGTHS
 from lora_search.trial import TrialRow
 
 KINDS = ("best", "complete", "pruned", "failed", "running", "waiting")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.results import store_result
+from lora_search.study.stored_results import store_result
 
 ATTRIBUTE = "confirmation"
 

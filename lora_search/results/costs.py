@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_search.results.formatting import show_count, show_seconds
 from lora_search.settings.recorded import recorded_values
-from lora_search.study.about import PEAK
+from lora_search.study.provenance import PEAK
 from lora_search.trial import TrialRow
 
 

@@ -12,14 +12,14 @@ from lora_search.results.formatting import (
     show_seconds,
 )
 from lora_search.results.verdict import line_of_final, line_of_test, metric_line, tied_line
-from lora_search.settings.edges import edge_notes
 from lora_search.settings.overlay import decoded
+from lora_search.settings.range_ends import edge_notes
 from lora_search.settings.recorded import recorded_config, recorded_values
 from lora_search.settings.schema import StudyConfig
 from lora_search.settings.space import parse_space
-from lora_search.study.about import LENGTHS, PEAK
 from lora_search.study.budget import WORKED
-from lora_search.study.results import read_finals, read_test_score
+from lora_search.study.provenance import LENGTHS, PEAK
+from lora_search.study.stored_results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 
 HIDDEN = (  # the settings say the same; shown elsewhere

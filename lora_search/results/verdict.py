@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_search.results.certainty import SURE, Certainty
 from lora_search.results.formatting import show_difference, show_perplexity
 from lora_search.results.ranking import best_of, ranked, searched_keys
-from lora_search.study.results import FinalAdapter, TestScore
+from lora_search.study.stored_results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
 OUT_OF_REACH = 100_000  # validation rows that nobody has

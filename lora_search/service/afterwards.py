@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_search.database.once import Turn
 from lora_search.database.outbox import Outbox
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, open_storage
+from lora_search.database.write_once import Turn
 from lora_search.engine.engine import Engine
 from lora_search.errors import LoraSearchError
-from lora_search.output.copies import bring_results, share
+from lora_search.output.shared_files import bring_results, share
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.service.answering import score_answers_once

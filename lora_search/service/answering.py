@@ -20,11 +20,11 @@ from lora_search.errors import StudyError
 from lora_search.files.atomic import write_file
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.output.terminal import Progress
-from lora_search.service.metrics import Answer, named, score_answers
+from lora_search.service.answer_metrics import Answer, named, score_answers
 from lora_search.service.scoring import adapter_of
 from lora_search.settings.schema import SweepConfig
+from lora_search.study.answer_metric import Setup, Standing, read_standing, store_score, store_standing
 from lora_search.study.identity import find_identity
-from lora_search.study.metric import Setup, Standing, read_standing, store_score, store_standing
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 

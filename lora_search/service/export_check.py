@@ -14,7 +14,7 @@ from lora_search.errors import StudyError
 from lora_search.files.peft import load_adapters
 from lora_search.files.row_scores import read_scores
 from lora_search.results.ranking import best_of
-from lora_search.service.plain import plain_perplexity
+from lora_search.service.plain_peft import plain_perplexity
 from lora_search.service.scoring import adapter_of
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.view import StudyView

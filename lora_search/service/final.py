@@ -13,7 +13,7 @@ from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.store import JoinedRows
 from lora_search.engine.build import Room, build_engine
-from lora_search.engine.content import content_before_loading, content_of
+from lora_search.engine.digest import content_before_loading, content_of
 from lora_search.errors import StudyError
 from lora_search.files.lock import alone
 from lora_search.model.loading import load_base

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_search.data.rows import Splits
 from lora_search.data.store import knows_rows
 from lora_search.engine.build import Room, build_engine
-from lora_search.engine.content import content_of
+from lora_search.engine.digest import content_of
 from lora_search.engine.engine import Engine
 from lora_search.model.loading import load_base
 from lora_search.prepare import Inputs, commits_of, read_inputs

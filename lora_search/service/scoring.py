@@ -11,7 +11,7 @@ from lora_search.engine.engine import Engine
 from lora_search.files.row_scores import TEST, write_scores
 from lora_search.results.certainty import compare
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.results import TestScore, has_test_score, store_test_score
+from lora_search.study.stored_results import TestScore, has_test_score, store_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 

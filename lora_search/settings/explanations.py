@@ -69,7 +69,7 @@ def _wrong_key(cause: str, text: str) -> str | None:
     if "does not support deletion" in cause:
         return f"~{key}: a setting cannot be left out. Give it a value; groups can be left out (~space/lora)."
     if "missing mandatory value" in text.casefold():
-        return f"{key}: must be given, got ???. Add {key}=VALUE to the command."
+        return f"{key}: is not set. Add {key}=VALUE to the command."
     if "is not Optional" in cause:
         return f"{key}: must have a value, got null."
     said = cause.partition("raised while composing config:\n")[2] or cause

@@ -1,4 +1,5 @@
-"""The settings of a sweep: typed, with every default and every rule in one place. Standard library only.
+"""The settings of a sweep: typed, with their defaults and rules; the larger sections have a file of their own
+(*_schema). Standard library only.
 
 `composition` fills these classes from YAML and the command line. A value that breaks a rule raises a
 ConfigError that names the key as the user types it; no value is changed silently.

@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.rules import require, require_choice, require_range
+from lora_search.trial import Schedule
 
 ALL_LINEAR = "all-linear"
 TRAIN_MOST = {  # anything larger is a typing error
@@ -18,7 +19,7 @@ ALL_TOKENS = "all_tokens"
 MAX_LAYERS = 10_000
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 MAX_STEPS = 1_000_000
-SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "wsd")
+SCHEDULES = get_args(Schedule)
 MAX_SEED = 2**32 - 1  # trials draw 32 bits, and PyTorch accepts them
 
 

@@ -8,7 +8,6 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from lora_search.database.once import read_attribute
 from lora_search.database.presence import worker_is_dead
 from lora_search.database.storage import (
     explained_errors,
@@ -18,6 +17,7 @@ from lora_search.database.storage import (
 )
 from lora_search.database.trial_storage import DrawingStorage
 from lora_search.database.trial_table import TrialTable
+from lora_search.database.write_once import read_attribute
 from lora_search.errors import ConfigError, StudyError
 from lora_search.failures import failure_reason
 from lora_search.search.sampling import suggest

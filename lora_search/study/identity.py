@@ -11,9 +11,9 @@ from typing import Any
 
 from optuna.storages import RDBStorage
 
-from lora_search.database.once import write_once
-from lora_search.database.outline import outline_of
 from lora_search.database.storage import explained_errors, open_storage
+from lora_search.database.stored_study import outline_of
+from lora_search.database.write_once import write_once
 from lora_search.settings.schema import DataConfig, StudyConfig
 from lora_search.study.fingerprint import ATTRIBUTE, DATA_COMMIT
 

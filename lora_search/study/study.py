@@ -15,8 +15,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.changes import Changes
+from lora_search.database.deletions import Losses
 from lora_search.database.drivers import SQLITE_SECONDS
-from lora_search.database.losses import Losses
 from lora_search.database.presence import GRACE_HEARTBEATS, worker_name
 from lora_search.database.storage import explained_errors, locked_from_the_start, open_storage
 from lora_search.database.trial_storage import DrawingStorage
@@ -29,16 +29,16 @@ from lora_search.search.trials import FINISHED, is_bare, settled, trial_rows
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
-from lora_search.study.about import PEAK, attributes_of, describe, standing
-from lora_search.study.adoption import check_adoptable, check_study
+from lora_search.study.answer_metric import with_metric
 from lora_search.study.budget import Account, Budget, described
 from lora_search.study.claims import Draws, reclaim
 from lora_search.study.fingerprint import check_fingerprint, space_part
-from lora_search.study.held import HeldTrials
+from lora_search.study.held_trials import HeldTrials
 from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
-from lora_search.study.metric import with_metric
+from lora_search.study.opening_checks import check_adoptable, check_study
 from lora_search.study.pausing import Pauses, drop_checkpoint
+from lora_search.study.provenance import PEAK, attributes_of, describe, standing
 from lora_search.study.view import StudyView
 from lora_search.study.widening import take_changes
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRow, TrialRun

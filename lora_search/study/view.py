@@ -12,11 +12,11 @@ from lora_search.database.storage import explained_errors, open_storage, require
 from lora_search.errors import ConfigError
 from lora_search.search.trials import progress_of, settings_of, settled, text_of, trial_rows
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.about import attributes_of
-from lora_search.study.adoption import check_adoptable
+from lora_search.study.answer_metric import with_metric
 from lora_search.study.budget import Spent, described, limits, read_intervals, spent_of
 from lora_search.study.ledger import Ledger
-from lora_search.study.metric import with_metric
+from lora_search.study.opening_checks import check_adoptable
+from lora_search.study.provenance import attributes_of
 from lora_search.trial import SlotView, StudySummary, TrialRow, TrialSettings
 
 

@@ -17,9 +17,9 @@ from lora_search.errors import InputError
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig, require
 from lora_search.worker.command import Command
+from lora_search.worker.live_overview import Overview
 from lora_search.worker.on_ray import RayTeam
 from lora_search.worker.on_slurm import SlurmTeam
-from lora_search.worker.overview import Overview
 from lora_search.worker.seat import make_order
 from lora_search.worker.team import Team, Worker, check_workers, error_file
 
@@ -87,8 +87,10 @@ def make_team(config: SweepConfig, command: Command, logs: Path) -> Team | RayTe
         return local_team(config, command, plan_workers(config, num_gpus, os.environ), num_gpus, logs)
     check_workers(config, config.launcher.workers or 1)
     order = make_order(command, config.launcher.max_restarts, os.environ)
-    kind = RayTeam if config.launcher.name == "ray" else SlurmTeam
-    return kind(config, order, logs)
+    if config.launcher.name == "ray":
+        return RayTeam(config, order, logs)
+    assert config.launcher.name == "slurm"
+    return SlurmTeam(config, order, logs)
 
 
 def local_team(

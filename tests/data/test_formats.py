@@ -11,7 +11,7 @@ import datasets
 import openpyxl
 import pytest
 
-from lora_search.data.content import data_content
+from lora_search.data.digest import data_content
 from lora_search.data.preparation import prepare
 from lora_search.model.tiny import make_tiny_tokenizer
 from lora_search.reading.load import load_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_search.data.content import data_content
+from lora_search.data.digest import data_content
 from lora_search.data.preparation import prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.store import (

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_search.data.masks import DROPPED
+from lora_search.data.conversation_masks import DROPPED
 from lora_search.data.rows import Item
 from lora_search.data.templates import Renderer
 from lora_search.data.thinking import EMPTY

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_search.engine.effects import check_outline, note_left_out
+from lora_search.engine.effect_checks import check_outline, note_left_out
 from lora_search.errors import ModelError
 from lora_search.files.peft import fault_in_peft
 from lora_search.model.targets import in_words, target_layers

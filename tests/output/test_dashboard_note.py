@@ -19,7 +19,7 @@ from lora_search.database.storage import quieten_optuna
 from lora_search.output.dashboard_note import attach_files, remove_files, write_note, write_plot, write_result
 from lora_search.settings.composition import compose
 from lora_search.settings.space import parse_space
-from lora_search.study.about import attributes_of, describe
+from lora_search.study.provenance import attributes_of, describe
 from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, ROWS
 from tests.study.test_study import make_config, open_study, simulate
 

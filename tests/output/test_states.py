@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
-from lora_search.output.best import export_best
+from lora_search.output.best_folder import export_best
 from lora_search.output.conclusion import conclude
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import Progress

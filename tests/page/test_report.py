@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lora_search.files.row_scores import BASE, write_scores
-from lora_search.page.plain import report_markdown
 from lora_search.page.report import write_report
+from lora_search.page.text_report import report_markdown
 from lora_search.results.findings import edges, facts, share_saved
 from lora_search.results.samples import Sample, write_samples
 from lora_search.settings.composition import compose

@@ -18,7 +18,7 @@ from lora_search.service.reopen import reopen
 from lora_search.service.scoring import score_test_once
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
-from lora_search.study.results import TEST_SCORE, TestScore, read_test_score
+from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score
 from lora_search.study.view import StudyView
 from tests.processes import FORKS
 

@@ -14,7 +14,7 @@ from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_final
 from lora_search.service.final import with_more
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.results import read_finals
+from lora_search.study.stored_results import read_finals
 from lora_search.study.study import SweepStudy
 from lora_search.trial import TrialRow
 from tests.engine.test_engine import plain_perplexity

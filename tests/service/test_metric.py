@@ -14,13 +14,13 @@ from lora_search import report, status, sweep
 from lora_search.errors import ConfigError, StudyError
 from lora_search.results.ranking import best_of, ranked
 from lora_search.results.verdict import metric_line
+from lora_search.service.answer_metrics import Answer, check_metric, score_answers
 from lora_search.service.answering import paired
-from lora_search.service.metrics import Answer, check_metric, score_answers
 from lora_search.settings.composition import compose
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.study.answer_metric import read_standing
 from lora_search.study.fingerprint import settings_part
-from lora_search.study.metric import read_standing
 from lora_search.study.study import SweepStudy
 from lora_search.trial import AnswerScore, TrialRow
 from tests.commands import SMOKE

@@ -7,10 +7,10 @@ from lora_search.engine.build import Room
 from lora_search.errors import ConfigError
 from lora_search.search.priors import first_points
 from lora_search.settings.composition import compose
-from lora_search.settings.edges import edge_notes
+from lora_search.settings.range_ends import edge_notes
 from lora_search.settings.schema import SamplerConfig, SweepConfig
 from lora_search.settings.space import Space, corners, largest, parse_space, smallest
-from lora_search.study.adoption import check_study
+from lora_search.study.opening_checks import check_study
 
 TARGETS = {"target_modules": "choice([q_proj,v_proj], all-linear)"}
 LR = "when(lora.target_modules, [q_proj,v_proj], tag(log, interval(1e-4, 2e-3)), all-linear, {})"

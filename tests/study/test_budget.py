@@ -11,8 +11,8 @@ from sqlalchemy import event
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import PrunerConfig, StudyConfig, SweepConfig
 from lora_search.settings.space import parse_space
-from lora_search.study.adoption import check_room
 from lora_search.study.budget import KEY, Interval, Need, affordable, covered_seconds
+from lora_search.study.opening_checks import check_room
 from lora_search.study.study import SweepStudy
 from tests.study.test_study import RUNGS, make_config, measure, simulate, states
 

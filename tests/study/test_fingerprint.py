@@ -13,9 +13,9 @@ from optuna.distributions import (
 from lora_search.errors import FingerprintError
 from lora_search.settings.schema import PrunerConfig, SweepConfig
 from lora_search.settings.space import Space
-from lora_search.study.adoption import keep_rule
 from lora_search.study.fingerprint import check_fingerprint, settings_part, space_part
 from lora_search.study.identity import Identity
+from lora_search.study.opening_checks import keep_rule
 
 LR = FloatDistribution(1e-4, 1e-3, log=True)
 RANK = IntDistribution(8, 32, step=8)

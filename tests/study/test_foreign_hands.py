@@ -19,8 +19,8 @@ from lora_search.errors import ConfigError, LoraSearchError, StudyError
 from lora_search.results.ranking import base_of
 from lora_search.search.trials import PROGRESS, SETTINGS, trial_rows
 from lora_search.settings.schema import SamplerConfig, SweepConfig
-from lora_search.study.adoption import check_adoptable
 from lora_search.study.identity import Identity, find_identity
+from lora_search.study.opening_checks import check_adoptable
 from lora_search.study.study import SweepStudy
 from lora_search.study.view import StudyView
 from lora_search.trial import Measurement, TrialRow

@@ -10,7 +10,7 @@ from optuna_dashboard import wsgi
 
 from lora_search.errors import FingerprintError
 from lora_search.results.ranking import best_of
-from lora_search.settings.edges import edge_notes
+from lora_search.settings.range_ends import edge_notes
 from lora_search.settings.schema import SamplerConfig
 from lora_search.study.study import SweepStudy
 from lora_search.study.widening import take_changes

@@ -25,7 +25,7 @@ from lora_search.errors import StudyError
 from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device, pick_dtype
-from lora_search.output.copies import adapter_here
+from lora_search.output.shared_files import adapter_here
 from lora_search.output.streams import clean
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import SweepConfig

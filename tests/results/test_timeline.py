@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_search.results.lanes import lanes_of
+from lora_search.results.timeline import lanes_of
 from lora_search.trial import TrialRow
 from tests.rows import make_row
 

@@ -18,7 +18,7 @@ from lora_search import confirm, status
 from lora_search.confirm import best_trials
 from lora_search.errors import ConfigError
 from lora_search.results.confirmation import Confirmation, read_confirmation
-from lora_search.results.confirmed import verdicts
+from lora_search.results.confirmation_text import verdicts
 from lora_search.results.ranking import ranked
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.study import SweepStudy

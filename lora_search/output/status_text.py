@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_search.output.leaderboard import leaderboard
-from lora_search.output.slots import slot_table
+from lora_search.output.slot_table import slot_table
 from lora_search.results.certainty import certainty_of
 from lora_search.results.confirmation import Confirmation, read_confirmation
-from lora_search.results.confirmed import HEADS, confirmed_cells, verdicts
+from lora_search.results.confirmation_text import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity, show_seconds
 from lora_search.results.ranking import best_of, searched_keys
 from lora_search.results.verdict import line_of_final, line_of_test
 from lora_search.settings.recorded import recorded_values
-from lora_search.study.results import read_finals, read_test_score
+from lora_search.study.stored_results import read_finals, read_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from lora_search.results.confirmation import Confirmation, Duel, Repeat
-from lora_search.results.confirmed import verdicts
-from lora_search.service.duels import critical_value, duels_of
+from lora_search.results.confirmation_text import verdicts
+from lora_search.service.comparisons import critical_value, duels_of
 from lora_search.trial import RowScores, TrialRow
 
 DUEL = Duel(

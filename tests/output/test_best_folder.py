@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, example, given, settings, strategies
 
-from lora_search.output.best import export_best, retrain_command
+from lora_search.output.best_folder import export_best, retrain_command
 from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.space import parse_space

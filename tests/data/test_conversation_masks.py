@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_search.data.masks import DROPPED
+from lora_search.data.conversation_masks import DROPPED
 from lora_search.data.rows import Example, Pair
 from lora_search.data.templates import Renderer
 from lora_search.data.tokens import cut, cut_pair, tokenize_rows

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 
 import optuna
 
-from lora_search.database.once import read_attribute, write_once
 from lora_search.database.storage import explained_errors, open_storage
+from lora_search.database.write_once import read_attribute, write_once
 from lora_search.settings.schema import StudyConfig
 
 TEST_SCORE, FINALS = "test_score", "final_adapters"

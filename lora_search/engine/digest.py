@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_search.data.content import data_content
+from lora_search.data.digest import data_content
 from lora_search.data.rows import Splits
 from lora_search.files.peft import BaseRecord
 from lora_search.model.digest import base_content, layers_content

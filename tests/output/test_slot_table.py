@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_search.output.slots import slot_table
+from lora_search.output.slot_table import slot_table
 from tests.output.test_leaderboard import KEYS
 from tests.output.test_terminal import drawn, slot
 

@@ -17,8 +17,8 @@ from lora_search.database.trial_table import TrialTable
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_values
 from lora_search.settings.schema import StudyConfig
-from lora_search.study.about import attributes_of
-from lora_search.study.results import store_result
+from lora_search.study.provenance import attributes_of
+from lora_search.study.stored_results import store_result
 from lora_search.trial import AnswerScore, TrialRow
 
 ATTRIBUTE = "metric"  # of the study and of its trials

@@ -38,7 +38,7 @@ def merge_to(
 
     ``expected``: the adapter's own perplexity on the validation rows.
     """
-    from lora_search.service.plain import merge
+    from lora_search.service.plain_peft import merge
     from lora_search.service.reopen import read_again
 
     if config.model.quantization is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_search.results.certainty import certainty_of
 from lora_search.results.confirmation import read_confirmation
-from lora_search.results.confirmed import verdicts
+from lora_search.results.confirmation_text import verdicts
 from lora_search.results.costs import costs
 from lora_search.results.findings import facts, hints, how_sure
 from lora_search.results.formatting import show_change, show_perplexity, show_value
@@ -16,7 +16,7 @@ from lora_search.results.importance import importances
 from lora_search.results.ranking import best_of, is_final, ranked, searched_keys
 from lora_search.results.samples import read_samples
 from lora_search.results.verdict import metric_base, metric_name, metric_text, state_of
-from lora_search.study.results import read_finals, read_test_score
+from lora_search.study.stored_results import read_finals, read_test_score
 from lora_search.trial import TrialRow
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_search.settings.composition import compose
-from lora_search.settings.edges import edge_notes
+from lora_search.settings.range_ends import edge_notes
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.space import parse_space
 from lora_search.study.fingerprint import check_fingerprint, space_part

@@ -18,7 +18,7 @@ from lora_search.files.lock import alone
 from lora_search.files.row_scores import read_scores
 from lora_search.output.terminal import Progress
 from lora_search.results.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
-from lora_search.service.duels import duels_of
+from lora_search.service.comparisons import duels_of
 from lora_search.service.reopen import reopen
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.view import StudyView

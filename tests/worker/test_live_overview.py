@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lora_search.output import terminal
 from lora_search.output.terminal import Progress
-from lora_search.worker.overview import Overview
+from lora_search.worker.live_overview import Overview
 from tests.study.test_study import make_config, open_study, simulate
 
 

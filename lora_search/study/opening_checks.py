@@ -5,9 +5,9 @@ import time
 
 import optuna
 
-from lora_search.database.outline import outline_of
 from lora_search.database.sqlite_file import MOST_WORKERS, TO_A_SERVER
 from lora_search.database.storage import quieten_optuna
+from lora_search.database.stored_study import outline_of
 from lora_search.errors import ConfigError
 from lora_search.search.pruning import make_pruner
 from lora_search.search.sampling import make_sampler

@@ -7,9 +7,9 @@ import optuna
 import pytest
 from sqlalchemy import event
 
-from lora_search.database.once import Turn
 from lora_search.database.presence import worker_name
 from lora_search.database.storage import open_storage
+from lora_search.database.write_once import Turn
 from lora_search.settings.schema import StudyConfig
 
 GRACE = 120.0
