@@ -27,6 +27,7 @@ from lora_search.engine.effect_checks import (
     check_outline,
     check_rates,
     note_left_out,
+    note_row_by_row,
     warn_of_few,
     warn_of_untrained,
 )
@@ -228,7 +229,7 @@ def prepare_sweep(
         base, control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
     ):
         progress.event(line)
-    for line in note_left_out(base.model, room.targets):
+    for line in [*note_row_by_row(base.model), *note_left_out(base.model, room.targets)]:
         progress.event(line)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, room, base, inputs.splits, content)

@@ -46,8 +46,12 @@ class SlotLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base layer's weight: `fused` reads it, so a gated MLP with adapters is fused too."""
+        """The base layer's weight: Mamba reads it, and `fused`, so a gated MLP with adapters is fused too."""
         return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
 
     @property
     def in_features(self) -> int:

@@ -11,6 +11,7 @@ from lora_search.engine.optim import learning_rate
 from lora_search.errors import ConfigError, ModelError
 from lora_search.files.peft import fault_in_peft
 from lora_search.model.loading import Base, load_outline, untrained_ids
+from lora_search.model.packing_check import runs_row_by_row
 from lora_search.model.targets import check_patterns, exact_targets, in_words, left_out, target_layers
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
@@ -59,8 +60,17 @@ def note_left_out(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) ->
     names = ", ".join(left_out(model)) if (ALL_LINEAR,) in targets else ""
     if not names:
         return []
-    why = "routers and experts carry no adapters here, nor do layers whose names PEFT takes for experts"
+    why = "routers and experts carry no adapters here, nor do layers that PEFT refuses or takes for experts"
     return [f"all-linear leaves out {names}: {why}"]
+
+
+def note_row_by_row(model: PreTrainedModel) -> list[str]:
+    """Return a line where the rows of a pass run alone."""
+    if not runs_row_by_row(model):
+        return []
+    kind = f"a {model.config.model_type} model"
+    why = "packed rows would change each other's numbers in this base"
+    return [f"{kind}: each row of a pass runs alone, which is slower: {why} (docs/architectures.md)"]
 
 
 def check_rates(config: SweepConfig, space: Space, axis: DataAxis) -> None:

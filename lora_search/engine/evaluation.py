@@ -24,7 +24,7 @@ def shareable_tokens(model: PackedModel, rows: Sequence[Example]) -> int:
     *_, longest = by_length = sorted(rows, key=lambda row: len(row.input_ids))
     shortest_prompt = min(row.num_prompt_tokens for row in rows)
     num_shared = min(common_prefix([row.input_ids for row in rows]), shortest_prompt - 1)
-    if len(rows) < 2 or num_shared < 1:
+    if len(rows) < 2 or num_shared < 1 or model.is_row_by_row:
         return 0
     try:
         error = max(_error_of_sharing(model, probe, num_shared) for probe in (by_length[:2], [longest]))

@@ -13,10 +13,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_search.engine.packed_model import PackedModel, SlotTokens
-from lora_search.ops.attention import NAME as PACKED
+from lora_search.model.packing_check import own_attention
 from lora_search.ops.device import give_back_memory, is_out_of_memory
-
-PLAIN = "sdpa"  # or eager, where a model has nothing else
 
 
 @torch.no_grad()
@@ -111,8 +109,9 @@ def each_slot_its_rows(model: PackedModel, slots: Sequence[int | None], num_rows
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend row by row with a mask and a cache, as transformers does by itself."""
-    model.set_attn_implementation(PLAIN if model._supports_sdpa else "eager")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(own_attention(model))
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(before)

@@ -1,5 +1,6 @@
 """One pass: the concatenated rows of many slots through the frozen base; only completion tokens reach the LM
-head. In an evaluation, the prefix that all rows of a slot share is computed once.
+head. In an evaluation, the prefix that all rows of a slot share is computed once. A base that cannot keep
+packed rows apart (`packing_check`) gets them one by one.
 
 Legend: T tokens of the pass, N completion tokens, D width.
 """
@@ -7,7 +8,7 @@ Legend: T tokens of the pass, N completion tokens, D width.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
-from lora_search.model.packing_check import bend_of
+from lora_search.model.packing_check import bend_of, decoder_of, runs_row_by_row
 from lora_search.ops.dropout import threshold, token_keys, uniform
 from lora_search.ops.fused import fuse
 from lora_search.ops.lora import Plan
@@ -84,14 +85,16 @@ class PackedModel:
     def __init__(self, model: PreTrainedModel, bank: SlotBank) -> None:
         self.bank, self.device, self.dtype = bank, model.device, model.dtype
         self.language_model = model
-        self.decoder: nn.Module = model.base_model
+        self.decoder = decoder_of(model)
+        self.is_row_by_row = runs_row_by_row(model)
         bend = bend_of(model)
         self.head = Head(model.get_output_embeddings(), bend.softcap, bend.scale)
         fuse(model)
 
     def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:
         """Return NLL per completion token [N_s] per slot, in the order given; a graph if autograd is on."""
-        hidden_ND, target_N = self._hidden(packs)
+        passes = [[alone] for alone in _one_by_one(packs)] if self.is_row_by_row else [packs]
+        hidden_ND, target_N = map(torch.cat, zip(*map(self._hidden, passes), strict=True))
         counts = [pack.num_completion_tokens for pack in packs]
         smoothing_N = None
         if any(pack.label_smoothing for pack in packs):
@@ -112,20 +115,22 @@ class PackedModel:
         ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
         target_positions = torch.tensor([place for s in segments for places in s.targets for place in places])
-        self.bank.plan = self._plan(packs)  # kept: layers may be recomputed in the backward pass
-        attention = {
+        plan = self.bank.plan = self._plan(packs)  # kept: layers may be recomputed in the backward pass
+        arguments: dict[str, torch.Tensor | int] = {}
+        if not self.is_row_by_row:
+            arguments = {"position_ids": position_T[None], **attention_arguments(segments)}
+        uploaded = {
             name: self._upload(value) if isinstance(value, torch.Tensor) else value
-            for name, value in attention_arguments(segments).items()
+            for name, value in arguments.items()
         }
         with self._noisy(packs):
-            output = self.decoder(
-                input_ids=self._upload(ids_T[None]),
-                position_ids=self._upload(position_T[None]),
-                use_cache=False,
-                **attention,
-            )
+            output = self.decoder(input_ids=self._upload(ids_T[None]), use_cache=False, **uploaded)
         target_N = self._upload(ids_T[target_positions])
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
+        if (
+            self.is_row_by_row and hidden_TD.requires_grad
+        ):  # autograd goes back through one row after the other
+            hidden_TD.register_hook(lambda _: setattr(self.bank, "plan", plan))
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
     @contextmanager
@@ -209,6 +214,13 @@ class PackedModel:
 def _per_token(values: torch.Tensor, packs: Sequence[SlotRows | SlotTokens]) -> torch.Tensor:
     """Return each pack's value once for each of its tokens."""
     return values.repeat_interleave(torch.tensor([pack.num_tokens for pack in packs]))
+
+
+def _one_by_one(packs: Sequence[SlotRows]) -> Iterator[SlotRows]:
+    """Yield each row of each pack as a pack of its own, with the same dropout and noise."""
+    for pack in packs:
+        for place, row in enumerate(pack.rows):
+            yield replace(pack, rows=[row], ordinals=pack.ordinals[place : place + 1], num_shared=0)
 
 
 def lay_end_to_end(packs: Sequence[SlotRows]) -> list[Segment]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -122,6 +123,18 @@ def taken_by_experts(model: Any, names: Collection[str]) -> set[str]:
         if config.target_modules != {name}:
             taken.add(name)
     return taken
+
+
+def refused_by_peft(model: Any, names: Collection[str]) -> set[str]:
+    """Return the last names of layers that PEFT gives no adapter in this model: some of Mamba's, whose
+    weights its kernels read themselves."""
+    refused = set()
+    for name in names:
+        try:
+            _check_lora_target_modules_mamba(PeftLoraConfig(target_modules=[name]), model, name)
+        except ValueError:
+            refused.add(name)
+    return refused
 
 
 def fault_in_peft(outline: Any, layers: Mapping[str, Any], targets: Sequence[str] | str) -> str:

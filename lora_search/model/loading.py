@@ -34,7 +34,6 @@ from lora_search.model.adaptation import adapt
 from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location, pinned
-from lora_search.ops.attention import NAME as ATTENTION
 from lora_search.ops.device import keep_freed_memory, pick_device, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
@@ -53,7 +52,6 @@ REMEDIES = {  # part of transformers' message -> remedy
     "cannot mmap an empty file": DAMAGED,
     "out of memory": "Choose a smaller base, another engine.device, or model.quantization=nf4.",
     "Weights only load failed": "Its weights contain code, which is never executed: use .safetensors files.",
-    "does not support an attention implementation": "Choose a Llama, Qwen, Mistral, Gemma or Phi model.",
 }
 
 
@@ -118,7 +116,6 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
             source,
             config,
             device_map="meta",
-            attn_implementation=ATTENTION,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the names
         )
@@ -127,9 +124,7 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
         with torch.device("meta"):
             model = _explained(
                 config,
-                lambda: AutoModelForCausalLM.from_config(
-                    written, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
-                ),
+                lambda: AutoModelForCausalLM.from_config(written, trust_remote_code=config.trust_remote_code),
             )
     adapt(model)
     outline: PreTrainedModel = model
@@ -149,7 +144,6 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
         source,
         config,
         dtype=dtype,
-        attn_implementation=ATTENTION,
         device_map={"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, with the names

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_search.errors import ModelError
-from lora_search.files.peft import pattern_key, taken_by_experts
+from lora_search.files.peft import pattern_key, refused_by_peft, taken_by_experts
 from lora_search.settings.schema import ALL_LINEAR
 from lora_search.trial import LAYERS, PATTERN
 
@@ -26,7 +26,8 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict
     taken = taken_by_experts(model, {_last(name) for name in linear})
     for target in target_modules:
         if target == ALL_LINEAR:
-            linear = {name: layer for name, layer in linear.items() if _last(name) not in taken}
+            unfit = taken | refused_by_peft(model, {_last(name) for name in linear})
+            linear = {name: layer for name, layer in linear.items() if _last(name) not in unfit}
         elif target.startswith(LAYERS):
             _check_layers(target, linear)
         else:
@@ -65,12 +66,16 @@ def _all_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def _plain_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Leave out what a model made of a linear layer, as Phi-MoE its router, which returns more than x W."""
-    own = "transformers.models."
-    return {
-        name: layer
-        for name, layer in _all_linear(model).items()
-        if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith(own)
-    }
+    return {name: layer for name, layer in _all_linear(model).items() if _gives_tensor(layer)}
+
+
+@torch.no_grad()
+def _gives_tensor(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith(
+        "transformers.models."
+    ):
+        return True
+    return isinstance(layer(layer.weight.new_zeros(1, 1, layer.in_features)), torch.Tensor)
 
 
 def _last(name: str) -> str:

@@ -54,7 +54,7 @@ def plain_perplexity(model: PreTrainedModel, rows: Sequence[Example]) -> float:
     total, count = 0.0, 0
     for row in rows:
         ids_T = torch.tensor(row.input_ids, device=model.device)
-        logits_TV = model(input_ids=ids_T[None]).logits[0].float()
+        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
         for start, stop in row.learnt:
             nll = torch.nn.functional.cross_entropy(
                 logits_TV[start - 1 : stop - 1], ids_T[start:stop], reduction="sum"

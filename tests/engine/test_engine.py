@@ -135,7 +135,7 @@ def nll_of(logits: torch.Tensor, example: Example) -> torch.Tensor:
 
 def plain_perplexity(model: torch.nn.Module, examples: tuple[Example, ...]) -> float:
     with torch.no_grad():
-        total = sum(nll_of(model(torch.tensor([e.input_ids])).logits, e) for e in examples)
+        total = sum(nll_of(model(torch.tensor([e.input_ids]), use_cache=False).logits, e) for e in examples)
     return float(torch.exp(total / sum(b - a for e in examples for a, b in e.learnt)))
 
 

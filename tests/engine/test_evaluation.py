@@ -91,7 +91,7 @@ def test_rows_share_what_they_begin_with_short_of_the_last_prompt_token(
 class Misaligned(CountingModel):
     """A device whose attention mistakes the queries of a row for its first tokens."""
 
-    dtype = torch.float32
+    dtype, is_row_by_row = torch.float32, False
 
     def nll(self, packs: Sequence[SlotRows]) -> list[torch.Tensor]:
         return [
