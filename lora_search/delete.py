@@ -6,7 +6,6 @@ Asks first. Imports no torch.
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
 
 from lora_search.output.streams import greet
 
@@ -19,9 +18,9 @@ from lora_search.command_line import find_study, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.dashboard_note import remove_files
+from lora_search.output.shared_files import copies_of
 from lora_search.output.terminal import Progress
 from lora_search.settings.recorded import recorded_config
-from lora_search.settings.schema import SweepConfig
 from lora_search.study.folder import find_owned
 from lora_search.study.view import StudyView, delete_study
 
@@ -49,20 +48,14 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
         raise ConfigError("study.name", found.config.name, "was not confirmed, so nothing is deleted")
     attributes = view.attributes()
     delete_study(found.config)
-    delete_copies(recorded_config(attributes, found.config), attributes)
+    copies = copies_of(recorded_config(attributes, found.config), attributes)
+    if copies is not None:
+        copies.delete()
     with explained_writing(found.folder):
         remove_files(found.runs_dir, attributes.get("study_id", found.config.name))
         if found.folder.is_dir():
             shutil.rmtree(found.folder)
     progress.event(f"deleted {what}")
-
-
-def delete_copies(config: SweepConfig, attributes: Mapping[str, str]) -> None:
-    """Delete the study's files at artifacts.uri. Raises ArtifactError if it cannot be reached."""
-    if config.artifacts.uri is not None:
-        from lora_search.files.artifacts import Artifacts, place_of
-
-        Artifacts(config.artifacts.uri, place_of(config.study.name, attributes.get("study_id"))).delete()
 
 
 def agrees(name: str, what: str, progress: Progress) -> bool:

@@ -33,8 +33,9 @@ from lora_search.engine.effect_checks import (
 )
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
-from lora_search.files.artifacts import Artifacts, check_uri, place_of
+from lora_search.files.artifacts import Artifacts, place_of
 from lora_search.files.atomic import explained_writing, refused_writing
+from lora_search.files.place import check_uri
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.ops.device import pick_device

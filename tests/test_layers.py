@@ -59,7 +59,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "openpyxl": {"reading.files"},
     "pyarrow": {"reading.files", "data.store"},
     "peft": {"files.peft"},
-    "fsspec": {"files.artifacts"},
+    "fsspec": {"files.place"},
     "filelock": {"output.conclusion", "files.lock"},
     "scipy": {"service.comparisons"},
     "rouge_score": {"service.answer_metrics"},

@@ -11,50 +11,35 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from lora_search.errors import ConfigError, LoraSearchError
-from lora_search.files.atomic import TEMPORARY, explained_writing, replacing, write_file
-from lora_search.settings.schema import require
-from lora_search.settings.secrets import redact
+from lora_search.files.atomic import TEMPORARY, replacing
+from lora_search.files.place import DELETE, READ, WRITE, ArtifactError, Place, cause_of
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("checkpoint", "adapter")  # folders of a trial that go up; of its other files, the scores of rows
 SCORES = "*.npz"
 STAGED = ".upload"  # begins the name of a folder of hard links: what it holds does not change any more
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
 MANIFEST = "manifest-"  # then the rung in five digits
 RUNG_END = len(MANIFEST) + 5
 MARK = ".artifacts.json"  # in a trial's folder: the manifest that its files were last the same as
+READERS = 16  # copies that are fetched at the same time: each waits for one request after the other
 
-Manifest = dict[str, Any]  # {"rung": int, "files": {path in the trial's folder: SHA-256}}
-
-
-class ArtifactError(LoraSearchError):
-    """A file at artifacts.uri cannot be written or read."""
-
-    def __init__(self, uri: str, cause: str) -> None:
-        super().__init__(
-            f"artifacts.uri: {redact(uri)} cannot be used: {cause}. Nothing is lost: the files are in "
-            "runs_dir. Run the same command again when it can be."
-        )
+Manifest = dict[str, Any]  # {"rung": int, "files": {path in the folder: SHA-256}}
 
 
 class Artifacts:
-    """The files of one study's trials, at ``uri``/``study``."""
+    """The files of one study, at ``uri``/``study``: of its trials, and of what its machines share."""
 
     def __init__(self, uri: str, study: str) -> None:
         """Raises ConfigError if no file system supports the URI."""
-        self.uri = uri
-        self.files, root = _connect(uri)
-        self.root = f"{root}/{study}"
+        self.place = Place(uri)
+        self.root = f"{self.place.root}/{study}"
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
         self._last: dict[int, tuple[Future[None], Path]] = {}  # the upload of a trial, and what it sends
         self._known: dict[int, tuple[Path, int]] = {}  # folder and last rung of the trials that were put
@@ -85,205 +70,164 @@ class Artifacts:
             return
         upload, _ = self._last.pop(trial)
         if (error := upload.exception()) is not None:
-            raise ArtifactError(self.uri, cause_of(error))
+            raise ArtifactError(self.place.uri, WRITE, cause_of(error))
 
-    def fetch(self, trial: int, folder: Path, suffix: str = "") -> int | None:
-        """Bring the trial's files where the place has a later rung than the folder; return that rung. With
-        a suffix bring only files that end with it.
+    def fetch(self, trial: int, folder: Path) -> int | None:
+        """Bring the trial's files where the place has a later rung than the folder; return that rung.
 
         Files that are not as they were sent count as missing: then the rung before them is brought. Raises
         ArtifactError.
         """
-        self._finish_uploads()
-        here = _rung_of(folder)
-        with _explained(self.uri):
-            for path in self._manifests(trial):
-                found = self._read(path)
-                if found is None or (here is not None and found["rung"] <= here):
-                    continue
-                if self._bring(trial, found, folder, suffix):
-                    return int(found["rung"])
-        return None
-
-    def _finish_uploads(self) -> None:
         wait([upload for upload, _ in self._last.values()])
+        with self.place.explained(READ):
+            self.place.forget_listings()
+            return self._fetch(trial, folder, "")
 
-    def publish(self, folder: Path, name: str) -> None:
-        """Copy a file, or a folder with its files, under the names they have. Raises ArtifactError."""
-        with _explained(self.uri):
-            for path in [folder] if folder.is_file() else _files(folder):
-                self._send(
-                    path, f"{self.root}/{name}/{path.relative_to(folder).as_posix()}".removesuffix("/.")
-                )
+    def fetch_all(self, wanted: Mapping[int, str], folder: Path) -> None:
+        """Bring the files of many trials in the same way, several at a time: trial -> what the names of its
+        files must end with. ``folder`` has a folder for each. Raises ArtifactError."""
+        wait([upload for upload, _ in self._last.values()])
+        with self.place.explained(READ), ThreadPoolExecutor(READERS) as readers:
+            self.place.forget_listings()
+            found = [readers.submit(self._fetch, n, folder / str(n), end) for n, end in wanted.items()]
+            for one in found:
+                one.result()
 
-    def bring(self, name: str, target: Path) -> None:
-        """Copy what was published under the name to a path that does not exist here. Raises ArtifactError."""
-        place = f"{self.root}/{name}"
-        with _explained(self.uri):
-            self.files.invalidate_cache()
-            found = {path[len(place) + 1 :]: self.files.cat_file(path) for path in self.files.find(place)}
-        if "" in found:  # a file, not a folder
-            write_file(target, found[""])
-        elif found:
-            fresh = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY}")
-            for inner, content in found.items():
-                write_file(fresh / inner, content)
-            with explained_writing(target):
-                fresh.rename(target)
+    def share(self, name: str, folder: Path) -> None:
+        """Copy a file of the folder, or a folder in it with its files, in place of an older copy. Raises
+        ArtifactError."""
+        path = folder / name
+        files = [path] if path.is_file() else files_of(path)
+        with self.place.explained(WRITE):
+            named = {file.relative_to(folder).as_posix(): file for file in files}
+            self._send(f"{self.root}/shared/{name}", named, 0)
+
+    def bring(self, names: Iterable[str], folder: Path) -> None:
+        """Bring what was shared under the names and is as it was sent. A folder must not exist here. Raises
+        ArtifactError."""
+        with self.place.explained(READ), ThreadPoolExecutor(READERS) as readers:
+            self.place.forget_listings()
+            for one in [readers.submit(self._bring_shared, name, folder) for name in names]:
+                one.result()
+
+    def show(self, path: Path, name: str) -> None:
+        """Copy a file, or a folder with its files, for people, under the names they have. Raises
+        ArtifactError."""
+        with self.place.explained(WRITE):
+            for file in [path] if path.is_file() else files_of(path):
+                inner = "" if file == path else f"/{file.relative_to(path).as_posix()}"
+                self.place.write(f"{self.root}/{name}{inner}", file.read_bytes())
 
     def delete(self) -> None:
         """Remove all of the study's files here. Raises ArtifactError."""
-        with _explained(self.uri):
-            if self.files.exists(self.root):
-                self.files.rm(self.root, recursive=True)
+        with self.place.explained(DELETE):
+            if self.place.files.exists(self.root):
+                self.place.files.rm(self.root, recursive=True)
 
     def _upload(self, trial: int, folder: Path, staged: Path, rung: int) -> None:
-        """Upload the missing files, then the manifest; then remove the files that it does not name."""
         try:
-            sums = {path.relative_to(staged).as_posix(): sha256(path) for path in _files(staged)}
-            there = set(self._names(f"{self._place(trial)}/files"))
-            for name, digest in sums.items():
-                if digest not in there:
-                    self._send(staged / name, f"{self._place(trial)}/files/{digest}")
-            manifest = {"rung": rung, "files": sums}
-            kept = f"{MANIFEST}{rung:05d}-{_seal(manifest)[:12]}.json"
-            self._write(f"{self._place(trial)}/{kept}", json.dumps(manifest).encode())
-            _mark(folder, manifest)
-            self._clean(trial, kept)
+            files = {path.relative_to(staged).as_posix(): path for path in files_of(staged)}
+            _mark(folder, self._send(self._of(trial), files, rung))
         except Exception as error:
-            logger.warning("%s; tried again at the next rung", ArtifactError(self.uri, cause_of(error)))
+            told = ArtifactError(self.place.uri, WRITE, cause_of(error))
+            logger.warning("%s; tried again at the next rung", told)
             raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _clean(self, trial: int, kept: str) -> None:
+    def _send(self, place: str, files: Mapping[str, Path], rung: int) -> Manifest:
+        """Upload the missing files, then the manifest; then remove the files that it does not name."""
+        sums = {name: sha256(path) for name, path in files.items()}
+        self.place.forget_listings()
+        there = set(self.place.names(f"{place}/files"))
+        for name, digest in sums.items():
+            if digest not in there:
+                self.place.write(f"{place}/files/{digest}", files[name].read_bytes())
+        manifest = {"rung": rung, "files": sums}
+        kept = f"{MANIFEST}{rung:05d}-{_seal(manifest)[:12]}.json"
+        self.place.write(f"{place}/{kept}", json.dumps(manifest).encode())
+        self._clean(place, kept)
+        return manifest
+
+    def _clean(self, place: str, kept: str) -> None:
         """Remove the manifests of earlier rungs and the files that none names any more. Those of later rungs
         are another worker's, which has taken the trial over."""
-        place, named = self._place(trial), set()
-        for path in self._manifests(trial):
+        self.place.forget_listings()
+        named = set()
+        for path in self._manifests(place):
             name = path.rsplit("/", 1)[-1]
             if name != kept and name[:RUNG_END] <= kept[:RUNG_END]:
-                self.files.rm_file(path)
+                self.place.remove(path)
             else:
                 named |= set((self._read(path) or {"files": {}})["files"].values())
-        for name in set(self._names(f"{place}/files")) - named:
-            self.files.rm_file(f"{place}/files/{name}")
+        for name in set(self.place.names(f"{place}/files")) - named:
+            self.place.remove(f"{place}/files/{name}")
 
-    def _bring(self, trial: int, manifest: Manifest, folder: Path, suffix: str) -> bool:
+    def _fetch(self, trial: int, folder: Path, suffix: str) -> int | None:
+        found = self._bring_last(self._of(trial), folder, suffix, _rung_of(folder))
+        if found is not None and not suffix:
+            _mark(folder, found)
+        return None if found is None else int(found["rung"])
+
+    def _bring_last(
+        self, place: str, folder: Path, suffix: str = "", here: int | None = None
+    ) -> Manifest | None:
+        """Bring the files of the last manifest beyond the rung ``here`` whose files are whole; return it."""
+        for path in self._manifests(place):
+            found = self._read(path)
+            if found is None or (here is not None and found["rung"] <= here):
+                continue
+            if self._bring(place, found, folder, suffix):
+                return found
+        return None
+
+    def _bring(self, place: str, manifest: Manifest, folder: Path, suffix: str) -> bool:
         """Download the files of a manifest to the folder; return False if one is damaged."""
         contents = {}
         for name, digest in manifest["files"].items():
             if not name.endswith(suffix):
                 continue
-            path = f"{self._place(trial)}/files/{digest}"
-            content = self._content(path)
+            content = self.place.content(f"{place}/files/{digest}")
             if hashlib.sha256(content).hexdigest() != digest:
-                logger.warning("trial %d: %s of rung %d at artifacts.uri is damaged or missing",
-                               trial, name, manifest["rung"])  # fmt: skip
+                what = place.removeprefix(f"{self.root}/").replace("trials/", "trial ")
+                logger.warning("%s: %s of rung %d at artifacts.uri is damaged or missing",
+                               what, name, manifest["rung"])  # fmt: skip
                 return False
             contents[name] = content
         for name, content in contents.items():
             with replacing(folder / name) as temporary:
                 temporary.write_bytes(content)
-        if not suffix:
-            _mark(folder, manifest)
         return True
 
-    def _manifests(self, trial: int) -> list[str]:
+    def _manifests(self, place: str) -> list[str]:
         """Return the paths of the manifests, the latest rung first."""
-        names = [name for name in self._names(self._place(trial)) if name.startswith(MANIFEST)]
-        return [f"{self._place(trial)}/{name}" for name in sorted(names, reverse=True)]
+        names = [name for name in self.place.names(place) if name.startswith(MANIFEST)]
+        return [f"{place}/{name}" for name in sorted(names, reverse=True)]
 
     def _read(self, path: str) -> Manifest | None:
         try:
-            found = json.loads(self._content(path))
+            found = json.loads(self.place.content(path))
             is_whole = isinstance(found["rung"], int) and all(map(_is_inside, found["files"]))
         except (ValueError, KeyError, TypeError):
             return None
         return found if is_whole else None
 
-    def _content(self, path: str) -> bytes:
-        """Return an object's bytes; none if it is missing, since another worker may have removed it."""
+    def _bring_shared(self, name: str, folder: Path) -> None:
+        fresh = folder / f"{STAGED}-{uuid.uuid4().hex}"
         try:
-            return bytes(self.files.cat_file(path))
-        except FileNotFoundError:
-            return b""
+            if self._bring_last(f"{self.root}/shared/{name}", fresh) is not None:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (fresh / name).replace(folder / name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
-    def _names(self, place: str) -> list[str]:
-        """Return the names below a folder; empty if the folder does not exist."""
-        self.files.invalidate_cache()
-        try:
-            return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self.files.ls(place, detail=False)]
-        except FileNotFoundError:
-            return []
-
-    def _place(self, trial: int) -> str:
+    def _of(self, trial: int) -> str:
         return f"{self.root}/trials/{trial}"
-
-    def _send(self, path: Path, to: str) -> None:
-        self._write(to, path.read_bytes())
-
-    def _write(self, to: str, content: bytes) -> None:
-        """Write one object. Only object stores do so atomically, so readers compare its digest."""
-        _make_folder(self.files, to.rsplit("/", 1)[0])
-        self.files.pipe_file(to, content)
 
 
 def place_of(study: str, study_id: str | None) -> str:
     """Return the name of a study's folder at artifacts.uri; a new study of the same name gets another."""
     return f"{study}-{study_id}" if study_id else study
-
-
-def check_uri(uri: str) -> None:
-    """Raise ConfigError unless files can be written, read and removed there."""
-    files, root = _connect(uri)
-    probe, text = f"{root}/.probe-{uuid.uuid4().hex}", b"lora_search"
-    try:
-        _make_folder(files, root)
-        files.pipe_file(probe, text)
-        found = files.cat_file(probe)
-        files.rm_file(probe)
-    except Exception as error:  # noqa: BLE001  (each file system raises its own)
-        rule = f"must be a place that can be written to and read ({cause_of(error)})"
-        raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
-    require(found == text, "artifacts.uri", redact(uri), "must give back what was written", REMEDY)
-
-
-@contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Raise ArtifactError for whatever is raised here."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  (each file system raises its own)
-        raise ArtifactError(uri, cause_of(error)) from None
-
-
-def _make_folder(files: Any, path: str) -> None:
-    """Create a folder, if the file system has folders; in an object store this would create a bucket."""
-    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
-    if not protocols & OBJECT_STORES:
-        files.makedirs(path, exist_ok=True)
-
-
-def _connect(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI and the path in it. Raises ConfigError."""
-    try:
-        files, root = fsspec.core.url_to_fs(uri)
-    except Exception as error:  # noqa: BLE001  (each file system raises its own)
-        rule = f"must be a URI that fsspec opens ({cause_of(error)})"
-        raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
-    return files, root.rstrip("/")
-
-
-REMEDY = (
-    "Try s3://bucket/folder (with `pip install s3fs`, keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-    "another server in AWS_ENDPOINT_URL) or a folder that all nodes share; null keeps files here only"
-)
-
-
-def cause_of(error: BaseException) -> str:
-    """Return the first line of a file system's error, or its type."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def sha256(path: Path) -> str:
@@ -301,7 +245,7 @@ def remove_staged(folder: Path) -> None:
 def _stage(folder: Path) -> Path:
     """Return a folder of hard links to the files to upload: the originals are replaced, never changed."""
     staged = folder / f"{STAGED}-{uuid.uuid4().hex}"
-    for path in [*folder.glob(SCORES), *(file for part in PARTS for file in _files(folder / part))]:
+    for path in [*folder.glob(SCORES), *(file for part in PARTS for file in files_of(folder / part))]:
         target = staged / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -311,7 +255,8 @@ def _stage(folder: Path) -> Path:
     return staged
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """Return the files below a folder, without unfinished ones."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in found if not path.name.endswith(TEMPORARY)]
 

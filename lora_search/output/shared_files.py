@@ -35,8 +35,7 @@ def shared_results(
         return
     artifacts = None
     try:
-        place = place_of(config.study.name, attributes.get("study_id"))
-        artifacts = Artifacts(config.artifacts.uri, place)
+        artifacts = copies_of(config, attributes)
         bring_results(rows, folder, artifacts)
     except LoraSearchError as error:
         progress.event(str(error))
@@ -45,16 +44,30 @@ def shared_results(
         return
     try:
         for name in SHOWN:
-            artifacts.publish(folder / name, name)
+            artifacts.show(folder / name, name)
     except LoraSearchError as error:
         progress.event(str(error))
+
+
+def copies_of(config: SweepConfig, attributes: Mapping[str, str]) -> Artifacts | None:
+    """Return the study's files at artifacts.uri; None without it. Raises ConfigError."""
+    if config.artifacts.uri is None:
+        return None
+    return Artifacts(config.artifacts.uri, place_of(config.study.name, attributes.get("study_id")))
 
 
 def share(folder: Path, artifacts: Artifacts | None) -> None:
     """Copy what is of no single trial and a command elsewhere needs. Raises ArtifactError."""
     for name in SHARED:
         if artifacts is not None and (folder / name).exists():
-            artifacts.publish(folder / name, name)
+            artifacts.share(name, folder)
+
+
+def bring_shared(best: TrialRow, folder: Path, artifacts: Artifacts) -> None:
+    """Bring what `share` copied, where the folder lacks it. Raises ArtifactError."""
+    here = {name: (folder / name).exists() for name in SHARED}
+    here[SAMPLES] = bool(read_samples(folder, best))
+    artifacts.bring([name for name, is_here in here.items() if not is_here], folder)
 
 
 def bring_results(
@@ -65,11 +78,9 @@ def bring_results(
     best = best_of(rows)
     if artifacts is None or best is None:
         return
-    for name in SHARED:
-        if not (read_samples(folder, best) if name == SAMPLES else (folder / name).exists()):
-            artifacts.bring(name, folder / name)
-    for number, suffix in lacking(rows, folder, [best.number] if trials is None else trials).items():
-        artifacts.fetch(number, folder / "trials" / str(number), suffix)
+    bring_shared(best, folder, artifacts)
+    wanted = lacking(rows, folder, [best.number] if trials is None else trials)
+    artifacts.fetch_all(wanted, folder / "trials")
 
 
 def lacking(rows: Sequence[TrialRow], folder: Path, trials: Collection[int]) -> dict[int, str]:
@@ -101,10 +112,9 @@ def bring_files(
     if config.artifacts.uri is None or not (num_trials or lacks_shared(folder)):
         return
     own_folder(config.study, folder)
-    place = place_of(config.study.name, attributes.get("study_id"))
     progress.event(f"{redact(config.artifacts.uri)}: fetching what this machine lacks of {num_trials} trials")
     try:
-        bring_results(rows, folder, Artifacts(config.artifacts.uri, place), trials)
+        bring_results(rows, folder, copies_of(config, attributes), trials)
     except LoraSearchError as error:
         progress.event(str(error))
 

@@ -13,7 +13,7 @@ from lora_search.database.storage import explained_errors, open_storage
 from lora_search.database.write_once import Turn
 from lora_search.engine.engine import Engine
 from lora_search.errors import LoraSearchError
-from lora_search.output.shared_files import bring_results, share
+from lora_search.output.shared_files import bring_results, bring_shared, share
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.service.answering import score_answers_once
@@ -36,7 +36,8 @@ def score_and_share(
     """
     bring_results(rows, folder, engine.keeper.artifacts)
     with in_turn(config.study, progress, check) as after_pass:
-        bring_results(rows, folder, engine.keeper.artifacts)  # what another worker has just made
+        if engine.keeper.artifacts is not None and (known := best_of(rows)) is not None:
+            bring_shared(known, folder, engine.keeper.artifacts)  # what another worker has just made
         score_answers_once(engine, config, folder, progress, after_pass)
         best = best_of(rows if config.metric.name == "none" else StudyView(config.study).rows())
         keep_samples_once(engine, config, folder, best, progress, after_pass)

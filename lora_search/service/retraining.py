@@ -8,14 +8,17 @@ run at its last rung. Imports torch.
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_search.engine.engine import Engine
-from lora_search.errors import StudyError
+from lora_search.errors import LoraSearchError, StudyError
+from lora_search.files.artifacts import Artifacts
 from lora_search.files.lock import alone
-from lora_search.files.row_scores import read_scores
+from lora_search.files.row_scores import VALIDATION, read_scores
+from lora_search.output.shared_files import copies_of
 from lora_search.output.terminal import Progress
 from lora_search.results.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
 from lora_search.service.comparisons import duels_of
@@ -66,7 +69,8 @@ def confirm(
     place = folder.resolve() / FOLDER
     plans = plans_for(view, place, trials, num_seeds)
     with alone(place, "confirm"):
-        held = Holder(view, place)
+        held = Holder(view, folder, copies_of(config, view.attributes()), progress)
+        held.bring()
         lacking = [plan for plan in plans if held.find(plan) is None]
         progress.event(f"{len(plans)} runs, {len(plans) - len(lacking)} of them trained before")
         if lacking:
@@ -86,11 +90,21 @@ def plans_for(view: StudyView, place: Path, trials: Sequence[int], num_seeds: in
 
 
 class Holder:
-    """The confirmation stored in the study, with the row scores in its folder."""
+    """The confirmation stored in the study, with the row scores in the study's folder and copies of them at
+    artifacts.uri. Whatever fails there is a line on the screen."""
 
-    def __init__(self, view: StudyView, place: Path) -> None:
-        self.config, self.place = view.config, place
+    def __init__(self, view: StudyView, folder: Path, copies: Artifacts | None, progress: Progress) -> None:
+        self.config, self.folder, self.progress = view.config, folder, progress
+        self.copies = copies
         self.confirmation = read_confirmation(view.attributes())
+
+    def bring(self) -> None:
+        """Bring the row scores that another machine has measured."""
+        known = [repeat for repeat in self.confirmation.repeats if repeat.perplexity is not None]
+        lacking = [scores_of(repeat) for repeat in known if self.scores(repeat) is None]
+        if self.copies is not None and lacking:
+            with self._told():
+                self.copies.bring(lacking, self.folder)
 
     def find(self, plan: Plan) -> Repeat | None:
         """Return the run's result; None if it is unknown, or its row scores are not in this folder."""
@@ -105,11 +119,14 @@ class Holder:
         others = [r for r in self.confirmation.repeats if (r.trial, r.seed) != key]
         repeats = tuple(sorted([*others, repeat], key=lambda r: (r.trial, r.seed)))
         self.confirmation = replace(self.confirmation, repeats=repeats, confirmed_at="")
+        if self.copies is not None and repeat.perplexity is not None:
+            with self._told():
+                self.copies.share(scores_of(repeat), self.folder)
         store_confirmation(self.config, self.confirmation)
 
     def scores(self, repeat: Repeat) -> RowScores | None:
         """Return the run's scores of the validation rows."""
-        found = read_scores(self.place / f"{repeat.trial}-{repeat.seed}")
+        found = read_scores((self.folder / scores_of(repeat)).parent)
         if found is None or repeat.perplexity is None or found[1] != repeat.rung:
             return None
         is_same = math.isclose(found[0].perplexity, repeat.perplexity, rel_tol=SAME_VALUE)
@@ -124,6 +141,18 @@ class Holder:
         duels = tuple(duels_of(leader, scores))
         self.confirmation = replace(self.confirmation, duels=duels, confirmed_at=now)
         store_confirmation(self.config, self.confirmation)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except LoraSearchError as error:
+            self.progress.event(str(error))
+
+
+def scores_of(repeat: Repeat) -> str:
+    """Return the file with a run's row scores, in the study's folder."""
+    return f"{FOLDER}/{repeat.trial}-{repeat.seed}/{VALIDATION}"
 
 
 def train(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
-from lora_search.files.artifacts import ArtifactError, Artifacts, check_uri
+from lora_search.files.artifacts import READERS, Artifacts
+from lora_search.files.place import ArtifactError, check_uri
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
 from tests.engine.test_checkpoint import (
@@ -67,8 +69,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def objects(copies: Artifacts) -> list[str]:
-    copies.files.invalidate_cache()
-    return sorted(str(path).rsplit("/", 1)[-1] for path in copies.files.find(copies.root))
+    copies.place.files.invalidate_cache()
+    return sorted(str(path).rsplit("/", 1)[-1] for path in copies.place.files.find(copies.root))
 
 
 def test_what_was_put_comes_to_a_node_that_never_saw_it(copies: Artifacts, tmp_path: Path) -> None:
@@ -84,17 +86,75 @@ def test_what_was_put_comes_to_a_node_that_never_saw_it(copies: Artifacts, tmp_p
     assert copies.fetch(8, tmp_path / "c") is None
 
 
-def test_what_was_published_comes_back_under_its_name(copies: Artifacts, tmp_path: Path) -> None:
+def test_what_machines_share_comes_back_as_it_was_sent_last(copies: Artifacts, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "a", 3)
-    copies.publish(folder / "adapter", "tokenizer")
-    copies.publish(folder / "validation_rows.npz", "base_rows.npz")
+    copies.share("validation_rows.npz", folder)
+    (folder / "validation_rows.npz").write_bytes(b"newer rows")
+    for name in ("adapter", "validation_rows.npz", "checkpoint/rung-00003.safetensors"):
+        copies.share(name, folder)
 
-    for name in ("tokenizer", "base_rows.npz", "samples.json"):
-        copies.bring(name, tmp_path / "b" / name)
+    copies.bring(["adapter", "validation_rows.npz", "samples.json"], tmp_path / "b")
 
-    assert contents(tmp_path / "b/tokenizer") == contents(folder / "adapter")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["base_rows.npz", "tokenizer"]
-    assert (tmp_path / "b/base_rows.npz").read_bytes() == b"rows"
+    assert contents(tmp_path / "b/adapter") == contents(folder / "adapter")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["adapter", "validation_rows.npz"]
+    assert (tmp_path / "b/validation_rows.npz").read_bytes() == b"newer rows"
+
+
+@pytest.mark.parametrize("content", [b"", b"something else"])
+def test_what_machines_share_is_left_where_one_of_its_files_is_damaged(
+    copies: Artifacts, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    copies.share("adapter", folder)
+    paths = [path for path in copies.place.files.find(copies.root) if "/files/" in path]
+    assert len(paths) == 2
+    copies.place.files.pipe_file(paths[1], content)
+
+    copies.bring(["adapter"], tmp_path / "b")
+
+    assert "shared/adapter: adapter/adapter_" in caplog.text
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_people_look_at_has_its_own_names_there(copies: Artifacts, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    copies.show(folder / "adapter", "best")
+    copies.show(folder / "validation_rows.npz", "report.html")
+
+    assert objects(copies) == ["adapter_config.json", "adapter_model.safetensors", "report.html"]
+
+
+class Gate:
+    """A file system whose readers wait until so many read at the same time."""
+
+    def __init__(self, files: Any, count: int) -> None:
+        self._files, self._together = files, threading.Barrier(count, timeout=60)
+        self.num_read = 0
+
+    def cat_file(self, path: str) -> bytes:
+        if "/files/" in path:
+            self._together.wait()
+            self.num_read += 1
+        return bytes(self._files.cat_file(path))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+def test_the_files_of_many_trials_are_fetched_at_the_same_time(copies: Artifacts, tmp_path: Path) -> None:
+    for number in range(READERS):
+        copies.put(number, folder_of(tmp_path, str(number), 3, f"adapter {number}".encode()), 3)
+        copies.settle(number)
+    copies.place.files = gate = Gate(copies.place.files, READERS)
+
+    copies.fetch_all(dict.fromkeys(range(READERS), "adapter_model.safetensors"), tmp_path / "b")
+
+    assert gate.num_read == READERS  # one request each, of the files that were asked for, and none alone
+    brought = contents(tmp_path / "b")
+    assert brought == {
+        f"{number}/adapter/adapter_model.safetensors": f"adapter {number}".encode()
+        for number in range(READERS)
+    }
 
 
 def test_only_the_last_rung_stays_there_and_a_checkpoint_goes_with_its_trial(
@@ -146,8 +206,8 @@ def test_a_damaged_copy_is_named_and_never_used(
 ) -> None:
     copies.put(7, folder_of(tmp_path, "a", 3), 3)
     copies.settle(7)
-    paths = [path for path in copies.files.find(copies.root) if "/files/" in path]
-    copies.files.pipe_file(paths[0], content)
+    paths = [path for path in copies.place.files.find(copies.root) if "/files/" in path]
+    copies.place.files.pipe_file(paths[0], content)
 
     assert copies.fetch(7, tmp_path / "b") is None
     assert "of rung 3 at artifacts.uri is damaged or missing" in caplog.text
@@ -157,10 +217,10 @@ def test_a_damaged_copy_is_named_and_never_used(
 def test_a_manifest_cannot_lead_out_of_the_trials_folder(copies: Artifacts, tmp_path: Path) -> None:
     copies.put(7, folder_of(tmp_path, "a", 3), 3)
     copies.settle(7)
-    (path,) = (path for path in copies.files.find(copies.root) if "manifest-" in path)
-    manifest = json.loads(copies.files.cat_file(path))
+    (path,) = (path for path in copies.place.files.find(copies.root) if "manifest-" in path)
+    manifest = json.loads(copies.place.files.cat_file(path))
     manifest["files"]["../../outside"] = manifest["files"]["validation_rows.npz"]
-    copies.files.pipe_file(path, json.dumps(manifest).encode())
+    copies.place.files.pipe_file(path, json.dumps(manifest).encode())
 
     assert copies.fetch(7, tmp_path / "deep" / "b") is None
     assert not (tmp_path / "outside").exists()
@@ -234,12 +294,12 @@ def test_an_upload_that_fails_is_one_warning_and_ends_the_trial_only_at_its_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copies = Artifacts(str(tmp_path / "place"), "study")
-    copies.files = Refusing()
+    copies.place.files = Refusing()
     folder = folder_of(tmp_path, "a", 3)
     with caplog.at_level(logging.WARNING):
         copies.put(7, folder, 3)
         with pytest.raises(
-            ArtifactError, match=r"artifacts.uri: .* cannot be used: quota exceeded. Nothing is lost"
+            ArtifactError, match=r"artifacts.uri: .* cannot be written to: quota exceeded. Nothing is lost"
         ):
             copies.settle(7)
     copies.close()
@@ -247,3 +307,19 @@ def test_an_upload_that_fails_is_one_warning_and_ends_the_trial_only_at_its_end(
     assert caplog.text.count("quota exceeded") == 1
     assert contents(folder)["validation_rows.npz"] == b"rows"
     assert not list(folder.glob(".upload*"))
+
+
+def test_a_place_that_cannot_be_read_is_not_said_to_have_lost_nothing(tmp_path: Path) -> None:
+    copies = Artifacts(str(tmp_path / "place"), "study")
+    copies.place.files = Unreadable()
+
+    with pytest.raises(ArtifactError, match=r"cannot be read: no way in. What this machine's disk lacks is"):
+        copies.fetch_all({7: ""}, tmp_path / "trials")
+    with pytest.raises(ArtifactError, match=r"cannot be read: no way in"):
+        copies.bring(["tokenizer"], tmp_path / "b")
+    copies.close()
+
+
+class Unreadable(Refusing):
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[str]:
+        raise PermissionError("no way in")

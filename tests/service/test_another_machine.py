@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_search import export, final, generate, report, score
+from lora_search import confirm, export, final, generate, report, score
 from lora_search.files.peft import read_peft
 from lora_search.files.row_scores import read_scores, write_scores
 from lora_search.results.certainty import certainty_of
+from lora_search.results.confirmation import read_confirmation
 from lora_search.results.ranking import best_of
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.view import StudyView
@@ -136,3 +137,21 @@ def test_a_place_that_fails_is_one_line_and_the_report_is_written(
     assert "artifacts.uri: must be a URI that fsspec opens" in " ".join(capsys.readouterr().out.split())
     assert typed(report.main, "artifacts.uri=null") == 0  # the folder is the study's by now
     assert (finished / "runs/smoke/report.html").is_file()
+
+
+def test_what_another_machine_has_confirmed_is_compared_and_not_trained_again(
+    typed: Callable[..., int], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["confirm.top=2", "confirm.seeds=2", f"artifacts.uri={finished}/copies"]
+    assert typed(confirm.main, *command) == 0
+    there = read_confirmation(StudyView(StudyConfig(name="smoke")).attributes())
+    shutil.rmtree(finished / "runs/smoke")
+    capsys.readouterr()
+
+    assert typed(confirm.main, *command) == 0
+
+    here = read_confirmation(StudyView(StudyConfig(name="smoke")).attributes())
+    assert "4 runs, 4 of them trained before" in " ".join(capsys.readouterr().out.split())
+    assert here.repeats == there.repeats
+    assert here.duels == there.duels
+    assert len(here.duels) == 1

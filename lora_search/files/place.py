@@ -1,0 +1,113 @@
+"""A place for files that fsspec knows by its URI: s3://, gs://, a shared folder. Its errors are one message,
+without keys."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from lora_search.errors import ConfigError, LoraSearchError
+from lora_search.settings.schema import require
+from lora_search.settings.secrets import redact
+
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
+WRITE = "cannot be written to", "Nothing is lost: the files are in runs_dir on this machine"
+READ = "cannot be read", "What this machine's disk lacks is only there"
+DELETE = "cannot be emptied", "The study's files stay there"
+REMEDY = (
+    "Try s3://bucket/folder (with `pip install s3fs`, keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "another server in AWS_ENDPOINT_URL) or a folder that all nodes share; null keeps files here only"
+)
+
+
+class ArtifactError(LoraSearchError):
+    """A file at artifacts.uri cannot be written or read."""
+
+    def __init__(self, uri: str, what: tuple[str, str], cause: str) -> None:
+        fault, so = what
+        super().__init__(
+            f"artifacts.uri: {redact(uri)} {fault}: {cause}. {so}. Run the same command again when it can be."
+        )
+
+
+class Place:
+    """Objects with their contents, by path."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises ConfigError if no file system supports the URI."""
+        self.uri = uri
+        self.files, self.root = _connect(uri)
+
+    def names(self, path: str) -> list[str]:
+        """Return the names below a folder; empty if the folder does not exist."""
+        try:
+            return [str(one).rstrip("/").rsplit("/", 1)[-1] for one in self.files.ls(path, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def content(self, path: str) -> bytes:
+        """Return an object's bytes; none if it is missing, since another worker may have removed it."""
+        try:
+            return bytes(self.files.cat_file(path))
+        except FileNotFoundError:
+            return b""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write one object. Only object stores do so atomically, so readers compare its digest."""
+        _make_folder(self.files, path.rsplit("/", 1)[0])
+        self.files.pipe_file(path, content)
+
+    def remove(self, path: str) -> None:
+        """Remove one object."""
+        self.files.rm_file(path)
+
+    def forget_listings(self) -> None:
+        """Read folders anew from now on: other machines write there."""
+        self.files.invalidate_cache()
+
+    @contextmanager
+    def explained(self, what: tuple[str, str]) -> Iterator[None]:
+        """Raise ArtifactError for whatever is raised here."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (each file system raises its own)
+            raise ArtifactError(self.uri, what, cause_of(error)) from None
+
+
+def check_uri(uri: str) -> None:
+    """Raise ConfigError unless files can be written, read and removed there."""
+    files, root = _connect(uri)
+    probe, text = f"{root}/.probe-{uuid.uuid4().hex}", b"lora_search"
+    try:
+        _make_folder(files, root)
+        files.pipe_file(probe, text)
+        found = files.cat_file(probe)
+        files.rm_file(probe)
+    except Exception as error:  # noqa: BLE001  (each file system raises its own)
+        rule = f"must be a place that can be written to and read ({cause_of(error)})"
+        raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
+    require(found == text, "artifacts.uri", redact(uri), "must give back what was written", REMEDY)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the first line of a file system's error, or its type."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _connect(uri: str) -> tuple[Any, str]:
+    """Return the file system of a URI and the path in it. Raises ConfigError."""
+    try:
+        files, root = fsspec.core.url_to_fs(uri)
+    except Exception as error:  # noqa: BLE001  (each file system raises its own)
+        rule = f"must be a URI that fsspec opens ({cause_of(error)})"
+        raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
+    return files, root.rstrip("/")
+
+
+def _make_folder(files: Any, path: str) -> None:
+    """Create a folder, if the file system has folders; in an object store this would create a bucket."""
+    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+    if not protocols & OBJECT_STORES:
+        files.makedirs(path, exist_ok=True)
