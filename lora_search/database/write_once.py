@@ -1,5 +1,5 @@
-"""Attributes that a study gets once: of several simultaneous starts the first writes, the others read. And
-work that one worker does at a time."""
+"""Attributes of a study that many workers use: those it gets once, of several simultaneous starts from the
+first; a worker's own; and work that one worker does at a time."""
 
 import json
 import time
@@ -37,6 +37,15 @@ def read_attribute(storage: RDBStorage, study_id: int, key: str) -> Any:
     with Session(storage.engine) as session:
         text = session.query(row.value_json).filter_by(study_id=study_id, key=key).scalar()
     return None if text is None else json.loads(text)
+
+
+def write_own(storage: RDBStorage, study_id: int, key: str, value: object) -> None:
+    """Set a system attribute that no other worker writes, in one statement where Optuna takes three."""
+    row = {"study_id": study_id, "key": key}
+    with Session(storage.engine) as session, session.begin():
+        found = session.query(StudySystemAttributeModel).filter_by(**row)
+        if not found.update({"value_json": json.dumps(value)}, synchronize_session=False):
+            session.add(StudySystemAttributeModel(**row, value_json=json.dumps(value)))
 
 
 class Turn:
@@ -98,4 +107,4 @@ class Turn:
 
     def _replace(self, session: Session, before: str, after: str) -> None:
         row = session.query(StudySystemAttributeModel).filter_by(**self._row, value_json=before)
-        row.update({"value_json": after})
+        row.update({"value_json": after}, synchronize_session=False)

@@ -15,6 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.database.presence import worker_is_dead
+from lora_search.database.write_once import write_own
 from lora_search.search.trials import best_until, settings_of
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.ledger import Ledger
@@ -223,7 +224,7 @@ class Account:
 
     def _write(self, *, is_open: bool) -> None:
         self._noted = self.clock()
-        self.storage.set_study_system_attr(self.study_id, self._key, [self._began, self._noted, is_open])
+        write_own(self.storage, self.study_id, self._key, [self._began, self._noted, is_open])
 
     def _is_at_work(self, key: str) -> bool:
         return is_at_work(key, self._others[key], self._read)

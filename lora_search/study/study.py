@@ -71,7 +71,7 @@ class SweepStudy:
         self.identity = identity
         self.changes: list[str] = []  # permitted changes since the first start, in words
         self.losses = Losses(self.table)
-        self._last_summary: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
+        self._last_look: tuple[float, tuple[int, ...]] = (-math.inf, ())  # when, and what was held
         self.trials = HeldTrials(config, study, self.table, worker_name(os.getpid()))
         self.held = self.trials.last_rungs  # a trial at its last rung is no longer judged
         study_id = self.table.study_id
@@ -155,6 +155,7 @@ class SweepStudy:
         """Return the held trials to stop, with reasons: the pruner stops them, or another worker has taken
         them over."""
         self.ledger.read(self.table.id_of(number) for number in self.held)
+        self._last_look = time.monotonic(), tuple(self.held)
         held = {number: self.ledger.find(number) for number in self.held}
         mine = [trial for trial in held.values() if trial is not None and self.trials.has(trial)]
         taken = dict.fromkeys(held.keys() - {t.number for t in mine}, "taken over by another worker")
@@ -270,11 +271,10 @@ class SweepStudy:
     def summary(self) -> StudySummary:
         """Return the progress of the study, some seconds old for other workers' trials, so that a call at
         every pass costs nothing."""
-        seconds, held = time.monotonic() - self._last_summary[0], tuple(self.held)
         pause = SUMMARY_SECONDS + SUMMARY_PER_TRIAL * self.ledger.num_open
-        if seconds > pause or held != self._last_summary[1]:
+        if time.monotonic() - self._last_look[0] > pause or tuple(self.held) != self._last_look[1]:
             self.ledger.read()
-            self._last_summary = (time.monotonic(), held)
+            self._last_look = time.monotonic(), tuple(self.held)
         return self.ledger.summary(self.config.study.n_trials, self.budget.limits())
 
     def rows(self) -> list[TrialRow]:

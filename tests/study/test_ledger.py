@@ -14,8 +14,10 @@ from lora_search.database.changes import Changes
 from lora_search.database.storage import quieten_optuna
 from lora_search.search.trials import PAUSED, Cursor
 from lora_search.settings.schema import SamplerConfig
+from lora_search.study.budget import read_intervals
 from lora_search.study.ledger import Ledger
 from lora_search.study.study import SweepStudy
+from lora_search.trial import Stop
 from tests.study.test_study import make_config, measure, open_study
 
 
@@ -129,3 +131,32 @@ def test_a_large_study_sends_no_more_statements_than_a_small_one(tmp_path: Path)
 
     assert large == small
     assert min(small) > 0
+
+
+def test_a_summary_asks_again_only_for_what_a_judgement_has_not_just_read(tmp_path: Path) -> None:
+    study, counts = open_study(make_config(tmp_path, n_trials=4), tmp_path), list[int]()
+    runs = study.claim(2)
+    study.report([measure(run, 1) for run in runs])
+    study.judge()
+
+    with counted(study, counts):
+        before = study.summary()
+    study.prune(Stop(trial_number=runs[0].number, reason="rung 1: too late"))
+    with counted(study, counts):
+        after = study.summary()
+
+    assert (before.running, before.pruned) == (2, 0)
+    assert (after.running, after.pruned) == (1, 1)
+    assert counts[0] == 0
+    assert counts[1] > 0
+
+
+def test_a_worker_notes_its_time_in_one_statement(tmp_path: Path) -> None:
+    study, counts = open_study(make_config(tmp_path), tmp_path), list[int]()
+
+    with counted(study, counts):
+        study.account.close()
+
+    assert counts == [2]  # BEGIN and UPDATE
+    [interval] = read_intervals(study.storage, study.table.study_id).values()
+    assert not interval.is_open
