@@ -3,7 +3,8 @@ thousands of other trials run, on a PostgreSQL server of its own, as a Markdown 
 
 CPU time of the worker's process, and SQL statements, of a claim and of a tick: four trials report a rung,
 the worker judges, sends heartbeats and sums the study up. Before each tick one in a hundred of the other
-trials has reported too. The other trials are written by bulk SQL in the rows that Optuna writes.
+trials has reported too. The other trials are written by bulk SQL in the rows that Optuna writes, by another
+process: of opening, the memory is what a fresh worker takes at its peak, and what it keeps.
 """
 
 import statistics
@@ -24,23 +25,34 @@ from lora_search.settings.space import Space, parse_space
 from lora_search.study.study import SweepStudy
 from lora_search.trial import TrialRun
 from tests.benchmarks.study import RUNGS, SPACE, fill, multiply, past_trial, tick
+from tests.processes import FORKS
 from tests.servers import real_postgres, sqlalchemy_uri
 
-RUNNING, FINISHED = (40, 400, 4_000), (1_000, 10_000, 100_000)
+RUNNING, FINISHED = (40, 400, 4_000), (1_000, 10_000, 95_000)  # study.n_trials is at most 100,000
 TICKS, SEED = 7, 40  # ticks of one worker; running trials that are added one by one, and copied
 CALLS = ("open", "claim", "report", "judge", "heartbeat", "summary", "end")
+SELDOM = ("heartbeat", "summary")  # most calls do nothing: what counts is one that is due
 SETTINGS = '{"epochs": 1.0, "evals_per_epoch": 8, "warmup_ratio": 0.03, "batch_size": 8}'
 
 
 class Cost:
-    """CPU milliseconds and statements of calls by kind, at their medians."""
+    """CPU milliseconds and statements of calls by kind, at their medians; of SELDOM ones, at their most."""
 
     def __init__(self) -> None:
         self.samples: dict[str, list[tuple[float, int]]] = {call: [] for call in CALLS}
+        self.peak_mib = self.kept_mib = 0.0  # of opening
         self._statements = 0
 
     def count(self, *_: object) -> None:
         self._statements += 1
+
+    @contextmanager
+    def of_opening(self) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+        before = memory_mib("VmRSS")
+        with self.of("open"):
+            yield
+        self.peak_mib, self.kept_mib = (memory_mib(key) - before for key in ("VmHWM", "VmRSS"))
 
     @contextmanager
     def of(self, call: str) -> Iterator[None]:
@@ -49,10 +61,19 @@ class Cost:
         self.samples[call].append((1000 * (time.process_time() - begin), self._statements - before))
 
     def ms(self, call: str) -> float:
-        return statistics.median([ms for ms, _ in self.samples[call]] or [0.0])
+        return self._typical(call, [ms for ms, _ in self.samples[call]])
 
     def statements(self, call: str) -> float:
-        return statistics.median([count for _, count in self.samples[call]] or [0])
+        return self._typical(call, [count for _, count in self.samples[call]])
+
+    def _typical(self, call: str, values: Sequence[float]) -> float:
+        return max(values) if call in SELDOM else statistics.median(values or [0.0])
+
+
+def memory_mib(key: str) -> float:
+    """Return what the kernel says of this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{key}:")[2].split()[0]) / 1024
 
 
 def crowd(study: SweepStudy, space: Space, finished: int, running: int) -> None:
@@ -98,25 +119,40 @@ def others_report(study: SweepStudy, running: int) -> None:
         )
 
 
-def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
-    """Return what a worker pays that joins a study of this size. One study a database."""
-    settings = StudyConfig(name="s", n_trials=1, storage=storage, first_trial_is_default=False)
+def opened(storage: str, n_trials: int, folder: Path) -> SweepStudy:
+    settings = StudyConfig(name="s", n_trials=n_trials, storage=storage, first_trial_is_default=False)
     config = SweepConfig(study=settings, train=TrainConfig(epochs=1, evals_per_epoch=RUNGS), space=SPACE)
-    space, cost = parse_space(config), Cost()
-    study = SweepStudy.open(config, space, {}, {}, folder)
-    crowd(study, space, finished, running)
-    study.storage.engine.dispose()
-    settings.n_trials = finished + running + 1_000
-    with cost.of("open"):
-        study = SweepStudy.open(config, space, {}, {}, folder)
+    return SweepStudy.open(config, parse_space(config), {}, {}, folder)
+
+
+def prepare(storage: str, running: int, finished: int, folder: Path) -> None:
+    study = opened(storage, 1, folder)
+    crowd(study, study.space, finished, running)
+
+
+def join(storage: str, running: int, finished: int, folder: Path, told: "FORKS.Queue[Cost]") -> None:  # type: ignore[name-defined]
+    """Tell what a worker pays that joins the study."""
+    quieten_optuna()
+    cost, held = Cost(), dict[int, tuple[TrialRun, int]]()
+    with cost.of_opening():
+        study = opened(storage, finished + running + 1_000, folder)
     assert study.summary().finished == finished
     event.listen(study.storage.engine, "before_cursor_execute", cost.count)
-    held: dict[int, tuple[TrialRun, int]] = {}
     for _ in range(TICKS):
         others_report(study, running)
         tick(study, held, cost.of)
-    study.storage.engine.dispose()
-    return cost
+    told.put(cost)
+
+
+def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
+    """Return what a worker pays that joins a study of this size. One study a database."""
+    told: FORKS.Queue[Cost] = FORKS.Queue()  # type: ignore[name-defined]
+    for target, more in ((prepare, ()), (join, (told,))):
+        process = FORKS.Process(target=target, args=(storage, running, finished, folder, *more))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    return told.get()
 
 
 def row(cost: Cost, running: int, finished: int) -> str:
@@ -124,9 +160,8 @@ def row(cost: Cost, running: int, finished: int) -> str:
     tick_sql = sum(cost.statements(call) for call in ("report", "judge", "heartbeat", "summary"))
     cells = [f"{cost.ms(c):.1f} / {cost.statements(c):.0f}" for c in CALLS[1:]]
     whole = f"{tick_ms:.0f} / {tick_sql:.0f}"
-    return (
-        f"| {running:,} | {finished:,} | {cost.ms('open') / 1000:.2f} s | {' | '.join(cells)} | {whole} |\n"
-    )
+    opening = f"{cost.ms('open') / 1000:.2f} s, {cost.peak_mib:.0f} / {cost.kept_mib:.0f} MiB"
+    return f"| {running:,} | {finished:,} | {opening} | {' | '.join(cells)} | {whole} |\n"
 
 
 def sizes(text: str) -> Sequence[int]:

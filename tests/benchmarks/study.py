@@ -144,7 +144,7 @@ def multiply(study: SweepStudy, have: int, size: int, first: int = 0) -> None:
             run(
                 "INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete) SELECT "
                 f"number + {start}, study_id, state, datetime_start, datetime_complete FROM trials "
-                f"WHERE number >= {first} AND number < {first + min(have, size - start)}"
+                f"WHERE number >= {first} AND number < {first + min(have, size - start)} ORDER BY number"
             )
             for table, columns in COPIED.items():
                 run(
