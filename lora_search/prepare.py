@@ -38,6 +38,7 @@ from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.place import check_uri
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
+from lora_search.ops.cores import notes_on_cores
 from lora_search.ops.device import pick_device
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.shared_files import share
@@ -214,7 +215,10 @@ def prepare_sweep(
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     room = Room.of_space(config, space)
-    require_exact(config, room, pick_device(config.engine.device))
+    device = pick_device(config.engine.device)
+    require_exact(config, room, device)
+    for line in notes_on_cores() if device.type == "cpu" else ():
+        progress.event(line)
     identity = check_places(config)
     keep_rule(config.pruner, identity)
     rows = load_rows(config.data, None, knows_rows, progress.watch, commits_of(identity, config.data))

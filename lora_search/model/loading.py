@@ -34,7 +34,7 @@ from lora_search.model.adaptation import adapt
 from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
 from lora_search.model.sources import check_missing, find_source, location, pinned
-from lora_search.ops.device import keep_freed_memory, pick_device, pick_dtype
+from lora_search.ops.device import keep_freed_memory, keep_to_own_cores, pick_device, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
 T = TypeVar("T")
@@ -136,6 +136,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     device = pick_device(engine.device)
     if device.type == "cpu":
         keep_freed_memory()
+        keep_to_own_cores()
     elif device.index is not None:
         torch.cuda.set_device(device)  # otherwise pinned memory and some kernels use cuda:0
     dtype = pick_dtype(engine.dtype, device)

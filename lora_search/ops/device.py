@@ -1,6 +1,7 @@
 """The device: its choice, dtype, free memory, out-of-memory errors and timing."""
 
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ import psutil
 import torch
 
 from lora_search.errors import ConfigError
+from lora_search.ops.cores import THREADS, num_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT_BYTES = 32 * 2**20  # the most that glibc takes
@@ -38,6 +40,14 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_to_own_cores() -> None:
+    """Let torch compute with at most as many threads as this process has cores, which the quota of a
+    container may limit; OMP_NUM_THREADS goes before. The same for every start on a machine: how many threads
+    add up a sum decides its last bits."""
+    if THREADS not in os.environ and torch.get_num_threads() > num_cores():
+        torch.set_num_threads(num_cores())
 
 
 def give_back_memory(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_search.errors import InputError
+from lora_search.ops.cores import num_cores
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig, require
 from lora_search.worker.command import Command
@@ -56,11 +57,6 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
     if num_gpus == 0:
         return [common] * count
     return [common | {"CUDA_VISIBLE_DEVICES": gpus[i]} for i in range(count)]
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_workers(config: SweepConfig, command: Command, progress: Progress, check: Callable[[], None]) -> None:

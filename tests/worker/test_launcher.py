@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
+from lora_search.ops.cores import num_cores
 from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfig, SweepConfig
 from lora_search.study.view import StudyView
 from lora_search.worker.command import Command, Letter, typed_command
-from lora_search.worker.launcher import num_cores, plan_workers
+from lora_search.worker.launcher import plan_workers
 from lora_search.worker.seat import sweep_files
 from lora_search.worker.team import Team, Worker, error_file
 from tests.servers import postgres_url
