@@ -46,7 +46,6 @@ def build_engine(
     slots: int = 1,
     tokens_per_pass: int = 64,
     max_rank: int = 8,
-    is_grouped: bool | None = False,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Engine:
@@ -54,9 +53,7 @@ def build_engine(
     base = load_base(resolve_model(config), config, EngineConfig(device=device, dtype=dtype))
     layers = target_layers(base.model, ("all-linear",))
     names = tuple(name for name, _ in base.model.named_modules())
-    bank = SlotBank(
-        base.model, layers, slots, max_rank, base.dtype, is_grouped=is_grouped, has_magnitudes=True
-    )
+    bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, has_magnitudes=True)
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(base.model, bank),

@@ -34,7 +34,7 @@ def test_in_float32_packed_equals_solo_and_the_cpu(tiny_llama: Path, tmp_path: P
 
 def test_in_bfloat16_packing_changes_as_little_as_rounding_does(tiny_llama: Path, tmp_path: Path) -> None:
     exact = train_all(build_engine(tiny_llama, SPLITS, device="cuda"), mixed_runs(tmp_path / "exact"))
-    own = {"dtype": "bfloat16", "device": "cuda", "is_grouped": None}
+    own = {"dtype": "bfloat16", "device": "cuda"}
     solo = train_all(build_engine(tiny_llama, SPLITS, **own), mixed_runs(tmp_path / "solo"))
 
     engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200, **own)
@@ -76,7 +76,7 @@ def test_compiled_dropout_drops_the_same_to_the_bit(dtype: torch.dtype) -> None:
 
 
 def test_memory_returns_to_its_baseline_after_every_trial(tiny_llama: Path, tmp_path: Path) -> None:
-    engine = build_engine(tiny_llama, SPLITS, slots=2, dtype="bfloat16", device="cuda", is_grouped=None)
+    engine = build_engine(tiny_llama, SPLITS, slots=2, dtype="bfloat16", device="cuda")
     train_all(engine, [make_run(tmp_path, 0, dropout=0.1)])  # what is made once is made by now
     baseline = torch.cuda.memory_allocated()
 

@@ -73,6 +73,7 @@ HOMES = {  # library -> the rooms or modules that may import it
         "output.slot_table",
     },
     "gguf": {"model.checks"},
+    "triton": {"ops.lora_kernels"},
     "jinja2": {"page.report", "data.templates"},
 }
 

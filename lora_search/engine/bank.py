@@ -7,7 +7,8 @@ Optimizer and checkpoint work on rows, the layers on views into them, in the dty
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -16,23 +17,11 @@ from torch import nn
 
 from lora_search.files.peft import lora_rank, lora_scaling, plain_weight
 from lora_search.ops.dora import Magnitude, Rescale
-from lora_search.ops.lora import AddAdapters, AddGrouped, Dense, LayerBank, Plan, SlotAdapter
+from lora_search.ops.lora import PLAIN, TILE, AddAdapters, Dense, Layer, Plan, Products, SlotAdapter
+from lora_search.ops.products import products_for, tiles
 from lora_search.trial import TrialSettings
 
 MAGNITUDE = "lora_magnitude_vector"
-ALIGNED = 8  # grouped matmuls in bfloat16 take widths in multiples of 16 bytes
-
-
-def fits_grouped(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> bool:
-    """Return whether PyTorch has a grouped kernel for the device: bfloat16 on capability 9.x and 10.x.
-
-    Elsewhere it loops over the groups and waits for their bounds at every call (GroupedBlas.cpp of 2.11 to
-    2.13): `AddAdapters` loops without waiting.
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
-        return False  # a capability of 9 is an MI200 or MI300 under ROCm
-    is_aligned = all(width % ALIGNED == 0 for shape in shapes for width in shape)
-    return is_aligned and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class SlotLinear(nn.Module):
@@ -63,12 +52,8 @@ class SlotLinear(nn.Module):
         if bank.plan is None or adapters.keys().isdisjoint(bank.plan.slots):
             return cast(torch.Tensor, self.base(x))
         y = self.base(x) if self._dense is None else None
-        if bank.is_grouped:
-            added = AddGrouped.apply(
-                y, x, self._dense, bank.anchor, bank.stacked[self.layer], bank.plan, self.layer
-            )  # type: ignore[no-untyped-call]
-        else:
-            added = AddAdapters.apply(y, x, self._dense, bank.anchor, adapters, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        layer, width = bank.layers[self.layer], self.base.out_features
+        added = AddAdapters.apply(y, x, self._dense, bank.anchor, layer, bank.plan, bank.products, width)  # type: ignore[no-untyped-call]
         magnitudes = bank.magnitudes[self.layer]
         if not magnitudes.keys().isdisjoint(bank.plan.slots):
             weight = partial(plain_weight, self.base)
@@ -86,15 +71,14 @@ class SlotBank:
         num_slots: int,
         max_rank: int,
         dtype: torch.dtype = torch.float32,
-        is_grouped: bool | None = None,
+        products: Products | None = None,
         has_magnitudes: bool = False,
     ) -> None:
         self.names, self._bases = list(layers), list(layers.values())
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
         device = next(iter(layers.values())).weight.device
-        self.is_grouped = fits_grouped(device, dtype, self.shapes) if is_grouped is None else is_grouped
-        self.max_rank = -(-max_rank // ALIGNED) * ALIGNED if self.is_grouped else max_rank
-        max_rank = self.max_rank
+        self.products = products or products_for(device, dtype)
+        self.max_rank = max_rank
         self.start_of_b = max_rank * sum(d_in for d_in, _ in self.shapes)
         self._start_of_m = self.start_of_b + max_rank * sum(d_out for _, d_out in self.shapes)
         num_parameters = self._start_of_m + has_magnitudes * sum(d_out for _, d_out in self.shapes)
@@ -102,17 +86,24 @@ class SlotBank:
         self.grad_SP = torch.zeros_like(self.theta_SP)
         self.used_SP = self.theta_SP.to(dtype)  # the matmuls' copy; in float32 it is theta itself
         self.anchor = torch.zeros(0, device=device, requires_grad=True)
-        self.adapters: list[dict[int | None, SlotAdapter]] = [{} for _ in self.names]
+        self._table_LS5 = torch.zeros(len(layers), num_slots + 1, 5, dtype=torch.int64, device=device)
+        self._scales_LS2 = torch.zeros(len(layers), num_slots + 1, 2, device=device)
+        parts = zip(self._table_LS5, self._scales_LS2, strict=True)
+        self.layers = [Layer(index, *tables) for index, tables in enumerate(parts)]
+        self.adapters = [layer.adapters for layer in self.layers]
         self.magnitudes: list[dict[int | None, Magnitude]] = [{} for _ in self.names]
-        self.stacked = [LayerBank(*views) for views in self._stacked_views()] if self.is_grouped else []
         self.plan: Plan | None = None
         for index, (name, layer) in enumerate(layers.items()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index))
 
-    def scalings(self, slot: int | None) -> tuple[float, ...]:
-        """Return the scale of the slot's adapter on each layer while dropout is off; 0 where it has none."""
-        return tuple(adapters[slot].scaling if slot in adapters else 0.0 for adapters in self.adapters)
+    def set_plan(self, plan: Plan, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Assign the tokens of the next passes to slots."""
+        if self.products is not PLAIN:
+            rows = {slot: len(self.theta_SP) if slot is None else slot for slot in plan.slots}
+            parts_P3, tiles_N3 = (upload(tiles(rows, plan, size)) for size in (None, TILE))
+            plan = replace(plan, parts_P3=parts_P3, tiles_N3=tiles_N3)
+        self.plan = plan
 
     def remove(self, model: nn.Module) -> None:
         """Restore the model's own layers."""
@@ -145,15 +136,6 @@ class SlotBank:
             yield slice(a, a + self.max_rank * d_in), slice(b, b + self.max_rank * d_out)
             a, b = a + self.max_rank * d_in, b + self.max_rank * d_out
 
-    def _stacked_views(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield A [S, R, D], B transposed [S, R, O] and their gradients, layer by layer."""
-        for places, widths in zip(self._places(), self.shapes, strict=True):
-            yield tuple(
-                bank_SP[:, place].unflatten(1, (self.max_rank, width))
-                for bank_SP in (self.used_SP, self.grad_SP)
-                for place, width in zip(places, widths, strict=True)
-            )
-
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
         """Give the slot fresh adapters on the named layers: A as PEFT draws it (Kaiming uniform with a =
         sqrt 5, or Gaussian), B zero."""
@@ -170,6 +152,7 @@ class SlotBank:
             scaling = lora_scaling(settings, self.names[index])
             pair = (used[0], used[1], grads[0], grads[1])
             self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
+        self._tabulate(slot)
         for index, m_O in self._magnitudes(self.theta_SP[slot], settings, names).items():
             grad_O = self._magnitudes(self.grad_SP[slot], settings, names)[index]
             parts = m_O, grad_O, torch.empty_like(m_O), torch.empty_like(m_O)
@@ -197,6 +180,17 @@ class SlotBank:
         for adapters, magnitudes in zip(self.adapters, self.magnitudes, strict=True):
             adapters.pop(slot, None)
             magnitudes.pop(slot, None)
+        self._tabulate(slot)
+
+    def _tabulate(self, slot: int) -> None:
+        """Tell the kernels where the slot's adapters are; layers where it has none have zeros."""
+        found = [adapters.get(slot) for adapters in self.adapters]
+        places = [(0,) * 5 if adapter is None else adapter.places for adapter in found]
+        scales = [(0.0, 0.0) if adapter is None else adapter.scales for adapter in found]
+        self._table_LS5[:, slot].copy_(torch.tensor(places))
+        self._scales_LS2[:, slot].copy_(torch.tensor(scales))
+        for layer in self.layers:
+            layer.tabulate()
 
     def tensors(
         self, row_P: torch.Tensor, settings: TrialSettings, names: Sequence[str]

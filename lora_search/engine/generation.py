@@ -1,6 +1,6 @@
 """Greedy answers of several slots at once over the packed base, with a cache of keys and values.
 
-Rows are padded on the left and ordered by slot; the base's matmuls run once over all of them, the LoRA part
+Rows are padded on the left, slot after slot; the base's matmuls run once over all of them, the LoRA part
 per slot, attention by PyTorch's own kernel. The same answers as plain PEFT, one trial at a time.
 """
 
@@ -32,7 +32,6 @@ def generate(
     Prompts of like length share a batch, so large that its tokens fit ``tokens_per_pass``, at least one.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    ordered = sorted(range(len(slots)), key=lambda i: _place(slots[i]))
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in slots]
     longest = max(map(len, prompts)) + max_new_tokens
     size, start = max(1, tokens_per_pass // (longest * len(slots))), 0
@@ -40,7 +39,7 @@ def generate(
         while start < len(order):
             numbers = order[start : start + size]
             try:
-                found = _batch(model, [slots[i] for i in ordered], [prompts[n] for n in numbers], ends,
+                found = _batch(model, slots, [prompts[n] for n in numbers], ends,
                                max_new_tokens)  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error) or size == 1:
@@ -48,17 +47,12 @@ def generate(
                 size = max(1, size // 2)
                 give_back_memory(model.device)
                 continue
-            for place, i in enumerate(ordered):
+            for place in range(len(slots)):
                 for row, number in enumerate(numbers):
-                    answers[i][number] = found[place * len(numbers) + row]
+                    answers[place][number] = found[place * len(numbers) + row]
             start += len(numbers)
             after_pass()
     return answers
-
-
-def _place(slot: int | None) -> int:
-    """Return the place of a slot's rows: grouped matmuls need them by slot, the base first."""
-    return -1 if slot is None else slot
 
 
 def _batch(

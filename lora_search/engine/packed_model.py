@@ -115,7 +115,8 @@ class PackedModel:
         ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
         target_positions = torch.tensor([place for s in segments for places in s.targets for place in places])
-        plan = self.bank.plan = self._plan(packs)  # kept: layers may be recomputed in the backward pass
+        self.bank.set_plan(self._plan(packs), self._upload)
+        plan = self.bank.plan  # kept: layers may be recomputed in the backward pass
         arguments: dict[str, torch.Tensor | int] = {}
         if not self.is_row_by_row:
             arguments = {"position_ids": position_T[None], **attention_arguments(segments)}
@@ -127,9 +128,7 @@ class PackedModel:
             output = self.decoder(input_ids=self._upload(ids_T[None]), use_cache=False, **uploaded)
         target_N = self._upload(ids_T[target_positions])
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
-        if (
-            self.is_row_by_row and hidden_TD.requires_grad
-        ):  # autograd goes back through one row after the other
+        if self.is_row_by_row and hidden_TD.requires_grad:  # autograd goes back row by row
             hidden_TD.register_hook(lambda _: setattr(self.bank, "plan", plan))
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
@@ -164,16 +163,14 @@ class PackedModel:
     def set_plan(self, parts: Sequence[SlotTokens]) -> None:
         """Assign the tokens of the next pass to slots, for passes that `nll` does not run."""
         bounds = (0, *accumulate(part.num_tokens for part in parts))
-        grouping = self._grouping(parts) if self.bank.is_grouped else ()
-        self.bank.plan = Plan(tuple(part.slot for part in parts), bounds, None, None, *grouping)
+        self.bank.set_plan(Plan(tuple(part.slot for part in parts), bounds, None, None), self._upload)
 
     def _plan(self, packs: Sequence[SlotRows]) -> Plan:
         """Return each slot's tokens and what dropout hashes: one key per token, one threshold per slot."""
         slots = tuple(pack.slot for pack in packs)
         bounds = (0, *accumulate(pack.num_tokens for pack in packs))
-        grouping = self._grouping(packs) if self.bank.is_grouped else ()
         if not any(pack.dropout for pack in packs):
-            return Plan(slots, bounds, None, None, *grouping)
+            return Plan(slots, bounds, None, None)
         keys = [
             token_keys(pack.seed, list(pack.ordinals), [len(row.input_ids) for row in pack.rows])
             if pack.dropout
@@ -182,27 +179,7 @@ class PackedModel:
         ]
         thresholds = torch.tensor([threshold(pack.dropout) for pack in packs], dtype=torch.int16)
         key_T, threshold_T = self._upload(torch.cat(keys)), self._upload(_per_token(thresholds, packs))
-        return Plan(slots, bounds, key_T, threshold_T, *grouping)
-
-    def _grouping(
-        self, packs: Sequence[SlotRows | SlotTokens]
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None]:
-        """Return the end of each slot's tokens, int32 [S], for each layer the scale of each token's adapter,
-        [T], and which slots have no token, bool [S]. Tokens of the bare base go with slot 0, scaled by 0."""
-        slots = [-1 if pack.slot is None else pack.slot for pack in packs]
-        assert slots == sorted(slots), "grouped matmuls need tokens in the order of the slots"
-        counts_S = torch.zeros(len(self.bank.theta_SP), dtype=torch.int32)
-        for slot, pack in zip(slots, packs, strict=True):
-            counts_S[max(slot, 0)] += pack.num_tokens
-        scalings = [
-            [scale / (1.0 - pack.dropout) for scale in self.bank.scalings(pack.slot)] for pack in packs
-        ]
-        by_layer = list(zip(*scalings, strict=True))
-        uploaded = {s: self._upload(_per_token(torch.tensor(s), packs)) for s in set(by_layer)}
-        ends_S = counts_S.cumsum(0, dtype=torch.int32)
-        is_idle_S = counts_S == 0
-        idle_S = self._upload(is_idle_S) if is_idle_S.any() else None
-        return self._upload(ends_S), [uploaded[scales] for scales in by_layer], idle_S
+        return Plan(slots, bounds, key_T, threshold_T)
 
     def _upload(self, x: torch.Tensor) -> torch.Tensor:
         """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""

@@ -54,8 +54,8 @@ class Rescale(torch.autograd.Function):
         turned = []
         for magnitude, rows in _parts(magnitudes, plan):
             turned_TO = y_TO[rows].clone() if bias_O is None else y_TO[rows] - bias_O
-            if (mask := _mask(magnitude, plan, rows, layer, x_TD)) is not None:
-                turned_TO += F.linear(_less_kept(mask, x_TD[rows], magnitude), weight())
+            if (mask := _mask(magnitude, plan, layer)) is not None:
+                turned_TO += F.linear(_less_kept(mask, rows, x_TD[rows], magnitude), weight())
             y_TO[rows] += turned_TO * (magnitude.gain_O - 1.0).to(y.dtype)
             turned.append(turned_TO)
         ctx.save_for_backward(*turned)
@@ -76,26 +76,26 @@ class Rescale(torch.autograd.Function):
             part = grad_TO[rows]
             magnitude.grad_O.add_((part.float() * turned_TO.float()).sum(0) / magnitude.norm_O)
             gain_O = magnitude.gain_O.to(part.dtype)
-            mask = _mask(magnitude, plan, rows, layer, like_x)
+            mask = _mask(magnitude, plan, layer)
             if mask is not None and ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
                 if grad_x_TD is None:
                     grad_x_TD = grad_TO.new_zeros(len(grad_TO), like_x.shape[1])
                 through_TD = (part * (gain_O - 1.0)) @ ctx.weight()  # type: ignore[attr-defined]
-                grad_x_TD[rows] = _less_kept(mask, through_TD, magnitude)
+                grad_x_TD[rows] = _less_kept(mask, rows, through_TD, magnitude)
             part *= gain_O
         grad_x = None if grad_x_TD is None else grad_x_TD.view(*grad_y.shape[:-1], -1)
         return grad_y, grad_x, None, None, None, None, None
 
 
-def _less_kept(mask: Mask, x_TD: torch.Tensor, magnitude: Magnitude) -> torch.Tensor:
+def _less_kept(mask: Mask, rows: slice, x_TD: torch.Tensor, magnitude: Magnitude) -> torch.Tensor:
     """Return what dropout adds to x: x' - x."""
-    return mask.apply(x_TD) / (1.0 - magnitude.dropout) - x_TD
+    return mask.apply(x_TD, rows) / (1.0 - magnitude.dropout) - x_TD
 
 
-def _mask(magnitude: Magnitude, plan: Plan, rows: slice, layer: int, x_TD: torch.Tensor) -> Mask | None:
+def _mask(magnitude: Magnitude, plan: Plan, layer: int) -> Mask | None:
     if plan.key_T is None or plan.threshold_T is None or not magnitude.dropout:
         return None
-    return Mask(plan.key_T[rows], plan.threshold_T[rows], layer, x_TD.shape[1], x_TD.dtype)
+    return Mask(plan.key_T, plan.threshold_T, layer)
 
 
 def _parts(magnitudes: Mapping[int | None, Magnitude], plan: Plan) -> Iterator[tuple[Magnitude, slice]]:

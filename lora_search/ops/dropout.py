@@ -102,28 +102,32 @@ def compiled_drop(device: torch.device, dtype: torch.dtype) -> Callable[..., tor
 
 
 class Mask:
-    """The dropout of one adapted layer in a pass, for tensors of one dtype."""
+    """The dropout of one adapted layer in a pass. Rows are hashed when they are first asked for."""
 
-    def __init__(
-        self, key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int, width: int, dtype: torch.dtype
-    ) -> None:
-        compiled = compiled_drop(key_T.device, dtype) if key_T.is_cuda else None
-        if compiled is None:
-            self._kept = kept(key_T, threshold_T, layer, width)
+    def __init__(self, key_T: torch.Tensor, threshold_T: torch.Tensor, layer: int) -> None:
+        self.key_T, self.threshold_T, self.layer = key_T, threshold_T, layer
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def apply(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return x, these rows of the pass, with exact zeros where an element is dropped."""
+        fast = compiled_drop(x.device, x.dtype) if x.is_cuda else None
+        if fast is None:
+            return masked(x, self._bits(rows, x.shape[1]))
+        pairs = pair_keys(self.layer, (x.shape[1] + 1) // 2, x.device)
+        return fast(x, self.key_T[rows], self.threshold_T[rows], pairs)
+
+    def apply_(self, x: torch.Tensor, rows: slice) -> None:
+        """Drop elements of x in place."""
+        if x.is_cuda:
+            x.copy_(self.apply(x, rows))
         else:
-            self._arguments = (key_T, threshold_T, pair_keys(layer, (width + 1) // 2, key_T.device))
-        self._compiled = compiled
+            mask_(x, self._bits(rows, x.shape[1]))
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [T, width] with exact zeros where an element is dropped."""
-        return masked(x, self._kept) if self._compiled is None else self._compiled(x, *self._arguments)
-
-    def apply_(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the same; x may be overwritten."""
-        if self._compiled is not None:
-            return self._compiled(x, *self._arguments)
-        mask_(x, self._kept)
-        return x
+    def _bits(self, rows: slice, width: int) -> torch.Tensor:
+        place = rows.start, rows.stop
+        if place not in self._kept:
+            self._kept[place] = kept(self.key_T[rows], self.threshold_T[rows], self.layer, width)
+        return self._kept[place]
 
 
 def threshold(probability: float) -> int:

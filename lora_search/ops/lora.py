@@ -1,22 +1,24 @@
 """The LoRA part of a layer: each slot's tokens go through its own adapter, in one autograd node.
 
-Two implementations give the same numbers. `AddAdapters` loops over the slots, on views of the rank in use.
-`AddGrouped` runs one grouped matmul over all slots, padded to the largest rank, on GPUs that have a kernel
-for it (`bank.fits_grouped`): a loop over 32 slots and 200 layers would be 20,000 launches a pass. Gradients
-of A and B are written straight into the bank: fewer nodes, no accumulation by autograd.
+Three products make it, forward and backward, for A as for B: `narrow` to the rank, `widen` from it, `collect`
+gradients into the bank (no nodes, no accumulation by autograd). The plain ones here loop over the slots and
+run on any device; `lora_kernels` has each as one kernel for all slots. `engine.bank` chooses.
 
-Legend: S slots, R rank, D input width, O output width, T tokens of a pass. B is kept transposed, [R, O].
+Legend: S slots, R rank, D input width, O output width, W one of them, T tokens. B is kept transposed, [R, O].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch.autograd.function import FunctionCtx
-from torch.nn import functional as F
 
 from lora_search.ops.dropout import Mask
+
+A, B = 0, 1  # the side of an adapter that a product is with
+TILE = 64  # tokens of a kernel's program
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,19 @@ class Plan:
     """Which slot each token of a pass belongs to: ``slots[i]`` has tokens ``bounds[i]`` to ``bounds[i + 1]``.
 
     Slot None is the bare base. Keys and thresholds (see `dropout`) are None if nothing is dropped. For
-    grouped matmuls ``ends_S`` int32 holds the end of each slot's tokens, ``scaling_LT`` for each layer the
-    scale of each token's adapter (one tensor where layers agree), ``idle_S`` bool the slots without tokens
-    (None if there are none).
+    kernels, ``parts_P3`` and ``tiles_N3`` int32 hold (slot, first token, end): of each slot, and in pieces.
     """
 
     slots: tuple[int | None, ...]
     bounds: tuple[int, ...]
     key_T: torch.Tensor | None
     threshold_T: torch.Tensor | None
-    ends_S: torch.Tensor | None = None
-    scaling_LT: Sequence[torch.Tensor] | None = None
-    idle_S: torch.Tensor | None = None
+    parts_P3: torch.Tensor | None = None
+    tiles_N3: torch.Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.key_T is not None
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,47 @@ class SlotAdapter:
     scaling: float
     dropout: float
 
+    @property
+    def rank(self) -> int:
+        return len(self.a_RD)
 
-@dataclass(frozen=True)
-class LayerBank:
-    """One layer's adapters of all slots: views into the bank. Unused entries are zero."""
+    @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a_RD, self.b_RO
 
-    a_SRD: torch.Tensor
-    b_SRO: torch.Tensor
-    grad_a_SRD: torch.Tensor
-    grad_b_SRO: torch.Tensor
+    @property
+    def grads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.grad_a_RD, self.grad_b_RO
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The scale without and with dropout."""
+        return self.scaling, self.scaling / (1.0 - self.dropout)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The addresses of A, B and their gradients, and the rank."""
+        return *(x.data_ptr() for x in (*self.weights, *self.grads)), self.rank
+
+
+@dataclass
+class Layer:
+    """One layer's adapters of all slots. ``rank`` is the largest. For kernels, ``table_S5`` int64 holds
+    their places and ``scales_S2`` float32 their scales; the last row is the bare base's, which like that of
+    a slot without an adapter is zero."""
+
+    index: int
+    table_S5: torch.Tensor
+    scales_S2: torch.Tensor
+    adapters: dict[int | None, SlotAdapter] = field(default_factory=dict)
+    rank: int = 0
+    is_aligned: bool = False  # all places are multiples of 16 bytes
+
+    def tabulate(self) -> None:
+        """Note what holds for all adapters."""
+        self.rank = max((adapter.rank for adapter in self.adapters.values()), default=0)
+        places = [place for adapter in self.adapters.values() for place in adapter.places[:-1]]
+        self.is_aligned = all(place % 16 == 0 for place in places)
 
 
 @dataclass(frozen=True)
@@ -66,6 +101,52 @@ class Dense:
 
     weight_OD: torch.Tensor
     bias_O: torch.Tensor | None
+
+
+class Products(NamedTuple):
+    """What a layer's adapters are computed with. The first two arguments are the layer and the side of its
+    adapters; a mask is applied to what is as wide as the layer."""
+
+    narrow: Callable[[Layer, int, torch.Tensor, Plan, Mask | None], torch.Tensor]
+    widen: Callable[[Layer, int, torch.Tensor, int, Plan, Mask | None], torch.Tensor]
+    collect: Callable[[Layer, int, torch.Tensor, torch.Tensor, Plan, Mask | None], None]
+
+
+def narrow(layer: Layer, side: int, x_TW: torch.Tensor, plan: Plan, mask: Mask | None) -> torch.Tensor:
+    """Return x A' times each adapter's scale, [T, R]; beyond a slot's rank it is undefined."""
+    hidden_TR = x_TW.new_empty(len(x_TW), layer.rank)
+    for adapter, rows in parts_of(layer.adapters, plan):
+        part = _dropped(x_TW, rows, adapter, mask)
+        hidden_TR[rows, : adapter.rank] = (part @ adapter.weights[side].T).mul_(adapter.scales[plan.drops])
+    return hidden_TR
+
+
+def widen(
+    layer: Layer, side: int, hidden_TR: torch.Tensor, width: int, plan: Plan, mask: Mask | None
+) -> torch.Tensor:
+    """Return hidden B', [T, W]: zero for tokens without an adapter."""
+    y_TW = hidden_TR.new_zeros(len(hidden_TR), width)
+    for adapter, rows in parts_of(layer.adapters, plan):
+        torch.mm(hidden_TR[rows, : adapter.rank], adapter.weights[side], out=y_TW[rows])
+        if mask is not None and adapter.dropout:
+            mask.apply_(y_TW[rows], rows)
+    return y_TW
+
+
+def collect(
+    layer: Layer, side: int, hidden_TR: torch.Tensor, x_TW: torch.Tensor, plan: Plan, mask: Mask | None
+) -> None:
+    """Add hidden' x to the gradients."""
+    for adapter, rows in parts_of(layer.adapters, plan):
+        part = _dropped(x_TW, rows, adapter, mask)
+        adapter.grads[side].add_(hidden_TR[rows, : adapter.rank].T @ part)
+
+
+def _dropped(x_TW: torch.Tensor, rows: slice, adapter: SlotAdapter, mask: Mask | None) -> torch.Tensor:
+    return mask.apply(x_TW[rows], rows) if mask is not None and adapter.dropout else x_TW[rows]
+
+
+PLAIN = Products(narrow, widen, collect)
 
 
 class AddAdapters(torch.autograd.Function):
@@ -82,107 +163,33 @@ class AddAdapters(torch.autograd.Function):
         x: torch.Tensor,
         base: Dense | None,
         _anchor: torch.Tensor,
-        adapters: Mapping[int | None, SlotAdapter],
+        layer: Layer,
         plan: Plan,
-        layer: int,
+        products: Products,
+        width: int,
     ) -> torch.Tensor:
-        y = _output(ctx, y, x, base)
-        x_TD, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        mask = _mask(plan, layer, x_TD)
-        input_TD = x_TD if mask is None else mask.apply(x_TD)
-        hiddens = []
-        for adapter, rows in _parts(adapters, plan):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
-            hidden_TR = (input_TD[rows] @ adapter.a_RD.T).mul_(scaling)
-            y_TO[rows].addmm_(hidden_TR, adapter.b_RO)
-            hiddens.append(hidden_TR)
-        ctx.save_for_backward(
-            x, *hiddens
-        )  # masks are recomputed: storing them would take as much memory as the activations
-        ctx.adapters, ctx.plan, ctx.layer, ctx.base = adapters, plan, layer, base  # type: ignore[attr-defined]
+        x_TD = x.reshape(-1, x.shape[-1])
+        hidden_TR = products.narrow(layer, A, x_TD, plan, _mask(plan, layer))
+        y = _sum(ctx, y, x, base, products.widen(layer, B, hidden_TR, width, plan, None))
+        ctx.save_for_backward(x, hidden_TR)  # masks take as much memory as x: they are recomputed
+        ctx.layer, ctx.plan, ctx.base, ctx.products = layer, plan, base, products  # type: ignore[attr-defined]
         return y
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
-        x, *hiddens = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        x_TD = x.reshape(-1, x.shape[-1])
-        mask = _mask(ctx.plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
-        input_TD = x_TD if mask is None else mask.apply(x_TD)
-        grad_x_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
-        parts = _parts(ctx.adapters, ctx.plan)  # type: ignore[attr-defined]
-        for (adapter, rows), hidden_TR in zip(parts, hiddens, strict=True):
-            scaling = adapter.scaling / (1.0 - adapter.dropout) if mask is not None else adapter.scaling
-            grad_hidden_TR = (grad_TO[rows] @ adapter.b_RO.T).mul_(scaling)
-            adapter.grad_b_RO.add_(hidden_TR.T @ grad_TO[rows])
-            adapter.grad_a_RD.add_(grad_hidden_TR.T @ input_TD[rows])
-            if grad_x_TD is not None:
-                torch.mm(grad_hidden_TR, adapter.a_RD, out=grad_x_TD[rows])
-        if grad_x_TD is not None and mask is not None:
-            grad_x_TD = mask.apply_(grad_x_TD)
-        return *_grads(ctx, grad_outputs[0], grad_TO, grad_x_TD, x), None, None, None, None, None
-
-
-class AddGrouped(torch.autograd.Function):
-    """AddAdapters for all slots at once. Unused ranks, layers and slots are zero and so are their gradients.
-    Tokens must be in the order of the slots."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        y: torch.Tensor | None,
-        x: torch.Tensor,
-        base: Dense | None,
-        _anchor: torch.Tensor,
-        bank: LayerBank,
-        plan: Plan,
-        layer: int,
-    ) -> torch.Tensor:
-        assert plan.ends_S is not None
-        assert plan.scaling_LT is not None
-        x_TD = x.reshape(-1, x.shape[-1])
-        mask = _mask(plan, layer, x_TD)
-        input_TD = x_TD if mask is None else mask.apply(x_TD)
-        hidden_TR = F.grouped_mm(input_TD, bank.a_SRD.mT, offs=plan.ends_S).mul_(
-            plan.scaling_LT[layer][:, None]
-        )
-        y = _sum(ctx, y, x, base, F.grouped_mm(hidden_TR, bank.b_SRO, offs=plan.ends_S))
-        ctx.save_for_backward(x, hidden_TR)
-        ctx.bank, ctx.plan, ctx.layer, ctx.base = bank, plan, layer, base  # type: ignore[attr-defined]
-        return y
-
-    @staticmethod
-    def backward(
-        ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, hidden_TR = ctx.saved_tensors  # type: ignore[attr-defined]
-        bank, plan = ctx.bank, ctx.plan  # type: ignore[attr-defined]
-        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        x_TD = x.reshape(-1, x.shape[-1])
-        mask = _mask(plan, ctx.layer, x_TD)  # type: ignore[attr-defined]
-        input_TD = x_TD if mask is None else mask.apply(x_TD)
-        ends_S = plan.ends_S
-        grad_hidden_TR = F.grouped_mm(grad_TO, bank.b_SRO.mT, offs=ends_S)
-        grad_hidden_TR.mul_(plan.scaling_LT[ctx.layer][:, None])  # type: ignore[attr-defined]
-        bank.grad_b_SRO.add_(_without_idle(F.grouped_mm(hidden_TR.mT, grad_TO, offs=ends_S), plan))
-        bank.grad_a_SRD.add_(_without_idle(F.grouped_mm(grad_hidden_TR.mT, input_TD, offs=ends_S), plan))
-        grad_x_TD = None
+        layer, plan, base, products = ctx.layer, ctx.plan, ctx.base, ctx.products  # type: ignore[attr-defined]
+        grad_TO, x_TD = (t.reshape(-1, t.shape[-1]) for t in (grad_outputs[0], x))
+        mask, grad_x = _mask(plan, layer), None
+        grad_hidden_TR = products.narrow(layer, B, grad_TO, plan, None)
+        products.collect(layer, B, hidden_TR, grad_TO, plan, None)
+        products.collect(layer, A, grad_hidden_TR, x_TD, plan, mask)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            grad_x_TD = F.grouped_mm(grad_hidden_TR, bank.a_SRD, offs=ends_S)
-            if mask is not None:
-                grad_x_TD = mask.apply_(grad_x_TD)
-        return *_grads(ctx, grad_outputs[0], grad_TO, grad_x_TD, x), None, None, None, None, None
-
-
-def _output(ctx: FunctionCtx, y: torch.Tensor | None, x: torch.Tensor, base: Dense | None) -> torch.Tensor:
-    """Return the base layer's output, to be added to."""
-    if base is not None:
-        return F.linear(x, base.weight_OD, base.bias_O)
-    assert y is not None
-    ctx.mark_dirty(y)
-    return y
+            grad_x_TD = products.widen(layer, A, grad_hidden_TR, x.shape[-1], plan, mask)
+            if base is not None:
+                grad_x_TD.addmm_(grad_TO, base.weight_OD)
+            grad_x = grad_x_TD.view_as(x)
+        return grad_outputs[0] if base is None else None, grad_x, None, None, None, None, None, None
 
 
 def _sum(
@@ -201,35 +208,14 @@ def _sum(
     return cast(torch.Tensor, torch.ops.aten._unsafe_view(added_TO, shape))  # models may change it in place
 
 
-def _grads(
-    ctx: FunctionCtx,
-    grad: torch.Tensor,
-    grad_TO: torch.Tensor,
-    grad_x_TD: torch.Tensor | None,
-    x: torch.Tensor,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of y and x; ``grad_x_TD`` is the adapters' part of x's, and is overwritten. The
-    base's part is added by its matmul itself."""
-    base: Dense | None = ctx.base  # type: ignore[attr-defined]
-    if base is not None and grad_x_TD is not None:
-        grad_x_TD.addmm_(grad_TO, base.weight_OD)
-    grad_x = None if grad_x_TD is None else grad_x_TD.view_as(x)
-    return grad if base is None else None, grad_x
-
-
-def _without_idle(grad_SRW: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Zero the gradients of slots without tokens: on capability 10.x an empty group returns uninitialised
-    accumulators (pytorch issue 172439)."""
-    return grad_SRW if plan.idle_S is None else grad_SRW.masked_fill_(plan.idle_S[:, None, None], 0.0)
-
-
-def _mask(plan: Plan, layer: int, x_TD: torch.Tensor) -> Mask | None:
+def _mask(plan: Plan, layer: Layer) -> Mask | None:
     if plan.key_T is None or plan.threshold_T is None:
         return None
-    return Mask(plan.key_T, plan.threshold_T, layer, x_TD.shape[1], x_TD.dtype)
+    return Mask(plan.key_T, plan.threshold_T, layer.index)
 
 
-def _parts(adapters: Mapping[int | None, SlotAdapter], plan: Plan) -> Iterator[tuple[SlotAdapter, slice]]:
+def parts_of(by_slot: Mapping[int | None, T], plan: Plan) -> Iterator[tuple[T, slice]]:
+    """Yield what a slot has, with its tokens, for the slots of the plan that have something."""
     for slot, start, end in zip(plan.slots, plan.bounds, plan.bounds[1:], strict=False):
-        if slot in adapters:
-            yield adapters[slot], slice(start, end)
+        if slot in by_slot:
+            yield by_slot[slot], slice(start, end)

@@ -1,10 +1,8 @@
 """What can be proved of the CUDA paths without a GPU.
 
 Tensors on the meta device have no values: whatever the host would have to wait for raises. PyTorch's own
-checks of shapes, strides and dtypes run for them, those of the grouped matmul too.
+checks of shapes, strides and dtypes run for them.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.slot import Watch
 from lora_search.model.targets import target_layers
 from lora_search.ops.attention import NAME, kernel
-from lora_search.ops.lora import AddGrouped
 from lora_search.ops.nll import Head
 from tests.conftest import SETTINGS
 from tests.harness import random_splits
@@ -52,7 +49,7 @@ class OnMeta(PackedModel):
     """A packed model whose device cannot be read from; nothing is fused, since that compares numbers."""
 
     def __init__(self, model: nn.Module, bank: SlotBank) -> None:
-        self.bank, self.device = bank, torch.device("meta")
+        self.bank, self.device, self.is_row_by_row = bank, torch.device("meta"), False
         self.decoder, self.head = model.base_model, Head(model.get_output_embeddings())
 
     def _upload(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,17 +57,14 @@ class OnMeta(PackedModel):
 
 
 class Calls(TorchDispatchMode):
-    """Records the operands of every grouped matmul and the names of all operations."""
+    """Records the names of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.grouped: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.append(str(func))
-        if "_grouped_mm" in str(func):
-            self.grouped.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -83,7 +77,7 @@ def packed_model(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.requires_grad_(False).eval()
     layers = target_layers(model, ("all-linear",))
-    bank = SlotBank(model, layers, 3, 8, dtype, is_grouped=True)
+    bank = SlotBank(model, layers, 3, 8, dtype)
     for slot in (0, 2):
         bank.admit(slot, SETTINGS, bank.names, seed=slot)
     return kind(model, bank)
@@ -102,7 +96,6 @@ def test_a_step_never_waits_for_the_device() -> None:
         torch.cat(model.nll(packs())).sum().backward()
         norms = [optimizer.step(slot, SETTINGS, 1e-3) for slot in (0, 2)]
 
-    assert len(calls.grouped) == 2 * 7 * 6 - 3  # the first layer's q, k and v hand no gradient down
     assert sum("_varlen_attn_backward" in name for name in calls.names) == 2
     assert all(norm.is_meta for norm in norms)
 
@@ -118,64 +111,7 @@ def test_what_would_wait_for_the_device_raises_on_the_meta_device() -> None:
         bool((torch.empty(3, device="meta") == 0).all())
 
 
-def test_grouped_matmuls_take_the_layouts_that_the_kernel_reads_at_any_group_size() -> None:
-    model = packed_model()
-
-    with Calls() as calls:
-        torch.cat(model.nll(packs())).sum().backward()
-
-    flat = [(a, b) for a, b in calls.grouped if a.dim() == b.dim() == 2]
-    stacked = [(a, b) for a, b in calls.grouped if b.dim() == 3]
-    assert (len(stacked), len(flat)) == (2 * 7 * 4 - 3, 2 * 7 * 2)  # the first layer's q, k, v need no grad_x
-    for a, b in stacked:  # groups along the rows of a: its rows must lie one after the other
-        assert a.stride(-1) == 1
-        assert all(x.data_ptr() % 16 == 0 for x in (a, b))
-    for a, b in flat:  # groups along the sum: neither may be contiguous along it
-        assert a.stride(0) == 1
-        assert b.stride(1) == 1
-
-
-def test_a_slot_without_tokens_gets_no_gradient_whatever_the_kernel_leaves_there() -> None:
-    model = packed_model()
-    plan = model._plan(packs())
-    assert plan.idle_S is not None
-    assert plan.idle_S.tolist() == [False, True, False]
-    bank = model.bank.stacked[0]
-    tokens, d_in, d_out = plan.bounds[-1], bank.a_SRD.shape[-1], bank.b_SRO.shape[-1]
-    hidden_TR = torch.zeros(tokens, 8, dtype=torch.bfloat16)
-    hidden_TR[0] = torch.nan  # a group that reads what is not its own
-    x, grad = (
-        torch.zeros(tokens, d_in, dtype=torch.bfloat16),
-        torch.zeros(tokens, d_out, dtype=torch.bfloat16),
-    )
-    everything = (True,) * 7
-    context = SimpleNamespace(
-        saved_tensors=(x, hidden_TR),
-        bank=bank,
-        plan=plan,
-        layer=0,
-        base=None,
-        needs_input_grad=everything,
-    )
-
-    with GarbageInEmptyGroups():
-        AddGrouped.backward(context, grad)
-
-    assert not bank.grad_b_SRO[1].any()
-    assert not bank.grad_a_SRD[1].any()
-
-
-class GarbageInEmptyGroups(TorchDispatchMode):
-    """Does what grouped matmuls of capability 10.x do: an empty group's product is left as it lay there."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if "_grouped_mm" in str(func) and result.dim() == 3:
-            result[1] = torch.nan
-        return result
-
-
-def test_tokens_of_the_bare_base_stand_before_the_slots_and_stay_untouched() -> None:
+def test_tokens_of_the_bare_base_stay_untouched() -> None:
     model = packed_model(dtype=torch.float32)
     model.bank.used_SP[0].add_(0.01)
     bare, adapted = SlotRows(None, ROWS[:2]), SlotRows(2, ROWS[2:5])

@@ -87,19 +87,6 @@ def test_in_bfloat16_packing_changes_as_little_as_rounding_does(
     assert abs(packing.mean()) <= rounding.abs().mean()
 
 
-def test_grouped_matmuls_of_a_gpu_give_the_same_curves(
-    tiny_llama: Path, tmp_path: Path, solo_curves: dict[int, list[Measurement]]
-) -> None:
-    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200, is_grouped=True)
-
-    packed = train_all(engine, mixed_runs(tmp_path))
-
-    for number, solo in solo_curves.items():
-        torch.testing.assert_close(losses(packed[number]), losses(solo), rtol=1e-5, atol=0)
-        torch.testing.assert_close(perplexities(packed[number]), perplexities(solo), rtol=1e-5, atol=0)
-    assert not engine.bank.theta_SP.any(), "a released slot leaves nothing behind"
-
-
 def test_layers_that_are_computed_again_give_the_same_curves(
     tiny_llama: Path, tmp_path: Path, solo_curves: dict[int, list[Measurement]]
 ) -> None:

@@ -32,12 +32,11 @@ class CountingModel:
         return self.model.nll(packs)
 
 
-@pytest.mark.parametrize("is_grouped", [False, True])
 @pytest.mark.parametrize("tokens_per_pass", [30, 70, 1000])
 def test_sharing_the_beginning_gives_the_same_perplexities(
-    tiny_llama: Path, tmp_path: Path, tokens_per_pass: int, is_grouped: bool
+    tiny_llama: Path, tmp_path: Path, tokens_per_pass: int
 ) -> None:
-    engine = build_engine(tiny_llama, SPLITS, slots=3, is_grouped=is_grouped)
+    engine = build_engine(tiny_llama, SPLITS, slots=3)
     engine.admit([make_run(tmp_path, number, r=2 * number + 2) for number in range(3)])
     engine.bank.theta_SP.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     for slot in range(3):

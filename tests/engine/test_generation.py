@@ -19,13 +19,11 @@ PROMPTS = [list(row.input_ids[: row.num_prompt_tokens + 2]) for row in SPLITS.va
 ENDS = [2]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["looped", "grouped"])
-def packed(
-    request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Engine, Path]:
+@pytest.fixture(scope="module")
+def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
     """Return an engine with three strong adapters in its slots, which are also in PEFT's files."""
     folder = tmp_path_factory.mktemp("adapters")
-    engine = build_engine(tiny_llama, SPLITS, slots=3, is_grouped=request.param)
+    engine = build_engine(tiny_llama, SPLITS, slots=3)
     runs = [make_run(folder, number, r=2 * number + 2, alpha=9.0 - number) for number in range(3)]
     engine.admit(runs)
     engine.bank.theta_SP.normal_(std=0.3, generator=torch.Generator().manual_seed(0))

@@ -143,11 +143,10 @@ def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     return {run.number: train_all(build_engine(tiny_llama, SPLITS), [run])[run.number] for run in runs}
 
 
-@pytest.mark.parametrize("is_grouped", [False, True])
 def test_trials_with_options_do_not_change_their_neighbours(
-    tiny_llama: Path, tmp_path: Path, is_grouped: bool, alone: dict[int, list[Measurement]]
+    tiny_llama: Path, tmp_path: Path, alone: dict[int, list[Measurement]]
 ) -> None:
-    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200, is_grouped=is_grouped)
+    engine = build_engine(tiny_llama, SPLITS, slots=4, tokens_per_pass=200)
 
     packed = train_all(engine, runs_with_options(tmp_path))
 
