@@ -60,7 +60,10 @@ def note_left_out(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) ->
     names = ", ".join(left_out(model)) if (ALL_LINEAR,) in targets else ""
     if not names:
         return []
-    why = "routers and experts carry no adapters here, nor do layers that PEFT refuses or takes for experts"
+    why = (
+        "routers and experts carry no adapters here, nor do layers of images and sound, or those that PEFT "
+        "refuses or takes for experts"
+    )
     return [f"all-linear leaves out {names}: {why}"]
 
 

@@ -21,7 +21,8 @@ from lora_search.ops.attention import NAME as ATTENTION
 ROW_TOKENS, NUM_ROWS = 8, 4
 SHORT_WINDOW = 3  # tokens; windows and chunks are shortened to it, so that they affect short rows
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # of logits; Granite divides
-WINDOWS = ("sliding_window", "attention_chunk_size")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of logits
+WINDOWS = ("sliding_window", "attention_chunk_size", "keep_window_size", "index_topk", "floor_scale")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, per token
 REMEDY = "Choose a decoder-only model with standard attention, such as Llama, Qwen, Mistral, Gemma or Phi."
 ALONE = "_rows_run_alone"
@@ -43,7 +44,7 @@ def bend_of(model: PreTrainedModel) -> Bend:
         scale *= getattr(config, name, None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     scale *= divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
-    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    caps = (getattr(config, name, None) for name in CAPS)
     return Bend(scale, next((cap for cap in caps if cap is not None), None))
 
 

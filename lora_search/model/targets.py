@@ -16,7 +16,7 @@ from lora_search.trial import LAYERS, PATTERN
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
     """Return full name -> layer, in model order, for targets as TrialSettings has them. The output head
     carries no adapter, nor do routers and what PEFT would give to other layers."""
-    modules = dict(model.named_modules())
+    modules = _text_modules(model)
     linear = _plain_linear(model)
     if not linear:
         raise ModelError(
@@ -59,6 +59,17 @@ def left_out(model: PreTrainedModel) -> list[str]:
     return sorted({_last(name) for name in linear} - {_last(n) for n in target_layers(model, (ALL_LINEAR,))})
 
 
+def _text_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules by full name, without those of images and sound, whose weights text never meets."""
+    decoder = model.get_decoder()
+    start = next((name for name, module in model.named_modules() if module is decoder), "")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if f"{name}.".startswith(f"{start}." if start else "")
+    }
+
+
 def _all_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -66,7 +77,10 @@ def _all_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def _plain_linear(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Leave out what a model made of a linear layer, as Phi-MoE its router, which returns more than x W."""
-    return {name: layer for name, layer in _all_linear(model).items() if _gives_tensor(layer)}
+    texts = _text_modules(model)
+    return {
+        name: layer for name, layer in _all_linear(model).items() if name in texts and _gives_tensor(layer)
+    }
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def fuse(model: nn.Module) -> int:
 def _norm(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     """Return a faster forward for an RMSNorm, including Gemma's, whose weight is an offset from 1."""
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor):
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter):
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
     for scale in (weight.detach(), 1.0 + weight.detach().to(_wide(weight.dtype))):

@@ -43,8 +43,17 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key
 CONVOLUTION = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
 NEMOTRON_H = {"layer_types": ["mamba", "full_attention", "moe", "mlp"], "mamba_num_heads": 8,
               "mamba_head_dim": 16, "ssm_state_size": 16, "chunk_size": 16, "n_groups": 2}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+SEES = {"vision_config": VISION}
+GEMMA_4 = {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8,
+           "global_head_dim": 16, "num_global_key_value_heads": 2, "vocab_size_per_layer_input": 313,
+           "num_kv_shared_layers": 0}  # fmt: skip
 OWN_SIZES: dict[str, dict[str, object]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"), EXPERTS | LATENT),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu", "minicpm3"),
+        EXPERTS | LATENT,
+    ),
     **dict.fromkeys(("glm4_moe", "phimoe", "dots1", "exaone_moe", "mixtral", "olmoe", "qwen3_moe"), EXPERTS),
     **dict.fromkeys(("solar_open", "minimax_m2", "flex_olmo", "minimax", "gpt_oss", "hy_v3"), EXPERTS),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), EXPERTS | LINEAR),
@@ -59,6 +68,12 @@ OWN_SIZES: dict[str, dict[str, object]] = {
     | {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
     "nemotron_h": EXPERTS | NEMOTRON_H,
     "mamba2": MAMBA_2,
+    **dict.fromkeys(("gemma3", "llama4", "mllama", "gemma4_unified"), SEES),
+    "qwen3_5": SEES | LINEAR,
+    "qwen3_5_moe": SEES | LINEAR | EXPERTS,
+    "gemma4": SEES | GEMMA_4,
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
     "falcon": {"alibi": True, "head_dim": None},
     "ernie4_5_moe": EXPERTS | {"moe_layer_start_index": 1},
     "hunyuan_v1_moe": EXPERTS | HUNYUAN,
@@ -78,6 +93,7 @@ LEFT_OUT = {  # of all-linear
     "granite": set(),
     "mamba2": {"out_proj"},
     "bloom": set(),
+    "gemma3": {"fc1", "fc2", "out_proj"},
 }
 
 
@@ -92,13 +108,20 @@ HEADINGS = ("Packed", "Row by row", "Refused")
 LISTED = {*listed("Packed"), *listed("Row by row")}
 
 
+def sizes_of(architecture: str) -> dict[str, object]:
+    """Return what makes a tiny configuration: of a model that sees, sizes of the text part and the other."""
+    sizes = {**SIZES, **OWN_SIZES.get(architecture, {}), "vocab_size": len(make_tiny_tokenizer())}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if "vision_config" not in sizes:
+        return sizes
+    return {"vision_config": sizes.pop("vision_config"), "text_config": sizes}
+
+
 def make_model(folder: Path, architecture: str) -> ModelConfig:
     tokenizer = make_tiny_tokenizer()
-    sizes = {**SIZES, **OWN_SIZES.get(architecture, {}), "vocab_size": len(tokenizer)}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes_of(architecture)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return ModelConfig(path=str(folder))
