@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_search.files.peft import lora_rank, lora_scaling, plain_weight
 from lora_search.ops.dora import Magnitude, Rescale
+from lora_search.ops.fused import GatedSilu
 from lora_search.ops.lora import PLAIN, TILE, AddAdapters, Dense, Layer, Plan, Products, SlotAdapter
 from lora_search.ops.products import products_for, tiles
 from lora_search.trial import TrialSettings
@@ -48,17 +49,31 @@ class SlotLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bank = self._bank[0]
-        adapters = bank.adapters[self.layer]
-        if bank.plan is None or adapters.keys().isdisjoint(bank.plan.slots):
+        if not self._has_any(bank.adapters):
             return cast(torch.Tensor, self.base(x))
-        y = self.base(x) if self._dense is None else None
-        layer, width = bank.layers[self.layer], self.base.out_features
-        added = AddAdapters.apply(y, x, self._dense, bank.anchor, layer, bank.plan, bank.products, width)  # type: ignore[no-untyped-call]
-        magnitudes = bank.magnitudes[self.layer]
-        if not magnitudes.keys().isdisjoint(bank.plan.slots):
-            weight = partial(plain_weight, self.base)
+        added = self._add(self.base(x) if self._dense is None else None, x, None)
+        if self._has_any(bank.magnitudes):
+            weight, magnitudes = partial(plain_weight, self.base), bank.magnitudes[self.layer]
             added = Rescale.apply(added, x, weight, self.base.bias, magnitudes, bank.plan, self.layer)  # type: ignore[no-untyped-call]
+        return added
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for silu(gate) * up, which is not kept where only adapters need it."""
+        bank = self._bank[0]
+        if self._dense is None or not self._has_any(bank.adapters) or self._has_any(bank.magnitudes):
+            return self(GatedSilu.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
+        return self._add(None, gate, up)
+
+    def _add(self, y: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        bank, width = self._bank[0], self.base.out_features
+        layer = bank.layers[self.layer]
+        added = AddAdapters.apply(y, x, up, self._dense, bank.anchor, layer, bank.plan, bank.products, width)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, added)
+
+    def _has_any(self, by_layer: Sequence[Mapping[int | None, object]]) -> bool:
+        """Return whether a slot with tokens in the pass has something on this layer."""
+        plan = self._bank[0].plan
+        return plan is not None and not by_layer[self.layer].keys().isdisjoint(plan.slots)
 
 
 class SlotBank:

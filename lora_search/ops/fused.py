@@ -10,7 +10,7 @@ forward and backward.
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from lora_search.ops.compiled import compiled
 PROBE_ROWS = 3
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 Pair = tuple[torch.Tensor, torch.Tensor]
-Function = Callable[..., torch.Tensor]
+Function = Callable[..., Any]
 
 
 class RmsNorm(torch.autograd.Function):
@@ -57,7 +57,8 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotary_functions(x)[0](x, cos, sin)
+        y: torch.Tensor = _rotary_functions(x)[0](x, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -109,13 +110,20 @@ class GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _gate_functions(gate)[0](gate, up)
+        return gate_functions(gate).forward(gate, up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> Pair:
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        grads: Pair = _gate_functions(gate)[1](grad_outputs[0], gate, up)
-        return grads
+        return gate_functions(gate).backward(grad_outputs[0], gate, up)
+
+
+class Gate(NamedTuple):
+    """silu(gate) * up; its gradients; both gradients and, again, the product."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
+    backward_again: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -123,30 +131,39 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def gated_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
-    """Return the gradients of gate and up."""
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def _gate_functions(x: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Callable[..., Pair]]:
-    """Return `gated` and `gated_backward`; on CUDA as one kernel each, instead of two and four."""
-    return compiled_gate(x.device, x.dtype) if x.is_cuda else (gated, gated_backward)
+def gated_again(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    opened = F.silu(gate)
+    return torch.ops.aten.silu_backward(grad * up, gate), opened * grad, opened * up
+
+
+PLAIN_GATE = Gate(gated, gated_backward, gated_again)
+
+
+def gate_functions(x: torch.Tensor) -> Gate:
+    """Return the plain functions; on CUDA as one kernel each, instead of two, four and five."""
+    return compiled_gate(x.device, x.dtype) if x.is_cuda else PLAIN_GATE
 
 
 @cache
-def compiled_gate(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[..., torch.Tensor], Callable[..., Pair]]:
-    """Return both compiled for tensors of that dtype, where that gives the same numbers but for rounding:
+def compiled_gate(device: torch.device, dtype: torch.dtype) -> Gate:
+    """Return them compiled for tensors of that dtype, where that gives the same numbers but for rounding:
     inside a kernel nothing is rounded to the dtype."""
     grad, gate, up = torch.randn(3, 1, 30, 96, device=device).to(dtype)
     close = partial(torch.allclose, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
-    forward = compiled("gated MLPs", gated, (gate, up), gated(gate, up), close)
-    expected = gated_backward(grad, gate, up)
-    backward = compiled(
-        "gradients of gated MLPs", gated_backward, (grad, gate, up), expected,
-        lambda found, wanted: all(map(close, found, wanted)),
-    )  # fmt: skip
-    return forward or gated, backward or gated_backward
+
+    def fast(name: str, function: Function, *probe: torch.Tensor) -> Function:
+        def agree(found: Any, wanted: Any) -> bool:
+            return all(map(close, found, wanted))
+
+        return compiled(name, function, probe, function(*probe), agree) or function
+
+    gradients = (fast("gradients of gated MLPs", f, grad, gate, up) for f in (gated_backward, gated_again))
+    return Gate(fast("gated MLPs", gated, gate, up), *gradients)
 
 
 def rotary(
@@ -203,7 +220,8 @@ def _gated_mlp(module: nn.Module) -> Callable[..., torch.Tensor] | None:
 
 
 def _apply_gated_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = mlp.down_proj(GatedSilu.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), cast(Any, mlp.down_proj)  # type: ignore[operator]
+    y: torch.Tensor = down.gated(gate, up) if hasattr(down, "gated") else down(GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
     return y
 
 

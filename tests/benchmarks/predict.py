@@ -30,7 +30,7 @@ from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.model.targets import target_layers
-from lora_search.ops import fused
+from lora_search.ops import fused, lora
 from lora_search.ops.dropout import Mask
 from lora_search.ops.lora import Layer, Plan, Products, parts_of
 from lora_search.ops.nll import Head
@@ -285,6 +285,24 @@ def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.T
     return torch.empty_like(grad), torch.empty_like(grad)
 
 
+@torch.library.custom_op("predict::one_kernel_gate_again", mutates_args=())
+def one_kernel_gate_again(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel that `ops.fused.gated_again` compiles into."""
+    return grad.clone(), grad.clone(), grad.clone()
+
+
+@one_kernel_gate_again.register_fake
+def _(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
+
+
+GATE = fused.Gate(one_kernel_gate, one_kernel_gate_backward, one_kernel_gate_again)
+
+
 @torch.library.custom_op("predict::one_kernel_rotary", mutates_args=())
 def one_kernel_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The kernel that `ops.fused.rotated` compiles into."""
@@ -375,7 +393,8 @@ def two_kernel_nll(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 def cuda_branches() -> Iterator[None]:
     """Inside, go the ways of CUDA: compiled gates, a fused rotary embedding."""
     with (
-        patch.object(fused, "_gate_functions", lambda _: (one_kernel_gate, one_kernel_gate_backward)),
+        patch.object(fused, "gate_functions", lambda _: GATE),
+        patch.object(lora, "gate_functions", lambda _: GATE),
         patch.object(fused, "_rotary_functions", lambda _: (one_kernel_rotary, one_kernel_rotary)),
         patch.object(modeling_llama, "apply_rotary_pos_emb", fused.rotary),
     ):

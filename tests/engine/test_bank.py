@@ -84,6 +84,31 @@ def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[
     assert SETTINGS.r == 4
 
 
+def test_the_product_of_a_gated_mlp_is_computed_again_and_not_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_llama, random_splits())
+    engine.admit([make_run(tmp_path, target_modules=("down_proj",), dropout=0.1)])
+    engine.model.bank.set_plan(
+        Plan((0,), (0, 9), token_keys(1, [0], [9]), torch.full((9,), threshold(0.1)).short()), lambda x: x
+    )
+    down = engine.model.decoder.layers[0].mlp.down_proj
+    gate, up = torch.randn(2, 1, 9, down.in_features).unbind()
+    found = []
+    for run in (down.gated, lambda gate, up: down(F.silu(gate) * up)):
+        leaves, kept = [x.clone().requires_grad_() for x in (gate, up)], []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.data_ptr()) or x, lambda x: x
+        ):
+            y = run(*leaves)
+        y.square().sum().backward()
+        grad_SP = engine.bank.grad_SP[0]
+        found.append(([y, *(x.grad for x in leaves), grad_SP.clone()], len(set(kept))))
+        grad_SP.zero_()
+
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][0][3].any()
+    assert found[0][1] == 3  # gate, up and the hidden states of the adapters
+
+
 def test_a_gated_mlp_is_fused_with_adapters_on_its_layers(tiny_llama: Path) -> None:
     engine = build_engine(tiny_llama, random_splits())
 

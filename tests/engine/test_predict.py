@@ -26,8 +26,8 @@ def two() -> Count:
 
 def test_a_layer_takes_no_more_kernels_and_keeps_no_more_bytes_than_it_did(one: Count, two: Count) -> None:
     assert two.total_kernels - one.total_kernels <= 77
-    assert (two.kept_bytes - one.kept_bytes) / ALL_LINEAR.tokens <= 0.1335 * 2**20
-    assert sum(two.seconds.values()) - sum(one.seconds.values()) <= 12.0e-3
+    assert (two.kept_bytes - one.kept_bytes) / ALL_LINEAR.tokens <= 0.106 * 2**20
+    assert sum(two.seconds.values()) - sum(one.seconds.values()) <= 12.1e-3
 
 
 def test_the_count_of_matmuls_is_what_a_frozen_base_needs(one: Count, two: Count) -> None:

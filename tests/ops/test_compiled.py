@@ -34,15 +34,21 @@ def test_what_gives_other_numbers_is_not_used(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gates_are_the_plain_ones_but_for_rounding(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    forward, backward = fused.compiled_gate(CPU, dtype)
+    fast = fused.compiled_gate(CPU, dtype)
     grad, gate, up = (3 * torch.randn(3, 1, 200, 130, dtype=torch.float64)).unbind()
-    exact = fused.gated(gate, up), *fused.gated_backward(grad, gate, up)
     low = [x.to(dtype) for x in (grad, gate, up)]
-    plain = fused.gated(*low[1:]), *fused.gated_backward(*low)
 
-    found = forward(*low[1:]), *backward(*low)
+    def results(functions: fused.Gate, *x: torch.Tensor) -> list[torch.Tensor]:
+        return [functions.forward(*x[1:]), *functions.backward(*x), *functions.backward_again(*x)]
 
-    assert (forward, backward) != (fused.gated, fused.gated_backward)
+    exact, plain, found = (
+        results(fused.PLAIN_GATE, grad, gate, up),
+        results(fused.PLAIN_GATE, *low),
+        results(fast, *low),
+    )
+
+    assert not set(fast) & set(fused.PLAIN_GATE)
+    assert len(found) == 6
     for ours, theirs, true in zip(found, plain, exact, strict=True):
         assert (ours.double() - true).abs().mean() <= 1.01 * (theirs.double() - true).abs().mean()
 
