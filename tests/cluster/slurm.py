@@ -13,7 +13,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 IS_HERE = all(shutil.which(name, path=PATH) for name in PROGRAMS) and os.geteuid() == 0
 REMEDY = "as root: apt install slurm-wlm munge"
-START_SECONDS = 30
+START_SECONDS, END_SECONDS = 30, 60  # a job has KillWait to end by itself
 # One partition whose jobs are cancelled for those of another. Without cred_expire Slurm lets a job that was
 # queued again wait for two minutes.
 CONF = """
@@ -69,6 +69,8 @@ def real_slurm(folder: Path) -> Iterator[dict[str, str]]:
         wait_for_node(environment, folder)
         yield environment
     finally:
+        if len(started) == len(lines):
+            cancel_jobs(environment)  # their processes would outlive slurmd
         for process in reversed(started):
             process.terminate()
             process.wait(60)
@@ -79,6 +81,14 @@ def wait_for_node(environment: dict[str, str], folder: Path) -> None:
     while "idle" not in run(environment, "sinfo", "--noheader", "--format=%T"):
         logs = "".join(path.read_text() for path in folder.glob("slurm*.log"))
         assert time.monotonic() < until, logs
+        time.sleep(0.5)
+
+
+def cancel_jobs(environment: dict[str, str]) -> None:
+    """End all jobs, of whichever test; come back when none of their processes is left."""
+    until = time.monotonic() + END_SECONDS
+    run(environment, "scancel", "--user=root")
+    while run(environment, "squeue", "--noheader") and time.monotonic() < until:
         time.sleep(0.5)
 
 

@@ -15,7 +15,7 @@ from lora_search.errors import LoraSearchError
 from lora_search.settings.schema import StudyConfig
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
-from tests.cluster.slurm import IS_HERE, REMEDY, real_slurm, run
+from tests.cluster.slurm import IS_HERE, REMEDY, cancel_jobs, real_slurm, run
 
 ROOT = Path(__file__).parents[2]
 SWEEP = [sys.executable, "-m", "lora_search.sweep", "-cn", "smoke", "engine.device=cpu", "engine.slots=1",
@@ -87,10 +87,19 @@ class Sweep:
         return sum(len(row.perplexities) for row in rows_of(self.folder))
 
 
+@pytest.fixture
+def sweep(tmp_path: Path, slurm: dict[str, str], whole: list[TrialRow]) -> Iterator[Sweep]:
+    """One that leaves no driver, which would submit its jobs again, and no jobs, however its test ends."""
+    found = Sweep(tmp_path / "a", slurm)
+    yield found
+    found.driver.kill()
+    found.driver.communicate()
+    cancel_jobs(slurm)
+
+
 def test_cancelled_and_preempted_jobs_put_their_trials_back_and_others_end_the_sweep(
-    tmp_path: Path, slurm: dict[str, str], whole: list[TrialRow]
+    sweep: Sweep, slurm: dict[str, str], whole: list[TrialRow]
 ) -> None:
-    sweep = Sweep(tmp_path / "a", slurm)
     run(slurm, "scancel", sweep.wait_for_rungs(4))
     cancelled = sweep.wait_until_put_back()
     sweep.wait_for_rungs(4)
@@ -100,14 +109,13 @@ def test_cancelled_and_preempted_jobs_put_their_trials_back_and_others_end_the_s
 
     assert sweep.driver.returncode == 0, said
     assert said.count("its job left before the end of the study; submitted again") == 2
-    assert [row.perplexities for row in rows_of(tmp_path / "a")] == [row.perplexities for row in whole], said
+    assert [row.perplexities for row in rows_of(sweep.folder)] == [row.perplexities for row in whole], said
     assert cancelled == preempted == {"interrupted; its checkpoint is kept"}
 
 
 def test_a_job_with_notice_of_its_time_limit_puts_its_trials_back_and_is_queued_again(
-    tmp_path: Path, slurm: dict[str, str], whole: list[TrialRow]
+    sweep: Sweep, slurm: dict[str, str], whole: list[TrialRow]
 ) -> None:
-    sweep = Sweep(tmp_path / "a", slurm)
     job = sweep.wait_for_rungs(4)
     run(slurm, "scancel", "--signal=USR2", job)  # as slurmctld sends it before the limit
     reasons = sweep.wait_until_put_back()
@@ -119,5 +127,5 @@ def test_a_job_with_notice_of_its_time_limit_puts_its_trials_back_and_is_queued_
     assert again == job
     assert "Restarts=1" in restarts
     assert "submitted again" not in said
-    assert [row.perplexities for row in rows_of(tmp_path / "a")] == [row.perplexities for row in whole], said
+    assert [row.perplexities for row in rows_of(sweep.folder)] == [row.perplexities for row in whole], said
     assert reasons == {"interrupted; its checkpoint is kept"}
