@@ -8,12 +8,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_search.ops.attention import BOUNDARIES
 from lora_search.ops.recompute import decoder_layers
+from lora_search.ops.row_scans import keep_rows_apart
 
 KEEP_KEYWORDS = ("stablelm", "nemotron")  # their decoder layers call their attention without the keywords
 
 
 def adapt(model: PreTrainedModel) -> None:
     """Change the model in place."""
+    keep_rows_apart(model)
     for name, layer in list(model.named_modules()):
         if type(layer) is Conv1D:
             parent, _, child = name.rpartition(".")
