@@ -116,17 +116,20 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     from lora_search.engine.build import Room, build_engine
     from lora_search.engine.digest import content_of
     from lora_search.model.loading import load_base
-    from lora_search.ops.device import pick_device
+    from lora_search.model.placement import describe_split
+    from lora_search.ops.device import pick_devices
     from lora_search.prepare import check_inputs, describe_rows, read_inputs
     from lora_search.reading.load import load_rows
 
-    pick_device(config.engine.device)
+    pick_devices(config.engine.device, config.engine.devices_per_worker)
     rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
     inputs = read_inputs(config, rows, None, watch=progress.watch)
     for line in describe_rows(config, inputs.splits):
         progress.event(line)
     check_inputs(config, space, inputs, None)
     base = load_base(inputs.source, inputs.model, config.engine)
+    if split := describe_split(base.model):
+        progress.event(f"base model on {split}: they compute one after the other")
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, Room.of_space(config, space), base, inputs.splits, content)
     size = sizes or f"{len(engine.slots)} slots, {engine.tokens_per_pass} tokens per pass"
@@ -138,7 +141,7 @@ def _bytes(engine: "Engine") -> tuple[int, int]:
     """Return the peak memory of the probe, and the largest size of an adapter on disk."""
     from lora_search.ops.device import peak_bytes
 
-    return peak_bytes(engine.model.device), engine.bank.theta_SP.shape[1] * 4
+    return peak_bytes(engine.model.devices), engine.bank.num_parameters * 4
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.place import check_uri
 from lora_search.files.row_scores import BASE, write_scores
 from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
+from lora_search.model.placement import describe_split
 from lora_search.ops.cores import notes_on_cores
-from lora_search.ops.device import pick_device
+from lora_search.ops.device import pick_devices
 from lora_search.output.dashboard_note import write_note
 from lora_search.output.shared_files import share
 from lora_search.output.terminal import Progress
@@ -215,7 +216,7 @@ def prepare_sweep(
 ) -> tuple[Engine, SweepStudy]:
     """Return engine and study, ready to search: data read and split, base loaded and measured."""
     room = Room.of_space(config, space)
-    device = pick_device(config.engine.device)
+    device, *_ = pick_devices(config.engine.device, config.engine.devices_per_worker)
     require_exact(config, room, device)
     for line in notes_on_cores() if device.type == "cpu" else ():
         progress.event(line)
@@ -253,7 +254,8 @@ def prepare_sweep(
     progress.event(f"study {config.study.name}: {study.standing}")
     is_new, began = "base_perplexity" not in study.attributes(), time.perf_counter()
     perplexity = study.remember("base_perplexity", lambda: measure_base(engine, study.folder))
-    progress.event(f"base model on {base.device}, {base.dtype}: validation perplexity {perplexity:.3f}")
+    places = describe_split(base.model) or base.device
+    progress.event(f"base model on {places}, {base.dtype}: validation perplexity {perplexity:.3f}")
     if is_new:
         progress.event(describe_validation(engine, time.perf_counter() - began))
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)

@@ -125,7 +125,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                     if not study.is_finished:
                         with progress:
                             work(study, engine, tracker, progress, interrupts.check)
-                        study.note_peak(peak_bytes(engine.model.device))
+                        study.note_peak(peak_bytes(engine.model.devices))
                     if study.is_finished:
                         rows, folder = study.rows(), study.folder
                         score_and_share(config, rows, folder, engine, progress, interrupts.check)

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from lora_search.data.rows import Example, Splits
-from lora_search.engine.bank import SlotBank
+from lora_search.engine.bank import SlotBank, row_of
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.files.peft import BaseRecord, export_peft
-from lora_search.model.loading import load_base, resolve_model
+from lora_search.model.loading import Base, load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
 from lora_search.settings.schema import EngineConfig, ModelConfig
 from lora_search.trial import Measurement, TrialRun
@@ -48,15 +49,32 @@ def build_engine(
     max_rank: int = 8,
     dtype: str = "float32",
     device: str = "cpu",
+    devices: int = 1,
 ) -> Engine:
-    config = ModelConfig(path=str(folder))
-    base = load_base(resolve_model(config), config, EngineConfig(device=device, dtype=dtype))
-    layers = target_layers(base.model, ("all-linear",))
-    names = tuple(name for name, _ in base.model.named_modules())
-    bank = SlotBank(base.model, layers, slots, max_rank, base.dtype, has_magnitudes=True)
+    base = load(folder, dtype, device, devices)
+    return engine_over(base.model, folder, splits, slots, tokens_per_pass, max_rank)
+
+
+def load(folder: Path, dtype: str = "float32", device: str = "cpu", devices: int = 1) -> Base:
+    config, engine = ModelConfig(path=str(folder)), EngineConfig(device=device, dtype=dtype)
+    engine.devices_per_worker = devices  # refused with engine.device=cpu, where more are the same
+    return load_base(resolve_model(config), config, engine)
+
+
+def engine_over(
+    model: PreTrainedModel,
+    folder: Path,
+    splits: Splits,
+    slots: int = 1,
+    tokens_per_pass: int = 64,
+    max_rank: int = 8,
+) -> Engine:
+    layers = target_layers(model, ("all-linear",))
+    names = tuple(name for name, _ in model.named_modules())
+    bank = SlotBank(model, layers, slots, max_rank, model.dtype, has_magnitudes=True)
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
-        PackedModel(base.model, bank),
+        PackedModel(model, bank),
         bank,
         splits,
         data_seed=0,
@@ -71,7 +89,7 @@ def starting_adapter(engine: Engine, run: TrialRun, folder: Path) -> Path:
     engine.admit([run])
     slot = engine.slots[0]
     assert slot is not None
-    start = engine.bank.tensors(engine.bank.theta_SP[0], run.settings, slot.names)
+    start = engine.bank.tensors(row_of(engine.bank.theta, 0), run.settings, slot.names)
     export_peft(start, run.settings, slot.names, engine.keeper.base, folder)
     return folder
 

@@ -32,6 +32,20 @@ def test_in_float32_packed_equals_solo_and_the_cpu(tiny_llama: Path, tmp_path: P
         torch.testing.assert_close(losses(curve), losses(on_cpu[number]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_give_the_numbers_of_one(tiny_llama: Path, tmp_path: Path, dtype: str) -> None:
+    own = {"slots": 4, "tokens_per_pass": 200, "device": "cuda", "dtype": dtype}
+    whole = train_all(build_engine(tiny_llama, SPLITS, **own), mixed_runs(tmp_path / "one"))
+
+    engine = build_engine(tiny_llama, SPLITS, **own, devices=2)
+    split = train_all(engine, mixed_runs(tmp_path / "two"))
+
+    assert {str(theta_SP.device) for theta_SP in engine.bank.theta} == {"cuda:0", "cuda:1"}
+    for number, curve in whole.items():
+        torch.testing.assert_close(losses(split[number]), losses(curve), rtol=1e-5, atol=0)
+
+
 def test_in_bfloat16_packing_changes_as_little_as_rounding_does(tiny_llama: Path, tmp_path: Path) -> None:
     exact = train_all(build_engine(tiny_llama, SPLITS, device="cuda"), mixed_runs(tmp_path / "exact"))
     own = {"dtype": "bfloat16", "device": "cuda"}

@@ -74,6 +74,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     },
     "gguf": {"model.checks"},
     "triton": {"ops.lora_kernels"},
+    "accelerate": {"model.placement"},
     "jinja2": {"page.report", "data.templates"},
 }
 

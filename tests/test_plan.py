@@ -31,6 +31,22 @@ def test_a_plan_makes_no_study_and_the_sweep_compares_it_with_the_truth(
     assert "forecast of tokens" in (tmp_path / "runs/smoke/report.html").read_text()
 
 
+def test_a_plan_over_two_devices_says_what_the_fullest_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two devices that are parts of the CPU: all but their memory is as it is with GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("accelerate.utils.modeling.check_device_same", lambda a, b: a.type == b.type)
+    two = ["engine.device=auto", "engine.devices_per_worker=2", "engine.slots=auto"]
+    monkeypatch.setattr(sys, "argv", ["plan", *TINY, *two])
+
+    assert plan.main() == 0
+
+    assert "GiB at the probe's peak, base included, on the fullest of 2 GPUs" in capsys.readouterr().out
+
+
 def test_a_plan_of_wrong_settings_is_one_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

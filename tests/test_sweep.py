@@ -134,6 +134,10 @@ BAD_INPUT = [
     (["sampler=bayes"], "sampler/bayes: there is no such choice. Available options in 'sampler': cmaes"),
     (["sampler=grid"], "space.optim.lr: a grid needs values that can be counted"),
     (["pruner.reduction_factor=1"], "pruner.reduction_factor: must be at least 2, got 1"),
+    (
+        ["engine.device=auto", "engine.devices_per_worker=64"],
+        r"engine.devices_per_worker: must be at most \d+, the GPUs that a worker sees here, got 64. Lower it",
+    ),
     (["engine.device=cuda:7"], r"engine.device: must be a device of this machine \(\d GPUs\), got 'cuda:7'"),
     (["engine.device=gpu"], "engine.device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     (["engine.slots=0"], "engine.slots: must be at least 1, got 0. auto chooses what fits in memory"),

@@ -73,7 +73,8 @@ def fit(
     """Return slots and tokens per pass as set, or chosen if they are auto.
 
     ``batch_size`` is the smallest effective one of the space: the rows that any trial can put into a pass.
-    ``free_bytes`` is the free memory of the device. Raises LoraSearchError if a single row does not fit.
+    ``free_bytes`` is the free memory of the device, of several the least: what a pass and a slot take most on
+    any of them must fit it. Raises LoraSearchError if a single row does not fit.
     """
     device = model.device.type
     room = MARGIN[device] * free_bytes
@@ -157,9 +158,10 @@ def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -
 
 
 def bytes_per_slot(bank: SlotBank) -> int:
-    """Return the memory of one more slot: its row in the bank and in the optimizer."""
-    copy = 0 if bank.used_SP is bank.theta_SP else bank.used_SP.element_size()
-    return bank.theta_SP.shape[1] * (BYTES_PER_PARAMETER + copy)
+    """Return the memory of one more slot, on the device where it takes most: its row in the bank and in the
+    optimizer."""
+    copy = 0 if bank.dtype == torch.float32 else bank.dtype.itemsize
+    return max(theta_SP.shape[1] for theta_SP in bank.theta) * (BYTES_PER_PARAMETER + copy)
 
 
 def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:
@@ -222,26 +224,33 @@ def _train(model: PackedModel, pack: SlotRows) -> None:
 
 
 def _seconds(model: PackedModel, pack: SlotRows) -> float:
-    return _timed(lambda: _train(model, pack), model.device)
+    return _timed(lambda: _train(model, pack), model.devices)
 
 
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _timed(work: Callable[[], None], devices: Sequence[torch.device]) -> float:
+    _wait_for(devices)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait_for(devices)
     return time.perf_counter() - start
 
 
+def _wait_for(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 def _peak_bytes(model: PackedModel, pack: SlotRows) -> int:
-    """Return the peak memory of a training pass, above what is already allocated."""
+    """Return the peak memory of a training pass, above what is already allocated, on the device where that is
+    most."""
     if model.device.type == "cuda":
-        before = torch.cuda.memory_allocated(model.device)
-        torch.cuda.reset_peak_memory_stats(model.device)
+        before = [torch.cuda.memory_allocated(device) for device in model.devices]
+        for device in model.devices:
+            torch.cuda.reset_peak_memory_stats(device)
         _train(model, pack)
-        return int(torch.cuda.max_memory_allocated(model.device) - before)
+        peaks = [torch.cuda.max_memory_allocated(device) for device in model.devices]
+        return max(int(peak - held) for peak, held in zip(peaks, before, strict=True))
     sizes: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.model.loading import Base
 from lora_search.model.targets import matches, target_layers
-from lora_search.ops.device import available_bytes
+from lora_search.ops.device import available_bytes, devices_of
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import ALL_LINEAR, SweepConfig, require
@@ -126,7 +126,7 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     bank.admit(0, most, bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
-    free, batch = available_bytes(base.device) // sharing, room.min_batch
+    free, batch = available_bytes(devices_of(base.model)) // sharing, room.min_batch
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

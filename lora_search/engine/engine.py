@@ -18,7 +18,7 @@ import torch
 from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
 from lora_search.data.store import lengths_of
-from lora_search.engine.bank import SlotBank
+from lora_search.engine.bank import SlotBank, row_of
 from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
@@ -55,11 +55,11 @@ class Engine:
         self.model, self.bank, self.splits = model, bank, splits
         self.num_shared = shareable_tokens(model, splits.validation)
         self.axis = DataAxis(splits.train, data_seed)
-        self.optimizer = SlotAdamW(bank.theta_SP, bank.grad_SP, bank.start_of_b)
+        self.optimizer = SlotAdamW(bank.theta, bank.grad, bank.starts_of_b)
         self.keeper = Keeper(bank, self.optimizer, base)
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
-        self.slots: list[Slot | None] = [None] * bank.theta_SP.shape[0]
+        self.slots: list[Slot | None] = [None] * bank.num_slots
         self.throughput = Throughput()
         self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
         self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until its next step
@@ -148,7 +148,7 @@ class Engine:
 
     def _forward_backward(self, packed: Packed) -> bool:
         """Add the pass's gradients to the bank; return False if memory ran out: repeat the pass."""
-        lap, losses = Lap(self.model.device), []
+        lap, losses = Lap(self.model.devices), []
         try:
             losses = self._losses(packed)
         except Exception as error:  # noqa: BLE001  (whose fault it was shows when each runs alone)
@@ -178,7 +178,8 @@ class Engine:
         """Discard the gradients of a failed pass and queue its batches again: the same rows, masks and sums,
         in smaller passes if memory ran out (None), else slot by slot."""
         for index, slot, _ in packed:
-            self.bank.grad_SP[index].zero_()
+            for grad_P in row_of(self.bank.grad, index):
+                grad_P.zero_()
             self._next_batch(slot)
         slots = [slot for _, slot, _ in packed]
         if trouble is None:
@@ -285,7 +286,7 @@ class Engine:
         names = self.resolve_targets(settings.target_modules)
         weights, _ = read_peft(adapter)
         self.bank.admit(index, settings, names, seed=0)
-        self.bank.load(self.bank.theta_SP[index], settings, names, weights)
+        self.bank.load(row_of(self.bank.theta, index), settings, names, weights)
         self.bank.refresh(index)
         return index
 

@@ -5,7 +5,7 @@ Same arithmetic as torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and the sch
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -33,46 +33,68 @@ def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float
 
 
 class SlotAdamW:
-    """AdamW over the rows of ``theta_SP`` (S slots, P parameters each); every slot has its own step count.
-    From ``start_of_b`` on, a row holds the matrices B, which may have a rate of their own (LoRA+)."""
+    """AdamW over the rows of ``theta``, one tensor [S slots, P parameters] on each device; every slot has its
+    own step count. From ``starts_of_b`` on, the parts of a row hold the matrices B, which may have a rate of
+    their own (LoRA+)."""
 
-    def __init__(self, theta_SP: torch.Tensor, grad_SP: torch.Tensor, start_of_b: int = 0) -> None:
-        self.theta_SP, self.grad_SP, self.start_of_b = theta_SP, grad_SP, start_of_b
-        self.exp_avg_SP = torch.zeros_like(theta_SP)
-        self.exp_avg_sq_SP = torch.zeros_like(theta_SP)
-        self.steps = [0] * theta_SP.shape[0]
+    def __init__(
+        self, theta: Sequence[torch.Tensor], grad: Sequence[torch.Tensor], starts_of_b: Sequence[int]
+    ) -> None:
+        self.theta, self.grad, self.starts_of_b = theta, grad, starts_of_b
+        self.exp_avg = [torch.zeros_like(theta_SP) for theta_SP in theta]
+        self.exp_avg_sq = [torch.zeros_like(theta_SP) for theta_SP in theta]
+        self.steps = [0] * len(theta[0])
 
     def reset(self, slot: int) -> None:
         """Reset the slot's state."""
-        self.grad_SP[slot].zero_()
-        self.exp_avg_SP[slot].zero_()
-        self.exp_avg_sq_SP[slot].zero_()
+        for bank_SP in (*self.grad, *self.exp_avg, *self.exp_avg_sq):
+            bank_SP[slot].zero_()
         self.steps[slot] = 0
 
     @torch.no_grad()
     def step(self, slot: int, settings: TrialSettings, lr: float) -> torch.Tensor:
         """Clip, update the slot's row, clear its gradient; return the gradient norm before clipping
         (scalar tensor)."""
-        grad, theta = self.grad_SP[slot], self.theta_SP[slot]
-        exp_avg, exp_avg_sq = self.exp_avg_SP[slot], self.exp_avg_sq_SP[slot]
-        grad_norm: torch.Tensor = torch.linalg.vector_norm(grad)
-        grad.mul_((settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        grad_norm = total_norm([grad_SP[slot] for grad_SP in self.grad])
+        clip = (settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         self.steps[slot] += 1
+        for part in range(len(self.theta)):
+            self._step_part(part, slot, settings, lr, clip)
+        return grad_norm
+
+    def _step_part(
+        self, part: int, slot: int, settings: TrialSettings, lr: float, clip: torch.Tensor
+    ) -> None:
+        """Update what the slot has on one device, and clear its gradient."""
+        grad, theta = self.grad[part][slot], self.theta[part][slot]
+        exp_avg, exp_avg_sq = self.exp_avg[part][slot], self.exp_avg_sq[part][slot]
+        grad.mul_(clip.to(grad.device, non_blocking=True))
         bias_correction1 = 1.0 - settings.beta1 ** self.steps[slot]
         bias_correction2 = 1.0 - settings.beta2 ** self.steps[slot]
         exp_avg.lerp_(grad, 1.0 - settings.beta1)
         exp_avg_sq.mul_(settings.beta2).addcmul_(grad, grad, value=1.0 - settings.beta2)
         denominator = (exp_avg_sq.sqrt() / math.sqrt(bias_correction2)).add_(settings.eps)
-        for part, rate in self._parts(settings, lr):
-            theta[part].mul_(1.0 - rate * settings.weight_decay)
-            theta[part].addcdiv_(exp_avg[part], denominator[part], value=-rate / bias_correction1)
+        for where, rate in _rates(settings, lr, self.starts_of_b[part]):
+            theta[where].mul_(1.0 - rate * settings.weight_decay)
+            theta[where].addcdiv_(exp_avg[where], denominator[where], value=-rate / bias_correction1)
         grad.zero_()
-        return grad_norm
 
-    def _parts(self, settings: TrialSettings, lr: float) -> Iterator[tuple[slice, float]]:
-        """Yield the parts of a row with their learning rates: one, or with LoRA+ (arXiv 2402.12354) two."""
-        if settings.lora_plus_ratio == 1.0:
-            yield slice(None), lr
-        else:
-            yield slice(self.start_of_b), lr
-            yield slice(self.start_of_b, None), lr * settings.lora_plus_ratio
+
+def total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the norm over all tensors, on the device of the first."""
+    norms: list[torch.Tensor] = [torch.linalg.vector_norm(grad) for grad in grads]
+    if len(norms) == 1:
+        return norms[0]
+    together: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(grads[0].device, non_blocking=True) for norm in norms])
+    )
+    return together
+
+
+def _rates(settings: TrialSettings, lr: float, start_of_b: int) -> Iterator[tuple[slice, float]]:
+    """Yield where which learning rate holds: one, or with LoRA+ (arXiv 2402.12354) two."""
+    if settings.lora_plus_ratio == 1.0:
+        yield slice(None), lr
+    else:
+        yield slice(start_of_b), lr
+        yield slice(start_of_b, None), lr * settings.lora_plus_ratio

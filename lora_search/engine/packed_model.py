@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lora_search.data.rows import Example
 from lora_search.engine.bank import SlotBank
 from lora_search.model.packing_check import bend_of, decoder_of, runs_row_by_row
+from lora_search.ops.device import devices_of
 from lora_search.ops.dropout import threshold, token_keys, uniform
 from lora_search.ops.fused import fuse
 from lora_search.ops.lora import Plan
@@ -84,6 +85,7 @@ class PackedModel:
 
     def __init__(self, model: PreTrainedModel, bank: SlotBank) -> None:
         self.bank, self.device, self.dtype = bank, model.device, model.dtype
+        self.devices = devices_of(model)  # ``device`` is the one where a pass begins and ends
         self.language_model = model
         self.decoder = decoder_of(model)
         self.is_row_by_row = runs_row_by_row(model)
@@ -116,7 +118,7 @@ class PackedModel:
         position_T = torch.cat([torch.arange(s.num_before, s.num_keys) for s in segments])
         target_positions = torch.tensor([place for s in segments for places in s.targets for place in places])
         self.bank.set_plan(self._plan(packs), self._upload)
-        plan = self.bank.plan  # kept: layers may be recomputed in the backward pass
+        plans = self.bank.plans  # kept: layers may be recomputed in the backward pass
         arguments: dict[str, torch.Tensor | int] = {}
         if not self.is_row_by_row:
             arguments = {"position_ids": position_T[None], **attention_arguments(segments)}
@@ -129,7 +131,7 @@ class PackedModel:
         target_N = self._upload(ids_T[target_positions])
         hidden_TD = output.last_hidden_state.squeeze(0)  # index_select: its backward needs no sort
         if self.is_row_by_row and hidden_TD.requires_grad:  # autograd goes back row by row
-            hidden_TD.register_hook(lambda _: setattr(self.bank, "plan", plan))
+            hidden_TD.register_hook(lambda _: setattr(self.bank, "plans", plans))
         return hidden_TD.index_select(0, self._upload(target_positions - 1)), target_N
 
     @contextmanager
@@ -184,7 +186,7 @@ class PackedModel:
     def _upload(self, x: torch.Tensor) -> torch.Tensor:
         """Return x on the device; to a GPU from pinned memory, so that the host does not wait."""
         if self.device.type != "cuda":
-            return x
+            return x.to(self.device)
         return x.pin_memory().to(self.device, non_blocking=True)
 
 

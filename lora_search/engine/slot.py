@@ -101,7 +101,7 @@ class Slot:
         seen = position.examples_seen + batch.num_examples
         loss = torch.stack(batch.losses).sum()
         self.steps.append((seen, loss, lr, grad_norm))
-        self.watch.note(loss + grad_norm)
+        self.watch.note(loss + grad_norm.to(loss.device, non_blocking=True))
         self.position = replace(position, examples_seen=seen, optimizer_steps=position.optimizer_steps + 1)
         self.train_tokens += batch.num_tokens
         self.laps += batch.laps

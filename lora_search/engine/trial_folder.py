@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lora_search.engine.bank import SlotBank
+from lora_search.engine.bank import Row, SlotBank, row_of
 from lora_search.engine.optim import SlotAdamW
 from lora_search.engine.slot import Slot
 from lora_search.files.artifacts import Artifacts, remove_staged
@@ -47,7 +47,7 @@ class Keeper:
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's current adapter and its row scores. Raises WriteError."""
-        state = self.bank.tensors(self.bank.theta_SP[index], slot.settings, slot.names)
+        state = self.bank.tensors(row_of(self.bank.theta, index), slot.settings, slot.names)
         slot.best = {
             name: tensor.clone() for name, tensor in state.items()
         }  # on a CPU they are views of the bank
@@ -58,8 +58,8 @@ class Keeper:
         """Write the slot's checkpoint. Raises WriteError."""
         state = {
             f"{kind}/{name}": tensor
-            for kind, row_P in self._rows(index).items()
-            for name, tensor in self.bank.tensors(row_P, slot.settings, slot.names).items()
+            for kind, row in self._rows(index).items()
+            for name, tensor in self.bank.tensors(row, slot.settings, slot.names).items()
         }
         if slot.position.best_rung not in (0, slot.position.rung):
             state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
@@ -82,14 +82,14 @@ class Keeper:
             remove_staged(Path(run.folder))
             self.artifacts.fetch(run.number, Path(run.folder))
         expected = {
-            kind: self.bank.tensors(row_P, run.settings, names) for kind, row_P in self._rows(index).items()
+            kind: self.bank.tensors(row, run.settings, names) for kind, row in self._rows(index).items()
         }
         found, troubles = load_checkpoint(
             _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)
         )
         position, state = found or (START, {})
-        for kind, row_P in self._rows(index).items() if found else ():
-            self.bank.load(row_P, run.settings, names, _part(state, kind))
+        for kind, row in self._rows(index).items() if found else ():
+            self.bank.load(row, run.settings, names, _part(state, kind))
         self.bank.refresh(index)
         self.optimizer.steps[index] = position.optimizer_steps
         position, best, lost = self._settle_adapter(run, names, position, state)
@@ -139,13 +139,9 @@ class Keeper:
         targets = exact_targets(names, self.base.module_names)
         export_peft(best, run.settings, targets, self.base, _adapter(run), note)
 
-    def _rows(self, index: int) -> dict[str, torch.Tensor]:
-        banks = {
-            "theta": self.bank.theta_SP,
-            "m": self.optimizer.exp_avg_SP,
-            "v": self.optimizer.exp_avg_sq_SP,
-        }
-        return {kind: bank_SP[index] for kind, bank_SP in banks.items()}
+    def _rows(self, index: int) -> dict[str, Row]:
+        banks = {"theta": self.bank.theta, "m": self.optimizer.exp_avg, "v": self.optimizer.exp_avg_sq}
+        return {kind: row_of(bank, index) for kind, bank in banks.items()}
 
     def _origins(self, run: TrialRun) -> tuple[str, str]:
         """Return digests of the study and of what decides a trial's numbers: a folder may hold files of a
@@ -156,7 +152,7 @@ class Keeper:
     def _origin_before_studies_had_ids(self, run: TrialRun) -> str:
         """LEGACY: the origin in versions without a study id; read, never written. `prepare.check_older` has
         compared what it does not cover."""
-        model = (Path(self.base.path).name, str(self.bank.used_SP.dtype))
+        model = (Path(self.base.path).name, str(self.bank.dtype))
         return _digest([run.settings.record(), run.seed, self.base.data_hash, *model])
 
 

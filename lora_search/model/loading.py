@@ -33,8 +33,9 @@ from lora_search.errors import ConfigError, LoraSearchError, ModelError
 from lora_search.model.adaptation import adapt
 from lora_search.model.checks import DAMAGED, check_unexpected
 from lora_search.model.packing_check import check_packing
+from lora_search.model.placement import bring_inputs, device_map
 from lora_search.model.sources import check_missing, find_source, location, pinned
-from lora_search.ops.device import keep_freed_memory, keep_to_own_cores, pick_device, pick_dtype
+from lora_search.ops.device import keep_freed_memory, keep_to_own_cores, pick_devices, pick_dtype
 from lora_search.settings.schema import EngineConfig, ModelConfig
 
 T = TypeVar("T")
@@ -131,9 +132,20 @@ def load_outline(source: str, config: ModelConfig) -> PreTrainedModel:
     return outline
 
 
+def place(source: str, config: ModelConfig, engine: EngineConfig) -> dict[str, torch.device]:
+    """Return transformers' device_map: where each part of the model goes, on the last device what is last.
+
+    Raises ConfigError if there are too few GPUs, or layers."""
+    devices = pick_devices(engine.device, engine.devices_per_worker)
+    if len(devices) == 1:
+        return {"": devices[0]}
+    return device_map(load_outline(source, config), devices, is_packed=config.quantization is not None)
+
+
 def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     """Load the model, frozen, with every weight from the checkpoint, and check it in packed passes."""
-    device = pick_device(engine.device)
+    places = place(source, config, engine)
+    device = list(places.values())[-1]
     if device.type == "cpu":
         keep_freed_memory()
         keep_to_own_cores()
@@ -145,7 +157,7 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
         source,
         config,
         dtype=dtype,
-        device_map={"": device},
+        device_map=places,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, with the names
         **_quantization(config, dtype),
@@ -153,6 +165,8 @@ def load_base(source: str, config: ModelConfig, engine: EngineConfig) -> Base:
     _check_whole(config, model, found)
     model.requires_grad_(False)
     model.eval()
+    if len(places) > 1:
+        bring_inputs(model)
     adapt(model)
     _keep_trainable(model)
     check_packing(model, config.path)

@@ -6,10 +6,12 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from lora_search.errors import ConfigError
 from lora_search.ops.cores import THREADS, num_cores
@@ -58,11 +60,12 @@ def give_back_memory(device: torch.device) -> None:
         libc.malloc_trim(0)
 
 
-def available_bytes(device: torch.device) -> int:
-    """Return what can still be allocated: free GPU memory, or the machine's within its cgroup's limit."""
-    if device.type == "cuda":
+def available_bytes(devices: Sequence[torch.device]) -> int:
+    """Return what can still be allocated on each device: the free memory of the fullest GPU, or the machine's
+    within its cgroup's limit."""
+    if devices[0].type == "cuda":
         torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
+        return min(int(torch.cuda.mem_get_info(device)[0]) for device in devices)
     machine = int(psutil.virtual_memory().available)
     return min([machine, *_cgroup_room()])
 
@@ -86,6 +89,24 @@ def pick_device(name: str) -> torch.device:
             "engine.device", name, f"must be a device of this machine ({count} GPUs)", "Use cpu or auto."
         )
     return torch.device(name)
+
+
+def pick_devices(name: str, count: int) -> tuple[torch.device, ...]:
+    """Return a worker's devices: the first GPUs that it sees. Raises ConfigError if there are too few."""
+    if count == 1:
+        return (pick_device(name),)
+    num_gpus = torch.cuda.device_count()
+    if name != "cpu" and count > num_gpus:
+        rule = f"must be at most {num_gpus}, the GPUs that a worker sees here"
+        remedy = "Lower it; a base that is too large for one device may fit with model.quantization=nf4"
+        raise ConfigError("engine.devices_per_worker", count, rule, remedy)
+    kind = pick_device(name).type
+    return tuple(torch.device(kind, index) for index in range(count))
+
+
+def devices_of(module: nn.Module) -> tuple[torch.device, ...]:
+    """Return the devices that a module's weights are on."""
+    return tuple(dict.fromkeys(parameter.device for parameter in module.parameters()))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -115,10 +136,10 @@ def gpu_dtype(name: str, capability: tuple[int, int] | None) -> torch.dtype:
 
 
 class Lap:
-    """The time from construction to `stop`. Reading ``seconds`` waits for the device."""
+    """The time from construction to `stop`, of all devices together. Reading ``seconds`` waits for them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
         self._start = self._stop = self._now()
 
     def stop(self) -> None:
@@ -136,10 +157,13 @@ class Lap:
         return float(self._start.elapsed_time(self._stop)) / 1e3
 
     def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
+        if self._devices[0].type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        first, *others = (torch.cuda.current_stream(device) for device in self._devices)
+        for other in others:
+            first.wait_stream(other)
+        event.record(first)
         return event
 
 
@@ -160,9 +184,9 @@ class Throughput:
         return sum(tokens for _, tokens in over) / sum(s for s, _ in over) if over else 0.0
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return this process's peak memory: on the GPU, or else on the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+def peak_bytes(devices: Sequence[torch.device]) -> int:
+    """Return this process's peak memory: on the fullest of its GPUs, or else on the machine."""
+    if devices[0].type == "cuda":
+        return max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

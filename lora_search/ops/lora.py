@@ -41,6 +41,12 @@ class Plan:
     def drops(self) -> bool:
         return self.key_T is not None
 
+    def on(self, device: torch.device) -> "Plan":
+        """Return the plan with its tensors on that device."""
+        tensors = (self.key_T, self.threshold_T, self.parts_P3, self.tiles_N3)
+        moved = (None if x is None else x.to(device, non_blocking=True) for x in tensors)
+        return Plan(self.slots, self.bounds, *moved)
+
 
 @dataclass(frozen=True)
 class SlotAdapter:

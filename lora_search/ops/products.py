@@ -19,8 +19,9 @@ def products_for(device: torch.device, dtype: torch.dtype) -> Products:
     try:
         from lora_search.ops.lora_kernels import KERNELS  # PyTorch brings Triton for CUDA only
 
-        if agree(KERNELS, device, dtype):
-            return KERNELS
+        with torch.cuda.device(device):  # where Triton launches
+            if agree(KERNELS, device, dtype):
+                return KERNELS
         logger.warning("the kernels of adapters give other numbers and are not used: training is slower")
     except torch.OutOfMemoryError:
         raise

@@ -43,7 +43,9 @@ def forecast_lines(
             costs = [seconds / 3600 * price * shape.num_workers for seconds in found.seconds]
             lines.append(f"cost         {costs[1]:.3g} ({costs[0]:.3g} to {costs[2]:.3g})")
         lines.append(f"disk         up to {disk:,.0f} MiB of adapters and checkpoints")
-    lines.append(f"memory       {memory_bytes / 2**30:.1f} GiB at the probe's peak, base included")
+    devices = config.engine.devices_per_worker
+    place = f", on the fullest of {devices} GPUs" if devices > 1 else ""
+    lines.append(f"memory       {memory_bytes / 2**30:.1f} GiB at the probe's peak, base included{place}")
     lines.append(f"cost driver  {_driver(found)}")
     return lines + _budget_lines(config, shape, probe, found, share)
 

@@ -6,7 +6,7 @@ Does not use the packed engine, so it is an independent check. Imports torch.
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from lora_search.data.serving import end_tokens
 from lora_search.data.templates import render
 from lora_search.errors import StudyError
 from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
-from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
-from lora_search.ops.device import pick_device, pick_dtype
+from lora_search.model.loading import load_tokenizer, pin_model, place, resolve_model
+from lora_search.ops.device import pick_dtype
 from lora_search.output.shared_files import adapter_here
 from lora_search.output.streams import clean
 from lora_search.reading.rows import Row
@@ -37,13 +37,13 @@ def load_plain(config: SweepConfig, commit: str | None) -> PreTrainedModel:
     """Return the study's base in plain transformers, in its dtype, never quantized."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, commit)
-    device = pick_device(config.engine.device)
+    places = place(source, replace(model, quantization=None), config.engine)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        dtype=pick_dtype(config.engine.dtype, device),
-        device_map={"": device},
+        dtype=pick_dtype(config.engine.dtype, list(places.values())[-1]),
+        device_map=places,
     )
     return loaded.eval()
 

@@ -27,7 +27,9 @@ class LauncherConfig:
     workers: int | None = None  # null: one per GPU (slurm: one); without a GPU one
     max_restarts: int = 3  # how often to start a worker again that a signal killed
     cpus_per_worker: int | None = None  # ray, slurm: null is 1
-    gpus_per_worker: float | None = None  # ray, slurm: null is 1 (ray: where the cluster has GPUs)
+    gpus_per_worker: float | None = (
+        None  # ray, slurm: null is engine.devices_per_worker (ray: if it has GPUs)
+    )
     address: str | None = None  # ray: of a running cluster; null: RAY_ADDRESS, else one on this machine
     partition: str | None = None  # slurm
     minutes: int | None = None  # slurm: the time limit of a job; null is 240

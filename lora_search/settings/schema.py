@@ -24,6 +24,7 @@ from lora_search.settings.train_schema import TrainConfig as TrainConfig
 
 WRITE_OUT = "Write the folder in full: neither the shell nor the database expands ~ here"
 DAY, MAX_HOURS = 86_400, 10_000
+MAX_DEVICES = 64  # of one machine
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,7 @@ class EngineConfig:
     slots: int | str = 4  # trials that train at once on one base; auto: chosen by a probe of memory and speed
     tokens_per_pass: int | str = 1024  # most tokens in one forward/backward pass; auto: what fits in memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    devices_per_worker: int = 1  # GPUs over which a base too large for one is spread, layer by layer
     gradient_checkpointing: bool | str = "auto"  # auto: only if a row would not fit without it
     dtype: str = "auto"  # of the base: auto, float32 or bfloat16; adapters are always float32
 
@@ -73,6 +75,11 @@ class EngineConfig:
         require(known_choice, "engine.gradient_checkpointing", recompute, "must be true, false or auto")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
         require(bool(known), "engine.device", self.device, "must be auto, cpu, cuda or cuda:N")
+        require_range("engine.devices_per_worker", self.devices_per_worker, 1, MAX_DEVICES)
+        fits = self.devices_per_worker == 1 or self.device in ("auto", "cuda")
+        rule = f"must be 1 with engine.device={self.device}: more are the first GPUs that a worker sees"
+        remedy = "Use engine.device=cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        require(fits, "engine.devices_per_worker", self.devices_per_worker, rule, remedy)
         require_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
@@ -229,6 +236,9 @@ class SweepConfig:
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(bool(self.runs_dir.strip()), "runs_dir", self.runs_dir, "must name a folder", "Try runs")
         check_choice(self.study.choose_by, self.metric)
+        devices, gpus = self.engine.devices_per_worker, self.launcher.gpus_per_worker
+        rule, remedy = f"must be engine.devices_per_worker={devices}", "Leave it out"
+        require(devices == 1 or gpus in (None, devices), "launcher.gpus_per_worker", gpus, rule, remedy)
         require(
             not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "must not begin with ~", WRITE_OUT
         )

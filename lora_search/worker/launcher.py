@@ -36,18 +36,21 @@ def visible_gpus() -> int:
 
 
 def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return each worker's environment: its own GPU, or its share of the cores.
+    """Return each worker's environment: its own GPUs, or its share of the cores.
 
-    ``num_gpus`` is 0 with engine.device=cpu. Raises ConfigError if there are more workers than GPUs.
+    ``num_gpus`` is 0 with engine.device=cpu. Raises ConfigError if there are too few GPUs.
     """
-    workers = config.launcher.workers
-    count = workers or num_gpus or 1
+    workers, size = config.launcher.workers, config.engine.devices_per_worker
+    require(size <= max(num_gpus, 1), "engine.devices_per_worker", size,
+            f"must be at most {num_gpus}, the visible GPUs", "Lower it")  # fmt: skip
+    most = num_gpus // size
+    count = workers or most or 1
     check_workers(config, count)
     require(
-        num_gpus == 0 or count <= num_gpus,
+        num_gpus == 0 or count <= most,
         "launcher.workers",
         workers,
-        f"must be at most {num_gpus}, the visible GPUs",
+        f"must be at most {most}, the visible GPUs" + (f" by {size}" if size > 1 else ""),
         "Lower it, or set engine.device=cpu",
     )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -56,7 +59,8 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
     common = {"OMP_NUM_THREADS": threads, **environment}
     if num_gpus == 0:
         return [common] * count
-    return [common | {"CUDA_VISIBLE_DEVICES": gpus[i]} for i in range(count)]
+    groups = [",".join(gpus[i * size : (i + 1) * size]) for i in range(count)]
+    return [common | {"CUDA_VISIBLE_DEVICES": group} for group in groups]
 
 
 def run_workers(config: SweepConfig, command: Command, progress: Progress, check: Callable[[], None]) -> None:
@@ -103,7 +107,9 @@ def local_team(
         for number, environment in enumerate(environments)
         if (log := (logs / f"{number}.log").absolute())
     ]
-    return Team(workers, f"{len(workers)} on one GPU each" if num_gpus else f"{len(workers)} on the CPU")
+    size = config.engine.devices_per_worker
+    each = "on the CPU" if not num_gpus else "on one GPU each" if size == 1 else f"on {size} GPUs each"
+    return Team(workers, f"{len(workers)} {each}")
 
 
 @contextmanager

@@ -127,6 +127,9 @@ class RayTeam:
     def _placement(self) -> dict[str, Any]:
         """Return the options of a seat's actor. SQLite is a file of one machine: its seats stay here."""
         options = {"num_cpus": self._need["CPU"], "num_gpus": self._need["GPU"], "max_restarts": FOR_EVER}
+        size, most = self._config.engine.devices_per_worker, max(map(_gpus, self._nodes()), default=0)
+        require(size in (1, *range(most + 1)), "engine.devices_per_worker", size,
+                f"must be at most {most}, the GPUs of the cluster's largest node", "Lower it")  # fmt: skip
         if not self._config.study.storage.startswith("sqlite"):
             return {**options, "scheduling_strategy": "SPREAD"}
         require(
@@ -146,7 +149,7 @@ class RayTeam:
         launcher, has_gpus = self._config.launcher, self._ray.cluster_resources().get("GPU", 0) > 0
         gpus = launcher.gpus_per_worker
         if gpus is None:
-            gpus = 1 if has_gpus else 0
+            gpus = self._config.engine.devices_per_worker if has_gpus else 0
         return {
             "CPU": launcher.cpus_per_worker or 1,
             "GPU": 0 if self._config.engine.device == "cpu" else gpus,
@@ -161,6 +164,10 @@ class RayTeam:
 
     def _nodes(self) -> list[Mapping[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
+
+
+def _gpus(node: Mapping[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0))
 
 
 def connect(ray: Any, config: LauncherConfig) -> None:

@@ -191,11 +191,9 @@ def make_executor(submitit: Any, config: SweepConfig, folder: Path) -> Any:
     """Return submitit's executor with the settings of a job. Raises ConfigError without Slurm."""
     launcher = config.launcher
     minutes = launcher.minutes or MINUTES
-    gpus = (
-        0
-        if config.engine.device == "cpu"
-        else int(1 if launcher.gpus_per_worker is None else launcher.gpus_per_worker)
-    )
+    chosen = launcher.gpus_per_worker
+    gpus = int(config.engine.devices_per_worker if chosen is None else chosen)
+    gpus = 0 if config.engine.device == "cpu" else gpus
     try:
         cluster = launcher.cluster or "slurm"
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=NO_LIMIT)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_search.engine.bank import SlotBank, SlotLinear
+from lora_search.engine.bank import SlotBank, SlotLinear, row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS, make_run
@@ -23,8 +23,7 @@ def make_bank(tmp_path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     for slot, dropout in ((0, 0.0), (2, 0.4)):
         settings = make_run(tmp_path, slot, r=4 + slot, dropout=dropout).settings
         bank.admit(slot, settings, ("0",), seed=slot)
-        bank.theta_SP[slot].add_(bank.theta_SP[slot].ne(0) * 0.0)
-        for _, _, b_RO in bank.views(bank.theta_SP[slot], settings, ("0",)):
+        for _, _, b_RO in bank.views(row_of(bank.theta, slot), settings, ("0",)):
             b_RO.normal_()
         bank.refresh(slot)
     return model, bank
@@ -35,8 +34,9 @@ def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int,
     model, bank = make_bank(tmp_path)
     x = torch.randn(shape, requires_grad=True)
     keys, thresholds = token_keys(5, [0], [9]), [threshold(0.0)] * 6 + [threshold(0.4)] * 3
-    bank.plan = Plan((0, None, 2), (0, 4, 6, 9), keys, torch.tensor(thresholds, dtype=torch.int16))
-    keep = kept(keys, bank.plan.threshold_T, 0, D_IN) != 0
+    threshold_T = torch.tensor(thresholds, dtype=torch.int16)
+    bank.set_plan(Plan((0, None, 2), (0, 4, 6, 9), keys, threshold_T), lambda x: x)
+    keep = kept(keys, threshold_T, 0, D_IN) != 0
     leaves, pieces = (
         {},
         list(F.linear(x.reshape(9, D_IN), model[0].base.weight, model[0].base.bias).split([4, 2, 3])),
@@ -67,11 +67,12 @@ def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int,
 def test_the_matmuls_see_theta_in_the_dtype_of_the_base(tmp_path) -> None:  # type: ignore[no-untyped-def]
     _, bank = make_bank(tmp_path, torch.bfloat16)
 
-    bank.theta_SP[0].add_(0.125)
+    (theta_SP,), (used_SP,) = bank.theta, bank.used
+    theta_SP[0].add_(0.125)
     bank.refresh(0)
 
-    assert bank.theta_SP.dtype == torch.float32
-    assert torch.equal(bank.used_SP[0], bank.theta_SP[0].bfloat16())
+    assert theta_SP.dtype == torch.float32
+    assert torch.equal(used_SP[0], theta_SP[0].bfloat16())
 
 
 def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -79,7 +80,7 @@ def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[
 
     bank.release(2)
 
-    assert not bank.theta_SP[2].any()
+    assert not bank.theta[0][2].any()
     assert list(bank.adapters[0]) == [0]
     assert SETTINGS.r == 4
 
@@ -100,7 +101,7 @@ def test_the_product_of_a_gated_mlp_is_computed_again_and_not_kept(tiny_llama: P
         ):
             y = run(*leaves)
         y.square().sum().backward()
-        grad_SP = engine.bank.grad_SP[0]
+        grad_SP = engine.bank.grad[0][0]
         found.append(([y, *(x.grad for x in leaves), grad_SP.clone()], len(set(kept))))
         grad_SP.zero_()
 

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_search.engine.bank import row_of
 from lora_search.engine.engine import Engine
 from lora_search.engine.evaluation import score_rows
 from lora_search.engine.generation import generate
@@ -26,14 +27,14 @@ def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     engine = build_engine(tiny_llama, SPLITS, slots=3)
     runs = [make_run(folder, number, r=2 * number + 2, alpha=9.0 - number) for number in range(3)]
     engine.admit(runs)
-    engine.bank.theta_SP.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    engine.bank.theta[0].normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     for number, run in enumerate(runs):
         slot = engine.slots[number]
         assert slot is not None
-        found = engine.bank.tensors(engine.bank.theta_SP[number], run.settings, slot.names)
+        found = engine.bank.tensors(row_of(engine.bank.theta, number), run.settings, slot.names)
         weights = {name: tensor.clone() for name, tensor in found.items()}  # on a CPU they are views
-        engine.bank.theta_SP[number].zero_()  # what the trial does not use stays zero
-        engine.bank.load(engine.bank.theta_SP[number], run.settings, slot.names, weights)
+        engine.bank.theta[0][number].zero_()  # what the trial does not use stays zero
+        engine.bank.load(row_of(engine.bank.theta, number), run.settings, slot.names, weights)
         engine.bank.refresh(number)
         export_peft(
             weights, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), folder / str(number) / "out"

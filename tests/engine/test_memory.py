@@ -211,4 +211,4 @@ def test_what_the_cpu_says_when_memory_ends_is_understood() -> None:
 
     assert done.stdout.split() == ["True", "False"]
     assert not is_out_of_memory(RuntimeError("size mismatch"))
-    assert 0 < available_bytes(torch.device("cpu")) < 2**50
+    assert 0 < available_bytes([torch.device("cpu")]) < 2**50

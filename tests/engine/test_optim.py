@@ -54,7 +54,7 @@ def test_a_slot_steps_as_torch_adamw_and_leaves_the_others_alone(tmp_path) -> No
     settings = make_run(tmp_path, weight_decay=0.1, max_grad_norm=0.5).settings
     theta, grad = torch.randn(3, 50), torch.zeros(3, 50)
     before, reference = theta.clone(), theta[1].clone().requires_grad_()
-    ours = SlotAdamW(theta, grad)
+    ours = SlotAdamW([theta], [grad], [0])
     theirs = torch.optim.AdamW([reference], lr=0.01, weight_decay=0.1)
 
     for _ in range(5):

@@ -8,7 +8,7 @@ CPU = torch.device("cpu")
 
 
 def lap_of(seconds: float) -> Lap:
-    lap = Lap(CPU)
+    lap = Lap([CPU])
     lap._start, lap._stop = 10.0, 10.0 + seconds
     return lap
 
@@ -24,7 +24,7 @@ def test_the_rate_is_that_of_all_tokens_over_all_time() -> None:
 
 
 def test_a_lap_ends_where_it_is_stopped() -> None:
-    lap = Lap(CPU)
+    lap = Lap([CPU])
     torch.ones(200, 200) @ torch.ones(200, 200)
     lap.stop()
 

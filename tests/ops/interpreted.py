@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_search.engine.bank import row_of
 from lora_search.engine.packed_model import SlotRows
 from lora_search.model.tiny import make_tiny_model
 from lora_search.ops.lora import PLAIN
@@ -39,7 +40,7 @@ def of_a_pass(folder: Path) -> Numbers:
     engine.admit(runs)
     for slot, run in zip(engine.slots, runs, strict=True):
         assert slot is not None
-        for _, _, b_RO in engine.bank.views(engine.bank.theta_SP[run.number], run.settings, slot.names):
+        for _, _, b_RO in engine.bank.views(row_of(engine.bank.theta, run.number), run.settings, slot.names):
             b_RO.normal_(std=0.1)
     rows, found = engine.splits.train, []
     packs = [SlotRows(None, rows[:1])]
@@ -48,9 +49,8 @@ def of_a_pass(folder: Path) -> Numbers:
         engine.bank.products = products
         nll = torch.cat(engine.model.nll(packs))
         nll.sum().backward()
-        found.append([nll.detach(), *(engine.bank.grad_SP[slot].clone() for slot in range(3))])
-        for slot in range(3):
-            engine.bank.grad_SP[slot].zero_()
+        found.append([nll.detach(), *engine.bank.grad[0].clone()])
+        engine.bank.grad[0].zero_()
     return {"a pass": (found[0], found[1])}
 
 

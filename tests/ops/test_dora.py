@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_search.engine.bank import SlotBank
+from lora_search.engine.bank import SlotBank, row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS
@@ -36,12 +36,12 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, dropout: float)
     bank = SlotBank(own.requires_grad_(False), {"0": own[0]}, 2, 8, has_magnitudes=True)
     bank.admit(1, settings, ("0",), seed=3)
     state = {
-        name: torch.randn_like(t) for name, t in bank.tensors(bank.theta_SP[1], settings, ("0",)).items()
+        name: torch.randn_like(t) for name, t in bank.tensors(row_of(bank.theta, 1), settings, ("0",)).items()
     }
-    bank.load(bank.theta_SP[1], settings, ("0",), state)
+    bank.load(row_of(bank.theta, 1), settings, ("0",), state)
     bank.refresh(1)
     keys, thresholds = token_keys(5, [0], [T]), torch.full((T,), threshold(dropout), dtype=torch.int16)
-    bank.plan = Plan((None, 1), (0, 3, T), keys, thresholds)
+    bank.set_plan(Plan((None, 1), (0, 3, T), keys, thresholds), lambda x: x)
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_dora=True, lora_dropout=dropout)
     plain = get_peft_model(peft_base, config)
@@ -67,4 +67,6 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, dropout: float)
 
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(x.grad, expected_x)
-    torch.testing.assert_close([*bank.tensors(bank.grad_SP[1], settings, ("0",)).values()], expected_leaves)
+    torch.testing.assert_close(
+        [*bank.tensors(row_of(bank.grad, 1), settings, ("0",)).values()], expected_leaves
+    )

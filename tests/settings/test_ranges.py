@@ -13,7 +13,7 @@ from lora_search.settings.schema import SweepConfig
 
 COUNTS = [
     "seed", "data.max_train_examples", "data.max_validation_examples", "data.demo_train_examples",
-    "data.demo_validation_examples", "data.max_length", "engine.slots", "engine.tokens_per_pass", "lora.r",
+    "data.demo_validation_examples", "data.max_length", "engine.slots", "engine.tokens_per_pass", "engine.devices_per_worker", "lora.r",
     "launcher.workers", "launcher.worker", "launcher.max_restarts", "launcher.cpus_per_worker", "launcher.minutes", "metric.max_new_tokens",
     "metric.max_rows", "pruner.first_rung", "pruner.n_startup_trials",
     "pruner.patience", "pruner.reduction_factor", "sampler.n_startup_trials", "study.heartbeat_seconds",

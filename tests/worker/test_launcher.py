@@ -17,8 +17,10 @@ from lora_search.ops.cores import num_cores
 from lora_search.settings.schema import EngineConfig, LauncherConfig, StudyConfig, SweepConfig
 from lora_search.study.view import StudyView
 from lora_search.worker.command import Command, Letter, typed_command
-from lora_search.worker.launcher import plan_workers
-from lora_search.worker.seat import sweep_files
+from lora_search.worker.launcher import local_team, plan_workers
+from lora_search.worker.on_ray import RayTeam
+from lora_search.worker.on_slurm import make_executor
+from lora_search.worker.seat import make_order, sweep_files
 from lora_search.worker.team import Team, Worker, error_file
 from tests.servers import postgres_url
 
@@ -37,10 +39,16 @@ SMOKE = (
 LONG = ("train.epochs=8", "pruner=none", "optim.lr=5e-3")
 
 
-def make_config(device: str = "auto", workers: int | None = None, storage: str = SECRET) -> SweepConfig:
+def make_config(
+    device: str = "auto",
+    workers: int | None = None,
+    storage: str = SECRET,
+    devices: int = 1,
+    launcher: str = "local",
+) -> SweepConfig:
     return SweepConfig(
-        engine=EngineConfig(device=device),
-        launcher=LauncherConfig(name="local", workers=workers),
+        engine=EngineConfig(device=device, devices_per_worker=devices),
+        launcher=LauncherConfig(name=launcher, workers=workers),
         study=StudyConfig(storage=storage),
     )
 
@@ -52,6 +60,83 @@ def test_each_visible_gpu_gets_one_worker_of_its_own() -> None:
     assert [plan["CUDA_VISIBLE_DEVICES"] for plan in plans] == ["0", "1", "2"]
     assert [plan["CUDA_VISIBLE_DEVICES"] for plan in chosen] == ["5", "GPU-ab12"]
     assert {plan["PATH"] for plan in plans} == {"/bin"}
+
+
+def test_workers_with_several_devices_have_none_in_common() -> None:
+    plans = plan_workers(make_config(devices=2), 5, {})
+    chosen = plan_workers(make_config(workers=1, devices=2), 4, {"CUDA_VISIBLE_DEVICES": "7,GPU-ab12,3,1"})
+
+    assert [plan["CUDA_VISIBLE_DEVICES"] for plan in plans] == ["0,1", "2,3"]
+    assert [plan["CUDA_VISIBLE_DEVICES"] for plan in chosen] == ["7,GPU-ab12"]
+    team = local_team(
+        make_config(devices=2), Command(sweep="a", config_dir=None, overrides=()), plans, 5, Path()
+    )
+    assert team.places == "2 on 2 GPUs each"
+
+
+class FakeRay:
+    """A cluster's size, as Ray says it."""
+
+    def __init__(self, *gpus: int) -> None:
+        self._nodes = [{"Alive": True, "Resources": {"GPU": float(n), "CPU": 8.0}} for n in gpus]
+
+    def nodes(self) -> list[dict[str, object]]:
+        return self._nodes
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": sum(node["Resources"]["GPU"] for node in self._nodes)}
+
+
+def test_a_seat_on_ray_asks_for_all_devices_of_its_worker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(4, 2))
+    order = make_order(Command(sweep="smoke", config_dir=None, overrides=()), 0, {})
+
+    options = RayTeam(make_config(devices=4, launcher="ray"), order, tmp_path)._placement()
+
+    assert options["num_gpus"] == 4
+    with pytest.raises(
+        ConfigError, match="devices_per_worker: must be at most 4, the GPUs of the .* largest node, got 5"
+    ):
+        RayTeam(make_config(devices=5, launcher="ray"), order, tmp_path)._placement()
+
+
+class FakeSubmitit:
+    """Keeps what jobs are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, object] = {}
+
+    def AutoExecutor(self, **_: object) -> "FakeSubmitit":  # noqa: N802 (submitit's name)
+        return self
+
+    def update_parameters(self, **asked: object) -> None:
+        self.asked = asked
+
+
+def test_a_slurm_job_asks_for_all_devices_of_its_worker(tmp_path: Path) -> None:
+    executors = [
+        make_executor(FakeSubmitit(), make_config(devices=count, launcher="slurm"), tmp_path)
+        for count in (1, 4)
+    ]
+
+    assert [executor.asked["gpus_per_node"] for executor in executors] == [1, 4]
+
+
+@pytest.mark.wrong_input
+def test_devices_that_a_worker_cannot_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match="devices_per_worker: must be at most 3, the visible GPUs, got 4"):
+        plan_workers(make_config(devices=4), 3, {})
+    with pytest.raises(ConfigError, match="workers: must be at most 2, the visible GPUs by 2, got 3"):
+        plan_workers(make_config(workers=3, devices=2), 5, {})
+    with pytest.raises(ConfigError, match="devices_per_worker: must be 1 with engine.device=cpu"):
+        EngineConfig(device="cpu", devices_per_worker=2)
+    with pytest.raises(ConfigError, match="devices_per_worker: must be 1 with engine.device=cuda:1"):
+        EngineConfig(device="cuda:1", devices_per_worker=2)
+    engine, launcher = EngineConfig(devices_per_worker=2), LauncherConfig(name="ray", gpus_per_worker=1)
+    with pytest.raises(ConfigError, match="gpus_per_worker: must be engine.devices_per_worker=2, got 1"):
+        SweepConfig(engine=engine, launcher=launcher)
 
 
 def test_without_a_gpu_the_workers_share_out_the_cores_unless_told_otherwise() -> None:
