@@ -29,7 +29,7 @@ def edge_notes(config: SweepConfig, space: Space, params: Mapping[str, object]) 
             continue  # seeds have no order
         if isinstance(distribution, CategoricalDistribution):
             found = _choice_note(key, distribution, value)
-        elif isinstance(distribution, FloatDistribution | IntDistribution) and not _steps(distribution):
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
             found = _range_note(key, distribution, value)
         else:
             continue
@@ -78,9 +78,7 @@ def _range_note(key: str, distribution: FloatDistribution | IntDistribution, val
     if NEAR < place < 1 - NEAR:
         return None
     is_low = place <= NEAR
-    wider = _beyond(low, high, is_low=is_low, log=log)
-    whole = isinstance(distribution, IntDistribution)
-    bound = max(1, round(wider)) if whole else float(f"{wider:.3g}")
+    bound = _bound(distribution, _beyond(low, high, is_low=is_low, log=log), is_low=is_low)
     ends = (bound, high) if is_low else (low, bound)
     if ends[0] >= low and ends[1] <= high:
         return None
@@ -88,7 +86,22 @@ def _range_note(key: str, distribution: FloatDistribution | IntDistribution, val
         f"{key}={value:.4g} is at the {'lower' if is_low else 'upper'} end of its range; the best value may "
         "be outside. To extend the range in the same study"
     )
-    return text, type(distribution)(*ends, log=log)  # type: ignore[arg-type]
+    return text, type(distribution)(ends[0], ends[1], log=log, step=distribution.step)  # type: ignore[arg-type]
+
+
+def _bound(distribution: FloatDistribution | IntDistribution, wider: float, *, is_low: bool) -> float:
+    """Return the new end as one types it; of a stepped range on its grid, and above 0 if the old one is."""
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is not None and _steps(distribution):
+        above_0 = math.ceil(round(low / step, 9)) - 1
+        down = round((low - wider) / step)
+        count = (
+            -min(max(1, down), above_0 if low > 0 else down)
+            if is_low
+            else max(1, round((wider - high) / step))
+        )
+        return stepped(low if is_low else high, step, count)
+    return max(1, round(wider)) if isinstance(distribution, IntDistribution) else float(f"{wider:.3g}")
 
 
 def _choice_note(key: str, distribution: CategoricalDistribution, value: float) -> Wider | None:

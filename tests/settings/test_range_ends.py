@@ -65,6 +65,24 @@ def test_an_end_beyond_which_nothing_is_allowed_is_no_edge(changes: dict[str, fl
     assert notes(**changes) == []
 
 
+@pytest.mark.parametrize(
+    ("key", "sweep", "best", "wider"),
+    [
+        ("lora.r", "range(16,65,8)", 64, "range(16,96,8)"),
+        ("lora.r", "range(16,65,8)", 16, "range(8,72,8)"),  # not 0 or below
+        ("lora.dropout", "range(0.1,0.3,0.05)", 0.25, "range(0.1,0.4,0.05)"),
+    ],
+)
+def test_a_stepped_range_is_widened_by_whole_steps(key: str, sweep: str, best: float, wider: str) -> None:
+    section, name = key.split(".")
+    config = SweepConfig(space={section: {name: sweep}})
+
+    [(text, override)] = edge_notes(config, parse_space(config), {key: best})
+
+    assert shlex.split(override) == [f"space.{key}={wider}"]
+    assert "end of its range" in text
+
+
 def test_no_choice_is_said_to_be_smaller_that_is_not() -> None:
     config = SweepConfig(space={"optim": {"warmup_steps": "choice(0, 4, 8)"}})
 
@@ -91,8 +109,10 @@ CASES = [  # key, its sweep for the winner's choice, and for the other one
     ("optim.lora_plus_ratio", "choice(1.5,4,8)", "choice(1.5,4,8)"),
     ("optim.lr", "tag(log,interval(1e-5,1e-4))", "tag(log,interval(2e-5,1e-3))"),
     ("lora.r", "interval(4,16)", "range(8,33,8)"),
+    ("lora.r", "range(16,65,8)", "interval(4,16)"),
     ("lora.r", "choice(8,16)", "choice(8,16)"),
     ("train.neftune_alpha", "interval(3,5)", "range(1.0,5.0,1.0)"),
+    ("train.neftune_alpha", "range(2.5,4.5,0.5)", "interval(3,5)"),
 ]
 
 
