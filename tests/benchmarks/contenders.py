@@ -6,6 +6,7 @@ the running ones end. The last two need packages of their own; without them they
 """
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lora_search.search.pruning import RungPruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.settings.schema import SamplerConfig
+from tests.benchmarks.freeze_thaw import Curves, FreezeThaw
 from tests.benchmarks.surrogate import Family
 
 RANKS, BATCHES = (8, 16, 32), (2, 4, 8)
@@ -105,6 +107,60 @@ class OptunaSearch:
         for number in stopped:
             self.study.tell(number, state=TrialState.PRUNED)
         return {*done, *stopped}
+
+
+class FreezeThawSearch:
+    """Freeze-thaw, after the same first trials. It decides anew about every slot at every rung."""
+
+    NEW, SLOTS = 100, 4
+    RATE_SPREAD = 1.5  # nats around the prior's learning rate within which much is promised
+
+    @classmethod
+    def begin(cls, family: Family, seed: int) -> Search:
+        return cls(family, seed)
+
+    def __init__(self, family: Family, seed: int) -> None:
+        self.family, self.rng = family, np.random.default_rng(seed)
+        self.freeze_thaw = FreezeThaw(3, family.num_rungs, seed)
+        self.curves, self.params, self.next = Curves(), list[Mapping[str, Any]](), list[int]()
+
+    def suggest(self) -> tuple[int, Mapping[str, Any], int]:
+        if not self.params:
+            self.next = [self._begin(params) for params in (*FIRST, self._draw())]
+        elif not self.next:
+            new, known = [self._draw() for _ in range(self.NEW)], len(self.params)
+            points, promises = [self._point(one) for one in new], [self._promise(one) for one in new]
+            chosen = self.freeze_thaw.choose(self.curves, points, promises, self.SLOTS)
+            self.next = [n if n < known else self._begin(new[n - known]) for n in chosen]
+        number = self.next.pop(0)
+        return number, self.params[number], len(self.curves.values[number])
+
+    def report(self, news: Mapping[int, tuple[int, float]]) -> set[int]:
+        for number, (rung, perplexity) in news.items():
+            is_bare = rung <= self.family.untrained_rung(self.params[number])
+            self.curves.values[number].append(math.nan if is_bare else math.log(perplexity))
+        return set(news)
+
+    def _begin(self, params: Mapping[str, Any]) -> int:
+        self.params.append(params)
+        self.curves.points.append(self._point(params))
+        self.curves.promises.append(self._promise(params))
+        self.curves.values.append([])
+        return len(self.params) - 1
+
+    def _draw(self) -> dict[str, Any]:
+        low, high = self.family.rates
+        r, batch = self.rng.integers(len(RANKS)), self.rng.integers(len(BATCHES))
+        lr = low * (high / low) ** self.rng.random()
+        return {"optim.lr": lr, "lora.r": RANKS[r], "train.batch_size": BATCHES[batch]}
+
+    def _point(self, params: Mapping[str, Any]) -> list[float]:
+        low, high = self.family.rates
+        rate = math.log(params["optim.lr"] / low) / math.log(high / low)
+        return [rate, RANKS.index(params["lora.r"]) / 2, BATCHES.index(params["train.batch_size"]) / 2]
+
+    def _promise(self, params: Mapping[str, Any]) -> float:
+        return math.exp(-0.5 * (math.log(params["optim.lr"] / PRIOR) / self.RATE_SPREAD) ** 2)
 
 
 class SyneTuneAsha:
@@ -274,4 +330,5 @@ def contenders(*, slow: bool = False) -> dict[str, Any]:
     """Return all contenders that can run here, ours first."""
     there = {name: cls for name, (module, cls) in OTHERS.items() if importlib.util.find_spec(module)}
     rules = {f"rule: {name}": one for name, one in RULES.items() if name != "factor 2"}
-    return {OURS: RULES["factor 2"], **RIVALS, **there, **rules, **(SLOW if slow else {})}
+    frozen = {"freeze-thaw, first trials": FreezeThawSearch}
+    return {OURS: RULES["factor 2"], **RIVALS, **there, **frozen, **rules, **(SLOW if slow else {})}

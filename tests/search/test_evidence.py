@@ -96,7 +96,7 @@ def test_without_new_residuals_a_task_gives_the_recorded_curves_back(surrogate: 
     assert np.median(np.abs(given_NK - surrogate.family.curves_NK)) < 0.01
 
 
-@pytest.mark.parametrize("name", [OURS, "tpe, hyperband"])
+@pytest.mark.parametrize("name", [OURS, "tpe, hyperband", "freeze-thaw, first trials"])
 def test_a_replayed_search_is_the_same_again_and_never_better_than_the_best(
     surrogate: Surrogate, name: str
 ) -> None:
