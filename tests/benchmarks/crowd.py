@@ -7,6 +7,7 @@ trials has reported too. The other trials are written by bulk SQL in the rows th
 process: of opening, the memory is what a fresh worker takes at its peak, and what it keeps.
 """
 
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -25,12 +26,12 @@ from lora_search.settings.space import Space, parse_space
 from lora_search.study.study import SweepStudy
 from lora_search.trial import TrialRun
 from tests.benchmarks.study import RUNGS, SPACE, fill, multiply, past_trial, tick
-from tests.processes import FORKS
 from tests.servers import real_postgres, sqlalchemy_uri
 
 RUNNING, FINISHED = (40, 400, 4_000), (1_000, 10_000, 95_000)  # study.n_trials is at most 100,000
 TICKS, SEED = 7, 40  # ticks of one worker; running trials that are added one by one, and copied
 CALLS = ("open", "claim", "report", "judge", "heartbeat", "summary", "end")
+SPAWN = multiprocessing.get_context("spawn")
 SELDOM = ("heartbeat", "summary")  # most calls do nothing: what counts is one that is due
 SETTINGS = '{"epochs": 1.0, "evals_per_epoch": 8, "warmup_ratio": 0.03, "batch_size": 8}'
 
@@ -130,7 +131,7 @@ def prepare(storage: str, running: int, finished: int, folder: Path) -> None:
     crowd(study, study.space, finished, running)
 
 
-def join(storage: str, running: int, finished: int, folder: Path, told: "FORKS.Queue[Cost]") -> None:  # type: ignore[name-defined]
+def join(storage: str, running: int, finished: int, folder: Path, told: "SPAWN.Queue[Cost]") -> None:  # type: ignore[name-defined]
     """Tell what a worker pays that joins the study."""
     quieten_optuna()
     cost, held = Cost(), dict[int, tuple[TrialRun, int]]()
@@ -146,9 +147,9 @@ def join(storage: str, running: int, finished: int, folder: Path, told: "FORKS.Q
 
 def measure(folder: Path, storage: str, running: int, finished: int) -> Cost:
     """Return what a worker pays that joins a study of this size. One study a database."""
-    told: FORKS.Queue[Cost] = FORKS.Queue()  # type: ignore[name-defined]
+    told: SPAWN.Queue[Cost] = SPAWN.Queue()  # type: ignore[name-defined]
     for target, more in ((prepare, ()), (join, (told,))):
-        process = FORKS.Process(target=target, args=(storage, running, finished, folder, *more))
+        process = SPAWN.Process(target=target, args=(storage, running, finished, folder, *more))
         process.start()
         process.join()
         assert process.exitcode == 0

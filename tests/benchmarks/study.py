@@ -137,27 +137,30 @@ def work(study: SweepStudy) -> Clock:
 
 
 def multiply(study: SweepStudy, have: int, size: int, first: int = 0) -> None:
-    """Copy ``have`` trials from ``first`` on until there are ``size``: in SQL, for adding each is slow."""
-    for start in range(have, size, have):
+    """Copy ``have`` trials from ``first`` on, and their copies, until there are ``size``: in SQL, for adding
+    each is slow."""
+    while have < size:
+        count = min(have, size - have)
+        which = f"trials.number >= {first} AND trials.number < {first + count}"
         with study.storage.engine.begin() as connection:
             run = connection.exec_driver_sql
             run(
                 "INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete) SELECT "
-                f"number + {start}, study_id, state, datetime_start, datetime_complete FROM trials "
-                f"WHERE number >= {first} AND number < {first + min(have, size - start)} ORDER BY number"
+                f"number + {have}, study_id, state, datetime_start, datetime_complete FROM trials "
+                f"WHERE {which} ORDER BY number"
             )
             for table, columns in COPIED.items():
                 run(
                     f"INSERT INTO {table} (trial_id, {columns}) SELECT copy.trial_id, {columns} FROM {table} "
-                    f"JOIN trials ON trials.trial_id = {table}.trial_id "
-                    f"AND trials.number >= {first} AND trials.number < {first + have} "
-                    f"JOIN trials AS copy ON copy.number = trials.number + {start}"
+                    f"JOIN trials ON trials.trial_id = {table}.trial_id AND {which} "
+                    f"JOIN trials AS copy ON copy.number = trials.number + {have}"
                 )
+        have += count
 
 
 def fill(study: SweepStudy, space: Space, size: int) -> None:
     """Give the study so many finished trials."""
-    added = min(size, 500)
+    added = min(size, 100)
     study.study.add_trials([past_trial(space, number) for number in range(added)])
     multiply(study, added, size)
 
