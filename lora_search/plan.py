@@ -141,7 +141,7 @@ def _bytes(engine: "Engine") -> tuple[int, int]:
     """Return the peak memory of the probe, and the largest size of an adapter on disk."""
     from lora_search.ops.device import peak_bytes
 
-    return peak_bytes(engine.model.devices), engine.bank.num_parameters * 4
+    return peak_bytes(engine.model.devices), engine.bank.num_parameters * 4 + engine.bank.factor_bytes
 
 
 if __name__ == "__main__":

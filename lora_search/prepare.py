@@ -169,7 +169,8 @@ def read_inputs(
     study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
-    num_embeddings, width = check_outline(source, model, *((room.targets, room.patterns) if room else ((),)))
+    wanted = (room.targets, room.patterns, room.tokens) if room else ((),)
+    num_embeddings, width = check_outline(source, model, *wanted)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer, watch=watch)
     used = used_tokens(splits.parts)
@@ -231,9 +232,8 @@ def prepare_sweep(
         progress.event(line)
     check_inputs(config, space, inputs, identity)
     base = load_base(inputs.source, inputs.model, config.engine)
-    for line in warn_of_untrained(
-        base, control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
-    ):
+    control = control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
+    for line in warn_of_untrained(base, control, room.tokens):
         progress.event(line)
     for line in [*note_row_by_row(base.model), *note_left_out(base.model, room.targets)]:
         progress.event(line)

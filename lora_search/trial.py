@@ -13,6 +13,7 @@ import numpy as np
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
 Pattern = tuple[tuple[str, int | float], ...]  # (end of a layer's name, as PEFT matches it; value)
 PATTERN, LAYERS = "re:", "layers:"  # how target_modules writes a regular expression, and a limit to layers
+STARTS = ("pissa", "olora")  # how the names of initialisations begin whose product the base loses
 EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
 
@@ -42,12 +43,24 @@ class TrialSettings:
     alpha_pattern: Pattern = ()
     init: str = "kaiming"
     use_dora: bool = False
+    trainable_token_indices: tuple[int, ...] = ()
+    trainable_token_head: bool = False  # these rows of a head that is not tied, too
     warmup_steps: int | None = None  # in place of warmup_ratio
     min_lr_ratio: float = 0.0
     decay_ratio: float = 0.2  # wsd: share of the steps in which the rate falls
     lora_plus_ratio: float = 1.0
     neftune_alpha: float = 0.0
     label_smoothing: float = 0.0
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the base loses the adapter's first value: PiSSA, OLoRA."""
+        return self.init.startswith(STARTS)
+
+    @property
+    def num_token_rows(self) -> int:
+        """Rows of embedding and head that are trained apart."""
+        return len(self.trainable_token_indices) * (1 + self.trainable_token_head)
 
     @property
     def examples_per_step(self) -> int:

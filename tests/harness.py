@@ -8,9 +8,10 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from lora_search.data.rows import Example, Splits
-from lora_search.engine.bank import SlotBank, row_of
+from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
+from lora_search.engine.row_layout import row_of
 from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.model.loading import Base, load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
@@ -71,7 +72,8 @@ def engine_over(
 ) -> Engine:
     layers = target_layers(model, ("all-linear",))
     names = tuple(name for name, _ in model.named_modules())
-    bank = SlotBank(model, layers, slots, max_rank, model.dtype, has_magnitudes=True)
+    has = {"has_magnitudes": True, "has_starts": True, "max_token_rows": 6}
+    bank = SlotBank(model, layers, slots, max_rank, model.dtype, **has)
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(model, bank),

@@ -196,10 +196,12 @@ def test_what_vllm_cannot_serve_is_merged_first(settings: dict[str, object], mer
 
 
 @pytest.mark.parametrize(
-    ("rank", "option"), [(8, ""), (16, ""), (24, " --max-lora-rank 32"), (300, " --max-lora-rank 320")]
-)
-def test_vllm_is_told_of_ranks_above_its_default(rank: int, option: str) -> None:
-    assert rank_option(rank) == option
+    ("rank", "init", "option"),
+    [(8, "kaiming", ""), (16, "gaussian", ""), (24, "kaiming", " --max-lora-rank 32"), (8, "pissa", ""),
+     (300, "kaiming", " --max-lora-rank 320"), (16, "olora", " --max-lora-rank 32")],
+)  # fmt: skip
+def test_vllm_is_told_of_ranks_above_its_default(rank: int, init: str, option: str) -> None:
+    assert rank_option({"lora.r": rank, "lora.init": init}) == option
 
 
 def test_merged_weights_give_the_studys_perplexity_without_peft(

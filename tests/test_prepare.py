@@ -29,6 +29,7 @@ from lora_search.prepare import (
 from lora_search.settings.composition import compose
 from lora_search.settings.schema import EngineConfig, ModelConfig
 from lora_search.settings.space import parse_space
+from tests.engine.test_architectures import make_model
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -171,6 +172,21 @@ def test_control_tokens_that_the_base_never_learned_are_warned_about(tmp_path: P
     (warning,) = warn_of_untrained(base, control_tokens_of(used_tokens([examples]), tokenizer))
 
     assert "never learned the control tokens <|im_start|>, <|im_end|>: their embeddings are zero" in warning
+    assert warning.endswith("trainable_token_indices=[1,2] lora.trainable_token_head=true")
+
+
+def test_trials_may_train_the_control_tokens_of_a_tied_base(tmp_path: Path) -> None:
+    tokenizer, config = make_tiny_tokenizer(), make_model(tmp_path, "qwen2", tie_word_embeddings=True)
+    weights, end = load_file(tmp_path / "model.safetensors"), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    weights["model.embed_tokens.weight"][end] = 0
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    base = load_base(resolve_model(config), config, EngineConfig(device="cpu"))
+    tokens = {end: "<|im_end|>"}
+
+    (warning,) = warn_of_untrained(base, tokens, [((7, end), False), ((7,), False)])
+
+    assert warning.endswith(f"or train them: lora.trainable_token_indices=[{end},7]")
+    assert warn_of_untrained(base, tokens, [((7, end), False), ((end,), False)]) == []
 
 
 def test_learned_control_tokens_are_not_warned_about(tiny_llama: Path) -> None:

@@ -111,6 +111,14 @@ BAD_INPUT = [
         ["lora.use_dora=true", "model.quantization=nf4"],
         "lora.use_dora: cannot be true over model.quantization=nf4 on a CPU, got True",
     ),
+    (
+        ["lora.init=olora", "model.quantization=nf4"],
+        "lora.init: cannot be pissa or olora over model.quantization=nf4, .*Set model.quantization=null",
+    ),
+    (
+        ["lora.init=choice(kaiming,pissa)", "lora.use_dora=true"],
+        "lora.use_dora: cannot be true with lora.init=pissa, got True. Set one",
+    ),
     (["optim.lr=nan"], "optim.lr: must be between 0 and 1, got nan"),
     (
         ["optim.schedule=cosin"],

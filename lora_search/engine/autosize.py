@@ -159,9 +159,11 @@ def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -
 
 def bytes_per_slot(bank: SlotBank) -> int:
     """Return the memory of one more slot, on the device where it takes most: its row in the bank and in the
-    optimizer."""
+    optimizer, and its start."""
     copy = 0 if bank.dtype == torch.float32 else bank.dtype.itemsize
-    return max(theta_SP.shape[1] for theta_SP in bank.theta) * (BYTES_PER_PARAMETER + copy)
+    sizes = [theta_SP.shape[1] * (BYTES_PER_PARAMETER + copy) for theta_SP in bank.theta]
+    starts = [start_SP.shape[1] * start_SP.element_size() for start_SP in bank.start]
+    return max(size + start for size, start in zip(sizes, starts, strict=True))
 
 
 def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:

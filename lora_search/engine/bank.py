@@ -1,7 +1,8 @@
 """The slot bank: the adapters of all slots over one frozen base, converted to and from PEFT's names.
 
 Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
-A slot's adapters are a row, with one flat part of theta_SP on each device of the base, beside its layers: A
+A slot's adapters are a row, with one flat part of theta_SP on each device of the base, beside its layers:
+rows of embedding and head for as many tokens as a trial may train (in the first part), A
 [R, D] of every layer, then B transposed [R, O] of every layer, sized for the largest rank, then magnitudes
 [O] if a trial may have DoRA; entries not in use are zero. Optimizer and checkpoint work on rows, the layers
 on views into them, in the dtype of the base.
@@ -9,54 +10,25 @@ on views into them, in the dtype of the base.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 
-from lora_search.files.peft import lora_rank, lora_scaling, plain_weight
+from lora_search.engine.row_layout import Row, lay_out, row_of
+from lora_search.engine.starts import NITER, Start, Subtract, factors
+from lora_search.files.peft import lora_rank, lora_scaling, plain_weight, with_start, without_start
+from lora_search.model.embedding import Embedding
 from lora_search.ops.dora import Magnitude, Rescale
 from lora_search.ops.fused import GatedSilu
 from lora_search.ops.lora import PLAIN, TILE, AddAdapters, Dense, Layer, Plan, Products, SlotAdapter
 from lora_search.ops.products import products_for, tiles
+from lora_search.ops.tokens import Embed, Tokens
 from lora_search.trial import TrialSettings
 
 MAGNITUDE = "lora_magnitude_vector"
-Row = Sequence[torch.Tensor]  # one slot's parameters [P]: a part on each device
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a layer's A, B and magnitudes are: in which part of a row, and there from where to where."""
-
-    part: int
-    a: slice
-    b: slice
-    m: slice
-
-
-def lay_out(
-    shapes: Sequence[tuple[int, int]], parts: Sequence[int], rank: int, has_magnitudes: bool
-) -> tuple[list[Place], list[int], list[int]]:
-    """Return each layer's place, and for each part where the matrices B begin, and its size."""
-    ends = [0] * (max(parts) + 1)
-
-    def take(part: int, count: int) -> slice:
-        ends[part] += count
-        return slice(ends[part] - count, ends[part])
-
-    a = [take(part, rank * d_in) for part, (d_in, _) in zip(parts, shapes, strict=True)]
-    starts_of_b = list(ends)
-    b = [take(part, rank * d_out) for part, (_, d_out) in zip(parts, shapes, strict=True)]
-    m = [take(part, has_magnitudes * d_out) for part, (_, d_out) in zip(parts, shapes, strict=True)]
-    return list(map(Place, parts, a, b, m)), starts_of_b, ends
-
-
-def row_of(parts_SP: Sequence[torch.Tensor], slot: int) -> Row:
-    """Return a slot's row of parameters, gradients or moments."""
-    return [part_SP[slot] for part_SP in parts_SP]
 
 
 class SlotLinear(nn.Module):
@@ -90,6 +62,8 @@ class SlotLinear(nn.Module):
         if not self._has_any(bank.adapters):
             return cast(torch.Tensor, self.base(x))
         added = self._add(self.base(x) if self._dense is None else None, x, None)
+        if self._has_any(bank.starts):
+            added = Subtract.apply(added, x, bank.starts[self.layer], self.plan)  # type: ignore[no-untyped-call]
         if self._has_any(bank.magnitudes):
             weight, magnitudes = partial(plain_weight, self.base), bank.magnitudes[self.layer]
             added = Rescale.apply(added, x, weight, self.base.bias, magnitudes, self.plan, self.layer)  # type: ignore[no-untyped-call]
@@ -98,7 +72,8 @@ class SlotLinear(nn.Module):
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for silu(gate) * up, which is not kept where only adapters need it."""
         bank = self._bank[0]
-        if self._dense is None or not self._has_any(bank.adapters) or self._has_any(bank.magnitudes):
+        needs_it = self._has_any(bank.magnitudes) or self._has_any(bank.starts)
+        if self._dense is None or not self._has_any(bank.adapters) or needs_it:
             return self(GatedSilu.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
         return self._add(None, gate, up)
 
@@ -125,6 +100,8 @@ class SlotBank:
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
         has_magnitudes: bool = False,
+        has_starts: bool = False,
+        max_token_rows: int = 0,
     ) -> None:
         self.names, self._bases = list(layers), list(layers.values())
         self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
@@ -133,10 +110,15 @@ class SlotBank:
         self.products = known.pop() if len(known) == 1 else PLAIN
         self.num_slots, self.dtype, self.max_rank = num_slots, dtype, max_rank
         parts = [self.devices.index(base.weight.device) for base in self._bases]
-        self._places, self.starts_of_b, sizes = lay_out(self.shapes, parts, max_rank, has_magnitudes)
+        self.embedding = Embedding(model) if max_token_rows else None
+        self._start_of_a = max_token_rows * self.embedding.width if self.embedding else 0
+        layout = lay_out(self.shapes, parts, max_rank, has_magnitudes, self._start_of_a)
+        self._places, self.starts_of_b, sizes = layout
         self.theta = [torch.zeros(num_slots, n, device=d) for n, d in zip(sizes, self.devices, strict=True)]
         self.grad = [torch.zeros_like(theta_SP) for theta_SP in self.theta]
         self.used = [theta_SP.to(dtype) for theta_SP in self.theta]  # the matmuls'; in float32 theta itself
+        self.start = [used_SP.new_zeros(num_slots, has_starts * used_SP.shape[1]) for used_SP in self.used]
+        self._factors: dict[tuple[int, str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # on the host
         self.anchors = [torch.zeros(0, device=device, requires_grad=True) for device in self.devices]
         self.layers = [
             Layer(
@@ -148,6 +130,11 @@ class SlotBank:
         ]
         self.adapters = [layer.adapters for layer in self.layers]
         self.magnitudes: list[dict[int | None, Magnitude]] = [{} for _ in self.names]
+        self.starts: list[dict[int | None, Start]] = [{} for _ in self.names]
+        self.tokens: dict[int | None, Tokens] = {}
+        self._of_head: dict[int | None, Tokens] = {}  # rows that are not the embedding's
+        if self.embedding is not None:
+            self._handle = self.embedding.module.register_forward_hook(self._embed)
         self.plans: list[Plan | None] = [None for _ in self.devices]
         for index, (name, layer) in enumerate(layers.items()):
             parent, _, child = name.rpartition(".")
@@ -157,6 +144,16 @@ class SlotBank:
     def num_parameters(self) -> int:
         """How many parameters a slot has, on all devices."""
         return sum(theta_SP.shape[1] for theta_SP in self.theta)
+
+    @property
+    def tokens_of_head(self) -> dict[int | None, Tokens]:
+        """The rows of the head that slots train, its own or with the embedding."""
+        return self.tokens if self.embedding is not None and self.embedding.is_tied else self._of_head
+
+    @property
+    def factor_bytes(self) -> int:
+        """The host memory of the factors that PiSSA's and OLoRA's trials share."""
+        return 4 * sum(start_SP.shape[1] for start_SP in self.start)
 
     def set_plan(self, plan: Plan, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Assign the tokens of the next passes to slots."""
@@ -168,6 +165,8 @@ class SlotBank:
 
     def remove(self, model: nn.Module) -> None:
         """Restore the model's own layers."""
+        if self.embedding is not None:
+            self._handle.remove()
         for name in self.names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
@@ -189,34 +188,85 @@ class SlotBank:
             if settings.use_dora and self.names[index] in names
         }
 
+    def _embed(self, _: nn.Module, inputs: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+        plan = self.plans[0]
+        if plan is None or self.embedding is None or self.tokens.keys().isdisjoint(plan.slots):
+            return embedded
+        rest = self.embedding.scale, self.anchors[0], self.tokens, plan
+        return cast(torch.Tensor, Embed.apply(embedded, inputs[0], *rest))  # type: ignore[no-untyped-call]
+
+    def _rows(self, row: Row, settings: TrialSettings) -> dict[str, torch.Tensor]:
+        """Return the trial's rows of embedding and head [K, D] by PEFT's names, as views into a row."""
+        if self.embedding is None or not settings.trainable_token_indices:
+            return {}
+        rows = row[0][: self._start_of_a].view(-1, self.embedding.width)[: settings.num_token_rows]
+        parts = rows.split(len(settings.trainable_token_indices))
+        return dict(zip(self.embedding.peft_names, parts, strict=False))
+
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
         """Give the slot fresh adapters on the named layers: A as PEFT draws it (Kaiming uniform with a =
-        sqrt 5, or Gaussian), B zero."""
-        self.release(slot)
-        generator = torch.Generator().manual_seed(seed)
-        views = (
-            self.views(row_of(bank, slot), settings, names) for bank in (self.theta, self.used, self.grad)
-        )
-        for (index, a_RD, _), (_, *used), (_, *grads) in zip(*views, strict=True):
-            fresh, bound = torch.empty(a_RD.shape), 1.0 / math.sqrt(a_RD.shape[1])
-            if settings.init == "gaussian":
-                a_RD.copy_(fresh.normal_(0.0, 1.0 / len(a_RD), generator=generator))
-            else:
-                a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))
-            scaling = lora_scaling(settings, self.names[index])
-            pair = (used[0], used[1], grads[0], grads[1])
-            self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
-        self._tabulate(slot)
-        grads_O = self._magnitudes(row_of(self.grad, slot), settings, names)
-        for index, m_O in self._magnitudes(row_of(self.theta, slot), settings, names).items():
-            grad_O = grads_O[index]
-            parts = m_O, grad_O, torch.empty_like(m_O), torch.empty_like(m_O)
-            self.magnitudes[index][slot] = Magnitude(*parts, settings.dropout)
+        sqrt 5, or Gaussian), B zero; or PiSSA's or OLoRA's factors of the layer's weight."""
+        self._make_room(slot, settings, names)
+        if self.embedding is not None:
+            weights = self.embedding.module.weight, self.embedding.head.weight
+            fresh = self._rows(row_of(self.theta, slot), settings).values()
+            for weight_VD, fresh_KD in zip(weights, fresh, strict=False):
+                fresh_KD.copy_(weight_VD[list(settings.trainable_token_indices)])
+        if settings.has_start:
+            self._start(slot, settings, names)
+        else:
+            self._draw(slot, settings, names, torch.Generator().manual_seed(seed))
         self.refresh(slot)
         for magnitudes in self.magnitudes:
             if slot in magnitudes:  # as B is zero: W's own norms, and gains of 1
                 magnitudes[slot].m_O.copy_(magnitudes[slot].norm_O)
                 magnitudes[slot].gain_O.fill_(1.0)
+
+    def _make_room(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
+        """Give the slot adapters of zeros on the named layers."""
+        self.release(slot)
+        views = (self.views(row_of(bank, slot), settings, names) for bank in (self.used, self.grad))
+        for (index, *used), (_, *grads) in zip(*views, strict=True):
+            scaling = lora_scaling(settings, self.names[index])
+            pair = (used[0], used[1], grads[0], grads[1])
+            self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
+        self._tabulate(slot)
+        for index, m_O in self._magnitudes(row_of(self.theta, slot), settings, names).items():
+            grad_O = self._magnitudes(row_of(self.grad, slot), settings, names)[index]
+            parts = m_O, grad_O, torch.empty_like(m_O), torch.empty_like(m_O)
+            self.magnitudes[index][slot] = Magnitude(*parts, settings.dropout)
+        rows = (self._rows(row_of(bank, slot), settings).values() for bank in (self.used, self.grad))
+        for by_slot, used_KD, grad_KD in zip((self.tokens, self._of_head), *rows, strict=False):
+            ids_K = torch.tensor(settings.trainable_token_indices, device=self.devices[0])
+            by_slot[slot] = Tokens(ids_K, used_KD, grad_KD)
+        for index, a_RD, b_RO in self.views(
+            row_of(self.start, slot), settings, names if settings.has_start else ()
+        ):
+            self.starts[index][slot] = Start(a_RD, b_RO, self.adapters[index][slot].scaling)
+
+    def _draw(
+        self, slot: int, settings: TrialSettings, names: Sequence[str], generator: torch.Generator
+    ) -> None:
+        for _, a_RD, _ in self.views(row_of(self.theta, slot), settings, names):
+            fresh, bound = torch.empty(a_RD.shape), 1.0 / math.sqrt(a_RD.shape[1])
+            if settings.init == "gaussian":
+                a_RD.copy_(fresh.normal_(0.0, 1.0 / len(a_RD), generator=generator))
+            else:
+                a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))
+
+    def _start(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
+        """Set adapters and starts to the same factors, of PiSSA or OLoRA. They are computed once a layer."""
+        views = (self.views(row_of(bank, slot), settings, names) for bank in (self.start, self.theta))
+        for (index, *start), (_, *fresh) in zip(*views, strict=True):
+            r = len(fresh[0])
+            key = index, settings.init, r if NITER in settings.init else self.max_rank
+            if key not in self._factors:
+                found = factors(plain_weight(self._bases[index]), *key[1:])
+                self._factors[key] = found[0].cpu(), found[1].cpu()
+            scale = 1.0 if settings.init == "olora" else self.starts[index][slot].scaling ** -0.5
+            for factor, start_RW, fresh_RW in zip(self._factors[key], start, fresh, strict=True):
+                start_RW[: len(factor)].copy_(factor[: len(start_RW)] * scale)
+                fresh_RW.copy_(start_RW)
 
     def refresh(self, slot: int) -> None:
         """Copy the slot's changed row of theta to where the matmuls read it; renew DoRA's norms."""
@@ -231,11 +281,14 @@ class SlotBank:
 
     def release(self, slot: int) -> None:
         """Empty the slot."""
-        for bank_SP in (*self.theta, *self.used, *self.grad):
+        for bank_SP in (*self.theta, *self.used, *self.grad, *self.start):
             bank_SP[slot].zero_()
-        for adapters, magnitudes in zip(self.adapters, self.magnitudes, strict=True):
+        for adapters, magnitudes, starts in zip(self.adapters, self.magnitudes, self.starts, strict=True):
             adapters.pop(slot, None)
             magnitudes.pop(slot, None)
+            starts.pop(slot, None)
+        self.tokens.pop(slot, None)
+        self._of_head.pop(slot, None)
         self._tabulate(slot)
 
     def _tabulate(self, slot: int) -> None:
@@ -248,8 +301,9 @@ class SlotBank:
 
     def tensors(self, row: Row, settings: TrialSettings, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
-        ``<layer>.lora_B.weight`` [O, r], and with DoRA ``<layer>.lora_magnitude_vector`` [O]."""
-        state = {}
+        ``<layer>.lora_B.weight`` [O, r], with DoRA ``<layer>.lora_magnitude_vector`` [O], and trained rows of
+        the embedding [K, D]."""
+        state = {name: rows_KD.detach().cpu() for name, rows_KD in self._rows(row, settings).items()}
         for index, a_RD, b_RO in self.views(row, settings, names):
             state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()
             state[f"{self.names[index]}.lora_B.weight"] = b_RO.detach().T.cpu().contiguous()
@@ -266,8 +320,30 @@ class SlotBank:
         state: Mapping[str, torch.Tensor],
     ) -> None:
         """Load what `tensors` returned."""
+        for name, rows_KD in self._rows(row, settings).items():
+            rows_KD.copy_(state[name])
         for index, a_RD, b_RO in self.views(row, settings, names):
             a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
             b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)
         for index, m_O in self._magnitudes(row, settings, names).items():
             m_O.copy_(state[f"{self.names[index]}.{MAGNITUDE}"])
+
+    def exported(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the slot's adapter as plain PEFT loads it, on the host: with a start of twice the rank."""
+        state = self.tensors(row_of(self.theta, slot), settings, names)
+        if settings.has_start:
+            start = [part_P.float() for part_P in row_of(self.start, slot)]
+            state = with_start(state, self.tensors(start, settings, names))
+        return {name: tensor.clone() for name, tensor in state.items()}  # on a CPU they are views of the bank
+
+    @torch.no_grad()
+    def place(
+        self, slot: int, settings: TrialSettings, names: Sequence[str], state: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Give the slot an adapter that `exported` returned."""
+        self._make_room(slot, settings, names)
+        if settings.has_start:
+            state, start = without_start(state)
+            self.load(row_of(self.start, slot), settings, names, start)
+        self.load(row_of(self.theta, slot), settings, names, state)
+        self.refresh(slot)

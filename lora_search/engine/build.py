@@ -14,6 +14,7 @@ from lora_search.engine.bank import SlotBank
 from lora_search.engine.digest import base_record
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
+from lora_search.model.embedding import check_tokens
 from lora_search.model.loading import Base
 from lora_search.model.targets import matches, target_layers
 from lora_search.ops.device import available_bytes, devices_of
@@ -27,14 +28,16 @@ if TYPE_CHECKING:
 
 ADAPTER_KEYS = (
     "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
-    "lora.use_dora",
+    "lora.use_dora", "lora.init", "lora.trainable_token_indices",
+    "lora.trainable_token_head",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
-    trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern."""
+    trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
+    those whose embeddings are trained, and whether their rows of the head are."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -42,14 +45,24 @@ class Room:
     num_trials: int
     patterns: tuple[str, ...] = ()
     has_dora: bool = False
+    has_starts: bool = False
+    tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
         """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
         max_rank, min_batch = max(map(_largest_rank, trials)), min(t.examples_per_step for t in trials)
-        has_dora = any(trial.use_dora for trial in trials)
-        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora)
+        has_dora, has_starts = (
+            any(has) for has in zip(*((t.use_dora, t.has_start) for t in trials), strict=True)
+        )
+        tokens = tuple(dict.fromkeys((t.trainable_token_indices, t.trainable_token_head) for t in trials))
+        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora, has_starts, tokens)
+
+    @property
+    def token_rows(self) -> int:
+        """The most rows of embedding and head that a trial trains."""
+        return max((len(ids) * (1 + with_head) for ids, with_head in self.tokens), default=0)
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: "Space") -> "Room":
@@ -66,12 +79,20 @@ class Room:
 
 
 def require_exact(config: SweepConfig, room: Room, device: torch.device) -> None:
-    """Raise ConfigError for DoRA over a 4-bit base on a CPU: bitsandbytes repacks its weights at the first
-    forward, and neither PEFT nor we can then unpack them, which their norms need."""
-    allowed = not room.has_dora or config.model.quantization is None or device.type != "cpu"
-    rule = f"cannot be true over model.quantization={config.model.quantization} on a CPU"
-    remedy = "Set model.quantization=null, or use a GPU"
-    require(allowed, "lora.use_dora", True, rule, remedy)
+    """Raise ConfigError for PiSSA and OLoRA over a 4-bit base, which PEFT refuses or packs once more; for
+    DoRA over one on a CPU: bitsandbytes repacks its weights at the first forward, and neither PEFT nor we can
+    then unpack them, which their norms need; for trained tokens over several devices."""
+    over, remedy = f"over model.quantization={config.model.quantization}", "Set model.quantization=null"
+    is_plain = config.model.quantization is None
+    rule = f"cannot be pissa or olora {over}, whose weights have no exact factors"
+    fits = is_plain or not room.has_starts
+    require(fits, "lora.init", config.lora.init, rule, f"{remedy}, or lora.init=kaiming")
+    devices, ids = config.engine.devices_per_worker, [list(ids) for ids, _ in room.tokens if ids]
+    rule = f"cannot be trained with engine.devices_per_worker={devices}"
+    is_one = devices == 1 or not ids
+    require(is_one, "lora.trainable_token_indices", ids, rule, "Set engine.devices_per_worker=1")
+    allowed = is_plain or not room.has_dora or device.type != "cpu"
+    require(allowed, "lora.use_dora", True, f"cannot be true {over} on a CPU", f"{remedy}, or use a GPU")
 
 
 def _largest_rank(trial: TrialSettings) -> int:
@@ -91,6 +112,8 @@ def build_engine(
     ModelError if a target does not exist.
     """
     layers: dict[str, nn.Linear] = {}
+    for wanted in room.tokens:
+        check_tokens(base.model, *wanted)
     record = base_record(config, base, splits, content)  # before adapters are added
     for targets in room.targets:
         layers |= target_layers(base.model, targets)
@@ -113,7 +136,16 @@ def build_engine(
 
 
 def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -> SlotBank:
-    return SlotBank(base.model, layers, slots, room.max_rank, base.dtype, has_magnitudes=room.has_dora)
+    return SlotBank(
+        base.model,
+        layers,
+        slots,
+        room.max_rank,
+        base.dtype,
+        has_magnitudes=room.has_dora,
+        has_starts=room.has_starts,
+        max_token_rows=room.token_rows,
+    )
 
 
 def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Mapping[str, nn.Linear]) -> Fit:
@@ -123,10 +155,13 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
         return Fit(slots, tokens)
     bank = _bank(base, room, layers, 1)
     most = replace(trial_settings(config, {}), r=bank.max_rank, rank_pattern=(), use_dora=room.has_dora)
+    most = replace(most, init="kaiming")  # factors of the base take their time, and no memory of a pass
     bank.admit(0, most, bank.names, seed=0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(devices_of(base.model)) // sharing, room.min_batch
+    if base.device.type == "cpu":
+        free -= bank.factor_bytes
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

@@ -10,6 +10,7 @@ from lora_search.data.order import DataAxis
 from lora_search.engine.optim import learning_rate
 from lora_search.errors import ConfigError, ModelError
 from lora_search.files.peft import fault_in_peft
+from lora_search.model.embedding import Embedding, check_tokens
 from lora_search.model.loading import Base, load_outline, untrained_ids
 from lora_search.model.packing_check import runs_row_by_row
 from lora_search.model.targets import check_patterns, exact_targets, in_words, left_out, target_layers
@@ -28,14 +29,20 @@ STEP_KEYS = (
 
 
 def check_outline(
-    source: str, model: ModelConfig, targets: Sequence[tuple[str, ...]], patterns: Sequence[str] = ()
+    source: str,
+    model: ModelConfig,
+    targets: Sequence[tuple[str, ...]],
+    patterns: Sequence[str] = (),
+    tokens: Sequence[tuple[tuple[int, ...], bool]] = (),
 ) -> tuple[int, int]:
     """Return the size of the base's vocabulary and its width. Raises ModelError, before weights are read, if
-    the base is incomplete, a layer that a trial may adapt does not exist, or a name in lora.rank_pattern or
-    alpha_pattern is of none that a trial may adapt."""
+    the base is incomplete, a layer or token that a trial may train does not exist, or a name in
+    lora.rank_pattern or alpha_pattern is of none that a trial may adapt."""
     outline = load_outline(source, model)
     for names in targets:
         _check_carriers(outline, names)
+    for wanted in tokens:
+        check_tokens(outline, *wanted)
     check_patterns(patterns, [name for names in targets for name in target_layers(outline, names)])
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
     shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]
@@ -113,12 +120,22 @@ def warn_of_few(num_validation: int) -> list[str]:
     ]
 
 
-def warn_of_untrained(base: Base, tokens: Mapping[int, str]) -> list[str]:
-    """Return a warning if the template writes control tokens that the base never learned."""
-    names = ", ".join(tokens[id] for id in untrained_ids(base.model, list(tokens)))
-    if not names:
+def warn_of_untrained(
+    base: Base, tokens: Mapping[int, str], trained: Sequence[tuple[tuple[int, ...], bool]] = ()
+) -> list[str]:
+    """Return a warning if the template writes control tokens that the base never learned. ``trained``: the
+    lists of tokens that trials may train."""
+    is_tied = Embedding(base.model).is_tied
+    learnt = set.intersection(
+        *(set(ids if is_tied or with_head else ()) for ids, with_head in trained or [((), False)])
+    )
+    found = [id for id in untrained_ids(base.model, list(tokens)) if id not in learnt]
+    if not found:
         return []
+    ids = ",".join(map(str, sorted({*learnt, *found})))
+    head = "" if is_tied else " lora.trainable_token_head=true"
     return [
-        f"warning: the base never learned the control tokens {names}: their embeddings are zero, and "
-        "adapters do not change them. Choose the instruct version of the model, or template=inst."
+        f"warning: the base never learned the control tokens {', '.join(tokens[id] for id in found)}: their "
+        "embeddings are zero, and A and B do not change them. Choose the instruct version of the model, "
+        f"template=inst, or train them: lora.trainable_token_indices=[{ids}]{head}"
     ]

@@ -18,11 +18,12 @@ import torch
 from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
 from lora_search.data.store import lengths_of
-from lora_search.engine.bank import SlotBank, row_of
+from lora_search.engine.bank import SlotBank
 from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import fill_pass
+from lora_search.engine.row_layout import row_of
 from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
@@ -285,9 +286,7 @@ class Engine:
         index = [i for i, slot in enumerate(self.slots) if slot is None][free]
         names = self.resolve_targets(settings.target_modules)
         weights, _ = read_peft(adapter)
-        self.bank.admit(index, settings, names, seed=0)
-        self.bank.load(row_of(self.bank.theta, index), settings, names, weights)
-        self.bank.refresh(index)
+        self.bank.place(index, settings, names, weights)
         return index
 
     def scores(self, slots: Sequence[int | None], rows: Sequence[Example]) -> list[RowScores]:

@@ -93,11 +93,23 @@ def each_slot_its_rows(model: PackedModel, slots: Sequence[int | None], num_rows
         width = (arguments[0] if ids is None else ids).shape[1]
         model.set_plan([SlotTokens(slot, num_rows * width) for slot in slots])
 
-    handle = model.decoder.register_forward_pre_hook(plan, with_kwargs=True)
+    def set_logits(_: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+        for place, slot in enumerate(slots):
+            if slot in model.bank.tokens_of_head:
+                rows = slice(place * num_rows, (place + 1) * num_rows)
+                mine, hidden = (tensor[rows].flatten(0, 1) for tensor in (logits, inputs[0]))
+                model.bank.tokens_of_head[slot].set_logits(mine, hidden)
+
+    head = model.language_model.get_output_embeddings()
+    handles = [
+        model.decoder.register_forward_pre_hook(plan, with_kwargs=True),
+        head.register_forward_hook(set_logits),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
@@ -97,12 +97,15 @@ class PackedModel:
         """Return NLL per completion token [N_s] per slot, in the order given; a graph if autograd is on."""
         passes = [[alone] for alone in _one_by_one(packs)] if self.is_row_by_row else [packs]
         hidden_ND, target_N = map(torch.cat, zip(*map(self._hidden, passes), strict=True))
-        counts = [pack.num_completion_tokens for pack in packs]
+        counts, tokens = [pack.num_completion_tokens for pack in packs], self.bank.tokens_of_head
         smoothing_N = None
         if any(pack.label_smoothing for pack in packs):
             smoothing = torch.tensor([pack.label_smoothing for pack in packs])
             smoothing_N = self._upload(smoothing.repeat_interleave(torch.tensor(counts)))
-        return list(self.head.nll(hidden_ND, target_N, smoothing_N).split(counts))
+        ends = (0, *accumulate(counts))
+        parts = [(pack.slot, slice(*bounds)) for pack, bounds in zip(packs, pairwise(ends), strict=True)]
+        trained = [(tokens[slot], rows) for slot, rows in parts if slot in tokens]
+        return list(self.head.nll(hidden_ND, target_N, smoothing_N, trained).split(counts))
 
     def weighted_sum(self, nll_N: torch.Tensor, pack: SlotRows) -> torch.Tensor:
         """Return the sum over a slot's tokens, each times its row's weight."""

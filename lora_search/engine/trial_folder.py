@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from lora_search.engine.bank import Row, SlotBank, row_of
+from lora_search.engine.bank import SlotBank
 from lora_search.engine.optim import SlotAdamW
+from lora_search.engine.row_layout import Row, row_of
 from lora_search.engine.slot import Slot
 from lora_search.files.artifacts import Artifacts, remove_staged
 from lora_search.files.atomic import remove_unfinished
@@ -26,7 +27,7 @@ from lora_search.files.peft import BaseRecord, export_peft, read_peft
 from lora_search.files.row_scores import write_scores
 from lora_search.files.tensors import DamagedFileError
 from lora_search.model.targets import exact_targets
-from lora_search.trial import RowScores, TrialRun
+from lora_search.trial import RowScores, TrialRun, TrialSettings
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,7 @@ class Keeper:
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's current adapter and its row scores. Raises WriteError."""
-        state = self.bank.tensors(row_of(self.bank.theta, index), slot.settings, slot.names)
-        slot.best = {
-            name: tensor.clone() for name, tensor in state.items()
-        }  # on a CPU they are views of the bank
+        slot.best = self.bank.exported(index, slot.settings, slot.names)
         self._export(slot.run, slot.names, slot.position, slot.best)
         write_scores(Path(slot.run.folder), scores, slot.position.best_rung)
 
@@ -58,7 +56,7 @@ class Keeper:
         """Write the slot's checkpoint. Raises WriteError."""
         state = {
             f"{kind}/{name}": tensor
-            for kind, row in self._rows(index).items()
+            for kind, row in self._rows(index, slot.settings).items()
             for name, tensor in self.bank.tensors(row, slot.settings, slot.names).items()
         }
         if slot.position.best_rung not in (0, slot.position.rung):
@@ -82,24 +80,27 @@ class Keeper:
             remove_staged(Path(run.folder))
             self.artifacts.fetch(run.number, Path(run.folder))
         expected = {
-            kind: self.bank.tensors(row, run.settings, names) for kind, row in self._rows(index).items()
-        }
+            kind: self.bank.tensors(row, run.settings, names)
+            for kind, row in self._rows(index, run.settings).items()
+        } | {"best": self.bank.exported(index, run.settings, names)}
         found, troubles = load_checkpoint(
             _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)
         )
         position, state = found or (START, {})
-        for kind, row in self._rows(index).items() if found else ():
+        for kind, row in self._rows(index, run.settings).items() if found else ():
             self.bank.load(row, run.settings, names, _part(state, kind))
         self.bank.refresh(index)
         self.optimizer.steps[index] = position.optimizer_steps
-        position, best, lost = self._settle_adapter(run, names, position, state)
+        now = self.bank.exported(index, run.settings, names)
+        best = now if position.best_rung == position.rung else _part(state, "best")
+        position, best, lost = self._settle_adapter(run, names, position, best)
         recovery = _recovery_message(troubles, position.rung, lost)
         if recovery:
             logger.warning("trial %d: %s", run.number, recovery)
         return position, best, recovery
 
     def _settle_adapter(
-        self, run: TrialRun, names: Sequence[str], position: Position, state: Tensors
+        self, run: TrialRun, names: Sequence[str], position: Position, best: dict[str, torch.Tensor]
     ) -> tuple[Position, dict[str, torch.Tensor], str]:
         """Make adapter/ hold the best rung that study and checkpoint know of.
 
@@ -113,7 +114,6 @@ class Keeper:
             kept = self._kept_adapter(run, best_rung)
             if kept is not None:
                 return replace(position, best_rung=best_rung, best_perplexity=known[best_rung]), kept, ""
-        best = _part(state, "theta" if position.best_rung == position.rung else "best")
         if position.best_rung:
             self._export(run, names, position, best)
         else:
@@ -139,9 +139,10 @@ class Keeper:
         targets = exact_targets(names, self.base.module_names)
         export_peft(best, run.settings, targets, self.base, _adapter(run), note)
 
-    def _rows(self, index: int) -> dict[str, Row]:
+    def _rows(self, index: int, settings: TrialSettings) -> dict[str, Row]:
         banks = {"theta": self.bank.theta, "m": self.optimizer.exp_avg, "v": self.optimizer.exp_avg_sq}
-        return {kind: row_of(bank, index) for kind, bank in banks.items()}
+        started = {"start": self.bank.start} if settings.has_start else {}
+        return {kind: row_of(bank, index) for kind, bank in (banks | started).items()}
 
     def _origins(self, run: TrialRun) -> tuple[str, str]:
         """Return digests of the study and of what decides a trial's numbers: a folder may hold files of a
@@ -175,8 +176,8 @@ def _part(state: Tensors, kind: str) -> dict[str, torch.Tensor]:
 def _check_shapes(found: Checkpoint, expected: Mapping[str, Tensors]) -> None:
     position, state = found
     kinds = dict(expected)
-    if position.best_rung not in (0, position.rung):
-        kinds["best"] = expected["theta"]
+    if position.best_rung in (0, position.rung):
+        del kinds["best"]
     shapes = {f"{kind}/{name}": tensor.shape for kind, part in kinds.items() for name, tensor in part.items()}
     if {name: tensor.shape for name, tensor in state.items()} != shapes:
         raise DamagedFileError("has other layers or shapes than the trial")

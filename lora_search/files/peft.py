@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.files.tensors import read_sealed, write_sealed
 from lora_search.trial import Pattern, TrialSettings
 
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # what the name of trained rows ends in
 PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 
 
@@ -57,6 +58,22 @@ def lora_scaling(settings: TrialSettings, layer: str = "") -> float:
     return alpha / (math.sqrt(r) if settings.use_rslora else r)
 
 
+def as_plain(settings: TrialSettings) -> TrialSettings:
+    """Return the settings of the adapter that is exported: with PiSSA and OLoRA twice the ranks at the same
+    scaling, as in PEFT's conversion to an ordinary adapter."""
+    if not settings.has_start:
+        return settings
+    more = math.sqrt(2.0) if settings.use_rslora else 2.0
+    return replace(
+        settings,
+        init="kaiming",
+        r=2 * settings.r,
+        alpha=more * settings.alpha,
+        rank_pattern=tuple((name, 2 * r) for name, r in settings.rank_pattern),
+        alpha_pattern=tuple((name, more * alpha) for name, alpha in settings.alpha_pattern),
+    )
+
+
 def plain_weight(layer: torch.nn.Module) -> torch.Tensor:
     """Return a linear layer's weight [O, D], unpacked if it is kept in 4 bits."""
     weight: torch.Tensor = dequantize_module_weight(layer)
@@ -73,7 +90,8 @@ def export_peft(
 ) -> None:
     """Write a folder that plain ``PeftModel.from_pretrained`` loads. The weights are replaced atomically and
     sealed with the note. ``targets``: PEFT's target_modules, a list of names or one regular expression."""
-    layers = sorted({name.rpartition(".lora_")[0] for name in state})
+    layers = sorted({name.partition(".lora_")[0] for name in state if ".lora_" in name})
+    settings = as_plain(settings)
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # PEFT divides it, so a fraction is fine
@@ -84,6 +102,7 @@ def export_peft(
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        trainable_token_indices=_token_indices(settings, state),
         base_model_name_or_path=base.path,
         revision=base.revision,
         task_type="CAUSAL_LM",
@@ -92,6 +111,45 @@ def export_peft(
     _write_config(config, folder)
     weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
     write_sealed(folder / WEIGHTS_NAME, weights, note or {})
+
+
+def with_start(
+    state: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return an adapter of twice the rank that takes a start away: A and A0, B and -B0."""
+    halves = {name: (dim, sign * start[name]) for name, dim, sign in _second_halves(state)}
+    return {
+        name: torch.cat((t, halves[name][1]), halves[name][0]) if name in halves else t
+        for name, t in state.items()
+    }
+
+
+def without_start(
+    state: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return adapter and start of what `with_start` joined."""
+    own, start = dict(state), dict(state)
+    for name, dim, sign in _second_halves(state):
+        own[name], second = state[name].chunk(2, dim)
+        start[name] = sign * second
+    return own, start
+
+
+def _second_halves(state: Collection[str]) -> list[tuple[str, int, float]]:
+    """Return name, dimension and sign of what an adapter with a start has twice."""
+    kinds = {"A.weight": (0, 1.0), "B.weight": (1, -1.0)}
+    found = [(name, kinds.get(name.rpartition(".lora_")[2])) for name in state]
+    return [(name, *kind) for name, kind in found if kind is not None]
+
+
+def _token_indices(
+    settings: TrialSettings, state: Collection[str]
+) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's setting: the ids, or where the head has rows of its own, the ids by module."""
+    ids = list(settings.trainable_token_indices)
+    if not settings.trainable_token_head:
+        return ids or None
+    return {name.removesuffix(f".{TOKEN_ROWS}"): ids for name in state if name.endswith(TOKEN_ROWS)}
 
 
 def _in_any_order(pattern: Pattern, layers: Sequence[str]) -> dict[str, int | float]:

@@ -7,7 +7,7 @@ computed once in an optimizer step. W x' costs a matmul of its own only where dr
 Legend: D input width, O output width, T tokens of a pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from lora_search.ops.dropout import Mask
-from lora_search.ops.lora import Plan
+from lora_search.ops.lora import Plan, parts_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Rescale(torch.autograd.Function):
         y = y.clone()
         y_TO, x_TD = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         turned = []
-        for magnitude, rows in _parts(magnitudes, plan):
+        for magnitude, rows in parts_of(magnitudes, plan):
             turned_TO = y_TO[rows].clone() if bias_O is None else y_TO[rows] - bias_O
             if (mask := _mask(magnitude, plan, layer)) is not None:
                 turned_TO += F.linear(_less_kept(mask, rows, x_TD[rows], magnitude), weight())
@@ -71,7 +71,7 @@ class Rescale(torch.autograd.Function):
         grad_y = grad_outputs[0].clone()
         grad_TO = grad_y.view(-1, grad_y.shape[-1])
         grad_x_TD = None
-        parts = _parts(magnitudes, plan)
+        parts = parts_of(magnitudes, plan)
         for (magnitude, rows), turned_TO in zip(parts, ctx.saved_tensors, strict=True):  # type: ignore[attr-defined]
             part = grad_TO[rows]
             magnitude.grad_O.add_((part.float() * turned_TO.float()).sum(0) / magnitude.norm_O)
@@ -96,9 +96,3 @@ def _mask(magnitude: Magnitude, plan: Plan, layer: int) -> Mask | None:
     if plan.key_T is None or plan.threshold_T is None or not magnitude.dropout:
         return None
     return Mask(plan.key_T, plan.threshold_T, layer)
-
-
-def _parts(magnitudes: Mapping[int | None, Magnitude], plan: Plan) -> Iterator[tuple[Magnitude, slice]]:
-    for slot, start, end in zip(plan.slots, plan.bounds, plan.bounds[1:], strict=False):
-        if slot in magnitudes:
-            yield magnitudes[slot], slice(start, end)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from lora_search.ops.compiled import compiled
+from lora_search.ops.tokens import Parts, within
 
 CPU_ROWS = (256, 16)  # rows in one matmul, and in one softmax that stays in cache: 16 x 49k float32 are 3 MB
 CUDA_ROWS = (1024, 256)  # 1024 x 128k logits in bfloat16 are 263 MB
@@ -63,11 +64,16 @@ class Head:
         self.fast = compiled_nll(output.weight.device, output.weight.dtype) if is_usual else None
 
     def nll(
-        self, hidden_ND: torch.Tensor, target_N: torch.Tensor, smoothing_N: torch.Tensor | None = None
+        self,
+        hidden_ND: torch.Tensor,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None = None,
+        trained: Parts = (),
     ) -> torch.Tensor:
         """Return NLL per token [N], in float32, differentiable if autograd is on. ``smoothing_N``: each
-        token's label smoothing, the share of the mean over all tokens of the vocabulary."""
-        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N, smoothing_N)  # type: ignore[no-untyped-call]
+        token's label smoothing, the share of the mean over all tokens of the vocabulary. ``trained``: rows of
+        the head that some slots train."""
+        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N, smoothing_N, trained)  # type: ignore[no-untyped-call]
         return nll_N
 
     def chunk(
@@ -75,19 +81,29 @@ class Head:
         hidden_ND: torch.Tensor,
         target_N: torch.Tensor,
         smoothing_N: torch.Tensor | None,
+        trained: Parts,
         with_grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return NLL [N] and its gradient [N, D] for as many rows as the buffer holds."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Return NLL [N], its gradient [N, D], and that of trained rows' logits [N', K], for as many rows as
+        the buffer holds."""
         logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
         if self.bias_V is not None:
             logits_NV += self.bias_V
+        for tokens, rows in trained:
+            tokens.set_logits(logits_NV[rows], hidden_ND[rows])
         if self.fast is not None and smoothing_N is None and with_grad:
             nll_N, grad_NV = self.fast(logits_NV, target_N)
-            return nll_N, grad_NV @ self.weight_VD
-        step = len(self.block_NV)
-        parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
-        nll_N = torch.cat([self._block(*part, with_grad) for part in parts])
-        return nll_N, logits_NV @ self.weight_VD if with_grad else None
+        else:
+            step, grad_NV = len(self.block_NV), logits_NV
+            parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
+            nll_N = torch.cat([self._block(*part, with_grad) for part in parts])
+        if not with_grad:
+            return nll_N, None, []
+        taken = [tokens.take(grad_NV[rows]) for tokens, rows in trained]
+        grad_ND = grad_NV @ self.weight_VD
+        for (tokens, rows), grad_NK in zip(trained, taken, strict=True):
+            grad_ND[rows].addmm_(grad_NK, tokens.e_KD)
+        return nll_N, grad_ND, taken
 
     def _block(
         self,
@@ -131,18 +147,33 @@ class CompletionNll(torch.autograd.Function):
         head: Head,
         target_N: torch.Tensor,
         smoothing_N: torch.Tensor | None,
+        trained: Parts,
     ) -> torch.Tensor:
-        with_grad, rows = ctx.needs_input_grad[0], len(head.logits_NV)  # type: ignore[attr-defined]
-        parts = zip(hidden_ND.split(rows), target_N.split(rows), _split(smoothing_N, rows), strict=False)
-        chunks = [head.chunk(*part, with_grad) for part in parts]
+        with_grad, size = ctx.needs_input_grad[0], len(head.logits_NV)  # type: ignore[attr-defined]
+        parts = zip(hidden_ND.split(size), target_N.split(size), _split(smoothing_N, size), strict=False)
+        nlls, grads, taken = [], [], []
+        for number, part in enumerate(parts):
+            start = number * size
+            mine = list(within(trained, start, start + size))
+            nll_N, grad_ND, grads_NK = head.chunk(*part, mine, with_grad)
+            nlls.append(nll_N)
+            grads += [] if grad_ND is None else [grad_ND]
+            for (tokens, rows), grad_NK in zip(mine, grads_NK, strict=False):
+                taken.append((tokens, slice(start + rows.start, start + rows.stop), grad_NK))
         if with_grad:
-            ctx.save_for_backward(torch.cat([grad for _, grad in chunks if grad is not None]))
-        return torch.cat([nll for nll, _ in chunks])
+            ctx.save_for_backward(torch.cat(grads), *([hidden_ND] if taken else []))
+        ctx.taken = taken  # type: ignore[attr-defined]
+        return torch.cat(nlls)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (grad_ND,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_ND * grad_outputs[0][:, None].to(grad_ND.dtype), None, None, None
+    def backward(
+        ctx: FunctionCtx, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        grad_ND, *hidden = ctx.saved_tensors  # type: ignore[attr-defined]
+        by_N1 = grad_outputs[0][:, None].to(grad_ND.dtype)
+        for tokens, rows, grad_NK in ctx.taken:  # type: ignore[attr-defined]
+            tokens.grad_KD.add_((grad_NK * by_N1[rows]).T @ hidden[0][rows])
+        return grad_ND * by_N1, None, None, None, None
 
 
 def _split(smoothing_N: torch.Tensor | None, rows: int) -> Iterable[torch.Tensor | None]:

@@ -11,7 +11,7 @@ from lora_search.results.verdict import line_of_test, listed
 from lora_search.settings.recorded import trial_values
 from lora_search.settings.train_schema import PATTERNS
 from lora_search.study.stored_results import FinalAdapter, TestScore
-from lora_search.trial import TrialRow
+from lora_search.trial import STARTS, TrialRow
 
 CARD = """\
 ---
@@ -84,7 +84,7 @@ def model_card(
     settings = trial_values(attributes, row.params)
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
-    serve = VLLM.format(base=base, study=study, rank=rank_option(settings.get("lora.r")))
+    serve = VLLM.format(base=base, study=study, rank=rank_option(settings))
     if needs_merging(settings):
         serve = f"\n{MERGE_FIRST}.\n"
     kind = "Merged model" if merged else "LoRA adapter"
@@ -112,13 +112,17 @@ def model_card(
 
 
 def needs_merging(settings: Mapping[str, object]) -> bool:
-    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA, or layers differ in
-    rank or alpha."""
-    return any(key.startswith((*PATTERNS, "lora.use_dora")) and value for key, value in settings.items())
+    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA or trained tokens, or layers
+    differ in rank or alpha."""
+    keys = (*PATTERNS, "lora.use_dora", "lora.trainable_token_indices")
+    return any(key.startswith(keys) and value for key, value in settings.items())
 
 
-def rank_option(rank: object) -> str:
-    """Return vLLM's option for adapters of a rank above its default."""
+def rank_option(settings: Mapping[str, object]) -> str:
+    """Return vLLM's option for adapters of a rank above its default; PiSSA's and OLoRA's have twice
+    lora.r."""
+    rank, init = settings.get("lora.r"), str(settings.get("lora.init"))
+    rank = 2 * rank if isinstance(rank, int) and init.startswith(STARTS) else rank
     needed = [known for known in VLLM_RANKS if isinstance(rank, int) and known >= rank]
     return f" --max-lora-rank {needed[0]}" if needed and needed[0] > VLLM_RANKS[0] else ""
 
@@ -143,7 +147,7 @@ def serving_lines(
         settings = trial_values(attributes, row.params)
         if needs_merging(settings):
             return [f"# {MERGE_FIRST}", f"hf upload ME/{name} {place}"]
-        rank = rank_option(settings.get("lora.r"))
+        rank = rank_option(settings)
         base = shlex.quote(attributes.get("base_model", "BASE"))
         template = shlex.quote(str(folder / "chat_template.jinja"))  # vLLM takes the base's own by itself
         lora = f"--enable-lora{rank} --lora-modules {name}={place}"

@@ -31,6 +31,8 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
         gradient_accumulation_steps=train.gradient_accumulation_steps, epochs=train.epochs,
         evals_per_epoch=train.evals_per_epoch, early_stopping_patience=train.early_stopping_patience,
         warmup_steps=optim.warmup_steps, min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
+        trainable_token_indices=tuple(lora.trainable_token_indices or ()),
+        trainable_token_head=lora.trainable_token_head,
         lora_plus_ratio=optim.lora_plus_ratio, neftune_alpha=train.neftune_alpha,
         label_smoothing=train.label_smoothing,
     )  # fmt: skip

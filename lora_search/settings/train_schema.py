@@ -6,8 +6,10 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.rules import require, require_choice, require_range
-from lora_search.trial import Schedule
+from lora_search.trial import STARTS, Schedule
 
+INITS = r"kaiming|gaussian|olora|pissa(_niter_[1-9]\d{0,2})?"
+INITS_SHOWN = "kaiming, gaussian, olora, pissa or pissa_niter_N, such as pissa_niter_16"
 ALL_LINEAR = "all-linear"
 TRAIN_MOST = {  # anything larger is a typing error
     "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
@@ -17,6 +19,10 @@ MAX_NORM = 1_000_000  # a larger gradient norm means that the trial has diverged
 PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")  # mappings with keys of the user's own
 ALL_TOKENS = "all_tokens"
 MAX_LAYERS = 10_000
+MAX_TOKEN, MAX_TOKENS = (
+    10_000_000,
+    1024,
+)  # more than some special tokens: train on the whole embedding elsewhere
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 MAX_STEPS = 1_000_000
 SCHEDULES = get_args(Schedule)
@@ -34,17 +40,38 @@ class LoraConfig:
     )
     use_rslora: bool = False
     use_dora: bool = False  # DoRA: a trained magnitude for each output of an adapted layer
+    trainable_token_indices: Any = None  # ids of tokens whose embeddings are trained too: [128002,128003]
+    trainable_token_head: bool = False  # their rows of a head that is not tied to the embedding, too
     rank_pattern: Any = None  # other ranks, by the end of a layer's name: {q_proj: 32}
     alpha_pattern: Any = None
-    init: str = "kaiming"  # of A, as PEFT's default; or gaussian: standard deviation 1/r
+    init: str = "kaiming"  # of A, as PEFT's default; gaussian; of A and B: pissa, pissa_niter_16, olora
 
     def __post_init__(self) -> None:
         require(1 <= self.r <= MAX_RANK, "lora.r", self.r, f"must be in [1, {MAX_RANK}]", "Try 8, 16 or 32")
         self.alpha_for_rank(self.r)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)", "Try 0.05")
-        require_choice("lora.init", self.init, ("kaiming", "gaussian"))
+        is_init = re.fullmatch(INITS, self.init) is not None
+        remedy = "PEFT's others are not offered: they need a pass over the data, or a base for each trial"
+        require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", remedy)
+        fits, rule = (
+            not (self.use_dora and self.init.startswith(STARTS)),
+            f"cannot be true with lora.init={self.init}",
+        )
+        require(fits, "lora.use_dora", True, rule, "Set one of the two, or search one by when(...)")
         _check_targets(self.target_modules)
         _check_layers(self.layers_to_transform)
+        _check_ids(self.trainable_token_indices)
+        has_ids, rule = (
+            bool(self.trainable_token_indices),
+            "must be false without lora.trainable_token_indices",
+        )
+        require(
+            has_ids or not self.trainable_token_head,
+            "lora.trainable_token_head",
+            True,
+            rule,
+            "Give their ids",
+        )
         for key in ("rank_pattern", "alpha_pattern"):
             _check_pattern(f"lora.{key}", getattr(self, key))
         for name, r in (self.rank_pattern or {}).items():
@@ -89,6 +116,13 @@ def _check_layers(layers: object) -> None:
     holds = layers is None or (len(numbers) > 0 and is_count and len(set(numbers)) == len(numbers))
     rule = "must be a layer's number from 0, or a list of different ones"
     require(holds, "lora.layers_to_transform", layers, rule, "Write '[30,31]'; null takes all layers")
+
+
+def _check_ids(ids: object) -> None:
+    is_list = isinstance(ids, list) and all(type(i) is int and 0 <= i < MAX_TOKEN for i in ids)
+    holds = ids is None or (isinstance(ids, list) and is_list and len(set(ids)) == len(ids) <= MAX_TOKENS)
+    rule = f"must be a list of at most {MAX_TOKENS} different token ids"
+    require(holds, "lora.trainable_token_indices", ids, rule, "Write '[128002,128003]'; null trains none")
 
 
 def _check_pattern(key: str, pattern: object) -> None:

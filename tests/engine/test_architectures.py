@@ -117,11 +117,12 @@ def sizes_of(architecture: str) -> dict[str, object]:
     return {"vision_config": sizes.pop("vision_config"), "text_config": sizes}
 
 
-def make_model(folder: Path, architecture: str) -> ModelConfig:
+def make_model(folder: Path, architecture: str, **changes: object) -> ModelConfig:
     tokenizer = make_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes_of(architecture)))
+        sizes = {**sizes_of(architecture), **changes}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return ModelConfig(path=str(folder))

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_search.engine.bank import SlotBank, SlotLinear, row_of
+from lora_search.engine.autosize import bytes_per_slot
+from lora_search.engine.bank import SlotBank, SlotLinear
+from lora_search.engine.row_layout import row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS, make_run
@@ -117,3 +119,12 @@ def test_a_gated_mlp_is_fused_with_adapters_on_its_layers(tiny_llama: Path) -> N
 
     assert all(isinstance(layer.mlp.gate_proj, SlotLinear) for layer in layers)
     assert all("forward" in vars(layer.mlp) for layer in layers)
+
+
+def test_the_memory_of_a_slot_counts_moments_copy_and_start() -> None:
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(torch.bfloat16)
+    bank = SlotBank(model, {"0": model[0]}, 1, 8, torch.bfloat16, has_starts=True)
+    trained = 8 * (D_IN + D_OUT)
+
+    assert bytes_per_slot(bank) == trained * (4 * 4 + 2 + 2)
+    assert bank.start[0].nbytes == trained * 2

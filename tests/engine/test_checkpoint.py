@@ -35,6 +35,8 @@ EARLY_BEST = {
     "schedule": "constant",
     "target_modules": ("all-linear",),
 }  # its best rung is an early one
+WITH_OLORA = {**OWN_BEST, "init": "olora", "trainable_token_indices": (7, 40)}
+WITH_PISSA = {**EARLY_BEST, "init": "pissa", "lr": 0.1}
 
 
 def truncate(path: Path) -> None:
@@ -176,7 +178,9 @@ def perplexity_of_adapter(folder: Path, run: TrialRun) -> float:
 
 
 @pytest.fixture(
-    scope="module", params=[OWN_BEST, EARLY_BEST, WITH_DORA], ids=["best last", "best early", "DoRA"]
+    scope="module",
+    params=[OWN_BEST, EARLY_BEST, WITH_DORA, WITH_OLORA, WITH_PISSA],
+    ids=["best last", "best early", "DoRA", "OLoRA with tokens", "PiSSA, best early"],
 )
 def changes(request: pytest.FixtureRequest) -> dict[str, object]:
     changes: dict[str, object] = request.param
@@ -193,7 +197,7 @@ def undisturbed(
 def test_the_two_trials_have_their_best_rungs_where_the_tests_need_them(
     undisturbed: list[Measurement], changes: dict[str, object]
 ) -> None:
-    assert undisturbed[-1].best_rung == (1 if changes is EARLY_BEST else 4)
+    assert undisturbed[-1].best_rung == (4 if changes in (OWN_BEST, WITH_DORA) else 1)
 
 
 @pytest.mark.parametrize(

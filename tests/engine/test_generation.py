@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_search.engine.bank import row_of
 from lora_search.engine.engine import Engine
 from lora_search.engine.evaluation import score_rows
 from lora_search.engine.generation import generate
+from lora_search.engine.row_layout import row_of
 from lora_search.files.peft import BaseRecord, export_peft
 from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all

@@ -15,8 +15,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lora_search.data.order import epoch_order
 from lora_search.data.rows import Example, Splits
-from lora_search.engine.bank import row_of
 from lora_search.engine.optim import learning_rate
+from lora_search.engine.row_layout import row_of
+from lora_search.engine.starts import factors
 from lora_search.ops.dropout import token_keys, uniform
 from lora_search.trial import Measurement, TrialRun, TrialSettings
 from tests.conftest import SETTINGS, make_run
@@ -41,11 +42,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "DoRA with LoRA+ and patterns": {
         "use_dora": True, "lora_plus_ratio": 4.0, "rank_pattern": (("v_proj", 8),), "use_rslora": True,
     },
+    "trained tokens": {"trainable_token_indices": (7, 40, 5), "weight_decay": 0.1, "lora_plus_ratio": 4.0},
+    "tokens of embedding and head": {
+        "trainable_token_indices": (7, 40, 5), "trainable_token_head": True, "label_smoothing": 0.1,
+    },
     "label smoothing": {"label_smoothing": 0.2},
     "all at once": {
         "lora_plus_ratio": 4.0, "label_smoothing": 0.1, "rank_pattern": (("q_proj", 6),), "schedule": "wsd",
         "decay_ratio": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 1,
-        "target_modules": ("all-linear", "layers:0"),
+        "target_modules": ("all-linear", "layers:0"), "trainable_token_indices": (11,), "use_dora": True,
     },
 }  # fmt: skip
 
@@ -68,10 +73,12 @@ def plain_loss(model: torch.nn.Module, rows: list[Example], smoothing: float) ->
     return (nll * weight).sum() / weight.sum()
 
 
-def plain_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> list[float]:
+def plain_base(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def plain_losses(model: torch.nn.Module, run: TrialRun, splits: Splits) -> list[float]:
     """PEFT's model and LoRA+ optimizer, one row at a time."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     s = run.settings
     optimizer = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=s.lora_plus_ratio, betas=(s.beta1, s.beta2),
@@ -103,16 +110,80 @@ def plain_losses(folder: Path, adapter: Path, run: TrialRun, splits: Splits) -> 
 def test_a_trajectory_equals_plain_peft_and_torch(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, 0, alpha=6.0, **OPTIONS[name])
     start = starting_adapter(build_engine(tiny_llama, SPLITS), run, tmp_path / "start")
-    expected = plain_losses(tiny_llama, start, run, SPLITS)
+    model = PeftModel.from_pretrained(plain_base(tiny_llama), str(start), is_trainable=True)
+    expected = plain_losses(model, run, SPLITS)
 
     curve = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
 
     torch.testing.assert_close(losses(curve), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "0" / "adapter"))
+    assert exported_perplexity(tiny_llama, tmp_path) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+
+
+def exported_perplexity(folder: Path, runs: Path) -> float:
+    plain = PeftModel.from_pretrained(plain_base(folder), str(runs / "0" / "adapter"))
     with torch.no_grad():
-        nll = plain_loss(plain, list(SPLITS.validation), 0.0).item()
-    assert math.exp(nll) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+        return math.exp(plain_loss(plain, list(SPLITS.validation), 0.0).item())
+
+
+STARTS: dict[str, dict[str, object]] = {
+    "PiSSA": {"init": "pissa", "target_modules": ("all-linear",)},
+    "PiSSA wider than a layer": {"init": "pissa", "r": 8, "target_modules": ("k_proj", "down_proj")},
+    "OLoRA": {"init": "olora", "weight_decay": 0.1, "target_modules": ("all-linear",)},
+    "PiSSA with patterns and LoRA+": {
+        "init": "pissa", "rank_pattern": (("v_proj", 8),), "alpha_pattern": (("q_proj", 3.0),),
+        "lora_plus_ratio": 4.0,
+    },
+    "OLoRA with patterns and rslora": {
+        "init": "olora", "rank_pattern": (("v_proj", 2),), "use_rslora": True,
+    },
+    "PiSSA with trained tokens": {"init": "pissa", "trainable_token_indices": (7, 40, 5)},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA:UserWarning")  # of PEFT's own conversion
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_taken_from_the_base_trains_as_peft_trains_it(
+    tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    """PEFT factors and changes the base itself; the adapter exported here goes on the unchanged one."""
+    run = make_run(tmp_path, 0, alpha=6.0, **STARTS[name])
+    s, targets = run.settings, run.settings.target_modules
+    config = PeftLoraConfig(
+        r=s.r, lora_alpha=s.alpha, init_lora_weights=s.init, use_rslora=s.use_rslora,
+        rank_pattern=dict(s.rank_pattern), alpha_pattern=dict(s.alpha_pattern), task_type="CAUSAL_LM",
+        trainable_token_indices=list(s.trainable_token_indices) or None,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+    )  # fmt: skip
+    expected = plain_losses(get_peft_model(plain_base(tiny_llama), config), run, SPLITS)
+
+    curve = train_all(build_engine(tiny_llama, SPLITS), [run])[0]
+
+    torch.testing.assert_close(losses(curve), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert exported_perplexity(tiny_llama, tmp_path) == pytest.approx(curve[-1].best_perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_a_start_leaves_the_base_as_it_is(tiny_llama: Path, tmp_path: Path, init: str) -> None:
+    run = make_run(tmp_path, 0, init=init, target_modules=("all-linear",))
+    engine = build_engine(tiny_llama, SPLITS)
+
+    engine.admit([run])
+
+    (nll,) = engine.scores([0], SPLITS.validation)
+    assert nll.perplexity == pytest.approx(engine.evaluate_base().perplexity, rel=1e-6)
+    assert all(starts[0].a_RD.any() for starts in engine.bank.starts)
+
+
+def test_the_approximate_factors_are_nearly_the_best_of_their_rank() -> None:
+    weight_OD = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    exact, near = (b.T @ a for a, b in (factors(weight_OD, init, 4) for init in ("pissa", "pissa_niter_16")))
+
+    errors = [(weight_OD - found).norm().item() for found in (exact, near)]
+
+    torch.testing.assert_close(
+        near, factors(weight_OD, "pissa_niter_16", 4)[1].T @ factors(weight_OD, "pissa_niter_16", 4)[0]
+    )
+    assert errors[0] <= errors[1] < 1.005 * errors[0]
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -122,7 +193,8 @@ def test_rows_count_as_their_weights_say(tiny_llama: Path, tmp_path: Path, slots
     splits = replace(SPLITS, train=weighted)
     runs = [make_run(tmp_path, i, target_modules=("all-linear",)) for i in range(slots)]
     start = starting_adapter(build_engine(tiny_llama, splits), runs[0], tmp_path / "start")
-    expected = plain_losses(tiny_llama, start, runs[0], splits)
+    model = PeftModel.from_pretrained(plain_base(tiny_llama), str(start), is_trainable=True)
+    expected = plain_losses(model, runs[0], splits)
 
     curves = train_all(build_engine(tiny_llama, splits, slots=slots, tokens_per_pass=200), runs)
     unweighted = train_all(build_engine(tiny_llama, SPLITS), [make_run(tmp_path / "other", 0)])
@@ -134,7 +206,8 @@ def test_rows_count_as_their_weights_say(tiny_llama: Path, tmp_path: Path, slots
 
 
 def runs_with_options(folder: Path) -> list[TrialRun]:
-    chosen = [*OPTIONS.values(), {"neftune_alpha": 5.0}, {"init": "gaussian", "dropout": 0.1}, {}]
+    starts = [*STARTS.values(), {"init": "pissa_niter_4", "dropout": 0.1}]
+    chosen = [*OPTIONS.values(), *starts, {"neftune_alpha": 5.0}, {"init": "gaussian", "dropout": 0.1}, {}]
     return [make_run(folder, i, **options) for i, options in enumerate(chosen)]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lora_search.engine.bank import row_of
 from lora_search.engine.packed_model import SlotRows
+from lora_search.engine.row_layout import row_of
 from lora_search.model.tiny import make_tiny_model
 from lora_search.ops.lora import PLAIN
 from lora_search.ops.lora_kernels import KERNELS

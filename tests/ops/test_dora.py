@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_search.engine.bank import SlotBank, row_of
+from lora_search.engine.bank import SlotBank
+from lora_search.engine.row_layout import row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS

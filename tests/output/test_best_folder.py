@@ -145,7 +145,7 @@ PARAMS = strategies.fixed_dictionaries(
         "lora.rank_pattern": strategies.dictionaries(ENDS, strategies.integers(1, 64)),
         "lora.layers_to_transform": strategies.sampled_from([None, 0, [3], [1, 30]]),
         "lora.use_rslora": strategies.booleans(),
-        "lora.init": strategies.sampled_from(["kaiming", "gaussian"]),
+        "lora.init": strategies.sampled_from(["kaiming", "gaussian", "pissa_niter_4"]),
         "optim.lr": strategies.floats(1e-9, 0.5),
         "train.epochs": strategies.integers(1, 5),
     },

@@ -27,7 +27,16 @@ def trained(
     return engine, make_row(0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"rank_pattern": (("q_proj", 8),)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_dora": True},
+        {"init": "pissa"},
+        {"trainable_token_indices": (7, 9)},
+        {"rank_pattern": (("q_proj", 8),)},
+    ],
+)
 def test_what_was_exported_is_checked_in_one_line(
     tiny_llama: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:

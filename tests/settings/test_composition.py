@@ -186,10 +186,10 @@ def test_the_help_shows_sweeps_groups_and_settings(own_folder: Path) -> None:
 BAD = [
     ("+x=1", "x: there is no such setting. See --help."),
     ("+foo.bar=1", "foo.bar: there is no such setting."),
-    ("+lora.modules_to_save=[lm_head]", "lora.modules_to_save: is an option of PEFT that is not offered"),
+    ("+lora.modules_to_save=[lm_head]", "with lora.trainable_token_indices rows of the embedding too, but"),
     (
         "++lora.target_parameters=[experts]",
-        "no biases, embeddings, head or experts, and the base is shared. Leave",
+        "no biases, whole embeddings, heads or experts, and the base is shared. Leave",
     ),
     ("lora.bias=all", "lora.bias: is an option of PEFT that"),
     ("++optim.foo=1", "optim.foo: there is no such setting. Did you mean optim.lr"),

@@ -28,6 +28,18 @@ def test_patterns_are_given_searched_and_counted_in_the_room() -> None:
     assert space.default_params(config) == {"lora.rank_pattern": '{"q_proj": 32}', "lora.r": 8}
 
 
+def test_trained_tokens_are_given_searched_and_counted_in_the_room() -> None:
+    config = compose("smoke", ["lora.trainable_token_indices=choice([7],[7,9],[])"])
+    space = parse_space(config)
+    choices = space.distributions["lora.trainable_token_indices"].choices  # type: ignore[attr-defined]
+
+    found = [trial_settings(config, {"lora.trainable_token_indices": choice}) for choice in choices]
+
+    assert [settings.trainable_token_indices for settings in found] == [(7,), (7, 9), ()]
+    assert Room.of_space(config, space).token_rows == 2
+    assert trial_settings(compose("smoke", ["lora.trainable_token_indices=[7,9]"]), {}) == found[1]
+
+
 @pytest.mark.parametrize(
     ("lora", "targets"),
     [
@@ -84,7 +96,14 @@ def test_settings_of_the_command_line_reach_the_trial() -> None:
         ("rank_pattern", {"(": 8}),
         ("alpha_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": float("nan")}),
-        ("init", "pissa"),
+        ("trainable_token_indices", 7),
+        ("trainable_token_head", True),
+        ("trainable_token_indices", [7, 7]),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", ["<|im_end|>"]),
+        ("trainable_token_indices", list(range(1025))),
+        ("init", "eva"),
+        ("init", "pissa_niter_0"),
     ],
 )
 def test_what_names_no_layer_is_refused(key: str, value: object) -> None:

@@ -92,6 +92,7 @@ def test_no_choice_is_said_to_be_smaller_that_is_not() -> None:
 PARENTS: dict[str, list[tuple[str, object]]] = {  # key -> choices, as typed and as kept
     "optim.schedule": [("cosine", "cosine"), ("wsd", "wsd")],
     "lora.use_dora": [("true", True), ("false", False)],
+    "lora.init": [("olora", "olora"), ("kaiming", "kaiming")],
     "lora.target_modules": [
         ("'.*[.][qk]_proj'", ".*[.][qk]_proj"), (r"'(q|it\'s)_proj'", "(q|it's)_proj"),
         ("[q_proj,v_proj]", '["q_proj", "v_proj"]'),
