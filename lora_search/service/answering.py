@@ -55,9 +55,10 @@ def _score(
     before = read_standing(view.attributes())
     is_known = before is not None and before.setup == setup
     rows = [row for row in view.rows() if row.state == "COMPLETE" and adapter_of(row, folder).is_dir()]
-    lacking = [row for row in rows if not is_known or row.metric is None]
-    if not rows or (is_known and not lacking):
+    if not rows or (is_known and all(row.metric is not None for row in rows)):
         return
+    here = {row.number for row in rows if (folder / "trials" / str(row.number) / ANSWERS).is_file()}
+    lacking = [row for row in rows if not is_known or row.metric is None or row.number not in here]
     asker = Asker(engine, config, after_pass)
     if before is None or not is_known:
         scores = asker.score_base(folder / ANSWERS)

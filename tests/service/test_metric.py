@@ -204,3 +204,22 @@ def test_answers_of_base_and_trials_are_scored_once_kept_and_shown(
     assert before is not None
     assert after is not None
     assert after.number == before.number  # by perplexity again
+
+
+def test_trials_whose_answers_are_on_another_disk_answer_again_beside_new_ones(
+    typed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sweep", *SMOKE, "metric=rouge_l", "metric.max_rows=3", "metric.max_new_tokens=6"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert sweep.main() == 0
+    answers = Path("runs/smoke/trials/0/answers.jsonl")
+    before = answers.read_text()
+    answers.unlink()
+
+    monkeypatch.setattr(sys, "argv", [*command, "study.n_trials=5"])
+    assert sweep.main() == 0
+
+    complete = [row for row in SweepStudy.read(STUDY)[0] if row.state == "COMPLETE"]
+    assert answers.read_text() == before
+    assert len(complete) == 5
+    assert all(row.metric is not None for row in complete)
