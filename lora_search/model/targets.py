@@ -61,12 +61,12 @@ def left_out(model: PreTrainedModel) -> list[str]:
 
 def _text_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules by full name, without those of images and sound, whose weights text never meets."""
-    decoder = model.get_decoder()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     start = next((name for name, module in model.named_modules() if module is decoder), "")
     return {
         name: module
         for name, module in model.named_modules()
-        if f"{name}.".startswith(f"{start}." if start else "")
+        if module is head or f"{name}.".startswith(f"{start}." if start else "")
     }
 
 
