@@ -11,7 +11,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import StudySystemAttributeModel, StudyUserAttributeModel
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Query, Session
 
 from lora_search.database.presence import worker_is_dead
 
@@ -60,51 +60,59 @@ class Turn:
         self, storage: RDBStorage, study_id: int, work: str, worker: str, grace_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._storage, self._row = storage, {"study_id": study_id, "key": f"turn/{work}"}
+        self._storage = storage
+        self._row: dict[str, Any] = {"study_id": study_id, "key": f"turn/{work}"}
         self._worker, self._grace_seconds, self._clock = worker, grace_seconds, clock
-        self._own = ""  # the row as this worker wrote it last
+        self._own: list[
+            str
+        ] = []  # what the row may be in this worker's turn: a write may fail, or its answer
         self._seen: tuple[str | None, float] = (None, 0.0)  # another's, and since when
 
     def take(self) -> bool:
-        """Return whether it is this worker's turn by now."""
+        """Return whether it is this worker's turn by now. Raises KeyError if the study was deleted."""
         found = self._read()
-        if found is not None and found == self._own:
+        if found is not None and found in self._own:
             return True
+        if found is None:
+            self._storage.get_study_name_from_id(self._row["study_id"])
         if found != self._seen[0]:
             self._seen = found, self._clock()
         if found is not None and not self._is_over(found):
             return False
-        self._own = self._next()
+        after = self._next()
         with suppress(IntegrityError), Session(self._storage.engine) as session, session.begin():
             if found is None:
-                session.add(StudySystemAttributeModel(**self._row, value_json=self._own))
+                session.add(StudySystemAttributeModel(**self._row, value_json=after))
             else:
-                self._replace(session, found, self._own)
-        return self._read() == self._own
+                self._found(session, [found]).update({"value_json": after}, synchronize_session=False)
+        return self._read() in self._own
 
     def extend(self) -> None:
         """Show that this worker is still at it; without effect where another has taken the turn."""
-        before, self._own = self._own, self._next()
+        before, after = list(self._own), self._next()
         with Session(self._storage.engine) as session, session.begin():
-            self._replace(session, before, self._own)
+            self._found(session, before).update({"value_json": after}, synchronize_session=False)
+        self._own = [after]
 
     def give_back(self) -> None:
         """End this worker's turn, if it still has it."""
         with Session(self._storage.engine) as session, session.begin():
-            session.query(StudySystemAttributeModel).filter_by(**self._row, value_json=self._own).delete()
+            self._found(session, self._own).delete(synchronize_session=False)
 
     def _is_over(self, found: str) -> bool:
         worker = str(json.loads(found)[0])
         return worker_is_dead(worker) or self._clock() - self._seen[1] > self._grace_seconds
 
     def _next(self) -> str:
-        return json.dumps([self._worker, uuid.uuid4().hex])
+        """Return what is to be written now."""
+        self._own.append(json.dumps([self._worker, uuid.uuid4().hex]))
+        return self._own[-1]
 
     def _read(self) -> str | None:
         with Session(self._storage.engine) as session:
             found = session.query(StudySystemAttributeModel.value_json).filter_by(**self._row).scalar()
         return None if found is None else str(found)
 
-    def _replace(self, session: Session, before: str, after: str) -> None:
-        row = session.query(StudySystemAttributeModel).filter_by(**self._row, value_json=before)
-        row.update({"value_json": after}, synchronize_session=False)
+    def _found(self, session: Session, values: list[str]) -> Query[StudySystemAttributeModel]:
+        row = StudySystemAttributeModel
+        return session.query(row).filter_by(**self._row).filter(row.value_json.in_(values))

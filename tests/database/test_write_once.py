@@ -1,15 +1,20 @@
 """Work that one worker of a study does at a time: who has the turn, and when it goes to another."""
 
 import os
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
-from sqlalchemy import event
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, event
 
+from lora_search.database.outbox import Outbox
 from lora_search.database.presence import worker_name
 from lora_search.database.storage import open_storage
 from lora_search.database.write_once import Turn
+from lora_search.errors import StudyError
 from lora_search.settings.schema import StudyConfig
 
 GRACE = 120.0
@@ -104,3 +109,73 @@ def test_a_worker_that_lost_its_turn_cannot_extend_it_or_give_it_back(hall: Hall
 
     assert other.take()
     assert not silent.take()
+
+
+def breaks(storage: RDBStorage, is_written: bool) -> Callable[..., None]:
+    """Let each commit that has written fail, before or after the database has it; return what to remove."""
+
+    def fail(connection: Connection) -> None:
+        if is_written:
+            connection.connection.commit()
+        raise sqlite3.OperationalError("the connection broke")
+
+    event.listen(storage.engine, "commit", fail)
+    return fail
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_write_that_fails_or_whose_answer_is_lost_does_not_end_the_turn(
+    hall: Hall, clock: Clock, is_written: bool, failures: int
+) -> None:
+    other = hall.turn(ALSO_ELSEWHERE)
+    one = hall.turn(ELSEWHERE)
+    assert one.take()
+    fail = breaks(hall.storage, is_written)
+    for _ in range(failures):
+        with pytest.raises(sqlite3.OperationalError):
+            one.extend()
+    event.remove(hall.storage.engine, "commit", fail)
+    assert not other.take()
+    clock.now = GRACE
+
+    one.extend()
+    assert not other.take()
+    clock.now = 2 * GRACE
+    assert not other.take()
+
+    fail = breaks(hall.storage, is_written)
+    with pytest.raises(sqlite3.OperationalError):
+        one.extend()
+    event.remove(hall.storage.engine, "commit", fail)
+    one.give_back()
+    assert other.take()
+
+
+def test_a_turn_that_is_lost_stays_lost_after_a_write_that_failed(hall: Hall, clock: Clock) -> None:
+    other = hall.turn(ALSO_ELSEWHERE)
+    one = hall.turn(ELSEWHERE)
+    assert one.take()
+    assert not other.take()
+    fail = breaks(hall.storage, is_written=False)
+    with pytest.raises(sqlite3.OperationalError):
+        one.extend()
+    event.remove(hall.storage.engine, "commit", fail)
+    clock.now = GRACE + 1
+    assert other.take()
+
+    one.extend()
+    one.give_back()
+
+    assert other.take()
+    assert not one.take()
+
+
+def test_who_waits_for_a_turn_of_a_deleted_study_is_told(hall: Hall) -> None:
+    one, other = hall.turn(ELSEWHERE), hall.turn(ALSO_ELSEWHERE)
+    assert one.take()
+    assert not other.take()
+    hall.storage.delete_study(1)
+
+    with pytest.raises(StudyError, match="study.name: 's' or some of its trials were deleted"):
+        Outbox(hall.config).ask(other.take)
