@@ -139,9 +139,9 @@ class Artifacts:
         """Upload the missing files, then the manifest; then remove the files that it does not name."""
         sums = {name: sha256(path) for name, path in files.items()}
         self.place.forget_listings()
-        there = set(self.place.names(f"{place}/files"))
+        there = self.place.sizes(f"{place}/files")
         for name, digest in sums.items():
-            if digest not in there:
+            if digest not in there or there[digest] not in (None, files[name].stat().st_size):
                 self.place.write(f"{place}/files/{digest}", files[name].read_bytes())
         manifest = {"rung": rung, "files": sums}
         kept = f"{MANIFEST}{rung:05d}-{_seal(manifest)[:12]}.json"

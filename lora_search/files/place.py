@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from lora_search.errors import ConfigError, LoraSearchError
+from lora_search.files.atomic import TEMPORARY
 from lora_search.settings.schema import require
 from lora_search.settings.secrets import redact
 
@@ -54,10 +55,24 @@ class Place:
         except FileNotFoundError:
             return b""
 
+    def sizes(self, path: str) -> dict[str, int | None]:
+        """Return the bytes of each object below a folder, by name; None where that is not known."""
+        try:
+            found = self.files.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: one.get("size") for one in found}
+
     def write(self, path: str, content: bytes) -> None:
-        """Write one object. Only object stores do so atomically, so readers compare its digest."""
-        _make_folder(self.files, path.rsplit("/", 1)[0])
-        self.files.pipe_file(path, content)
+        """Write one object: whole, or not at all under its name."""
+        if _is_object_store(self.files):
+            self.files.pipe_file(path, content)
+            return
+        folder = path.rsplit("/", 1)[0]
+        self.files.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{uuid.uuid4().hex}{TEMPORARY}"
+        self.files.pipe_file(temporary, content)
+        self.files.mv(temporary, path)
 
     def remove(self, path: str) -> None:
         """Remove one object."""
@@ -108,6 +123,10 @@ def _connect(uri: str) -> tuple[Any, str]:
 
 def _make_folder(files: Any, path: str) -> None:
     """Create a folder, if the file system has folders; in an object store this would create a bucket."""
-    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
-    if not protocols & OBJECT_STORES:
+    if not _is_object_store(files):
         files.makedirs(path, exist_ok=True)
+
+
+def _is_object_store(files: Any) -> bool:
+    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+    return bool(protocols & OBJECT_STORES)

@@ -12,7 +12,7 @@ import pytest
 
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
-from lora_search.files.artifacts import READERS, Artifacts
+from lora_search.files.artifacts import READERS, Artifacts, sha256
 from lora_search.files.place import ArtifactError, check_uri
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
@@ -212,6 +212,54 @@ def test_a_damaged_copy_is_named_and_never_used(
     assert copies.fetch(7, tmp_path / "b") is None
     assert "of rung 3 at artifacts.uri is damaged or missing" in caplog.text
     assert not (tmp_path / "b").exists()
+
+
+def test_a_short_copy_of_an_older_version_is_replaced(copies: Artifacts, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a", 3)
+    name = f"{copies.root}/trials/7/files/{sha256(folder / 'validation_rows.npz')}"
+    copies.place.write(name, b"ro")
+
+    copies.put(7, folder, 3)
+    copies.settle(7)
+
+    assert copies.fetch(7, tmp_path / "b") == 3
+    assert contents(tmp_path / "b") == contents(folder)
+
+
+class Killed(BaseException):
+    """Ends a process in the middle of a write."""
+
+
+class HalfWritten:
+    """A mounted folder whose writer is killed after the first half of a file."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def pipe_file(self, path: str, content: bytes) -> None:
+        self._files.pipe_file(path, content[: len(content) // 2])
+        raise Killed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_no_short_file_under_its_name(tmp_path: Path) -> None:
+    copies, folder = Artifacts(str(tmp_path / "place"), "study"), folder_of(tmp_path, "a", 3)
+    whole = copies.place.files
+    copies.place.files = HalfWritten(whole)
+    with pytest.raises(Killed):
+        copies.share("adapter", folder)
+    left = objects(copies)
+    copies.place.files = whole
+    copies.share("adapter", folder)
+    copies.close()
+
+    assert len(left) == 1
+    assert left[0].endswith(".tmp")
+    assert len(objects(copies)) == 3  # two files and the manifest: what was left is removed
+    copies.bring(["adapter"], tmp_path / "b")
+    assert contents(tmp_path / "b/adapter") == contents(folder / "adapter")
 
 
 def test_a_manifest_cannot_lead_out_of_the_trials_folder(copies: Artifacts, tmp_path: Path) -> None:
