@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,9 @@ class Artifacts:
         """Bring the files of many trials in the same way, several at a time: trial -> what the names of its
         files must end with. ``folder`` has a folder for each. Raises ArtifactError."""
         wait([upload for upload, _ in self._last.values()])
-        with self.place.explained(READ), ThreadPoolExecutor(READERS) as readers:
+        with self.place.explained(READ):
             self.place.forget_listings()
-            found = [readers.submit(self._fetch, n, folder / str(n), end) for n, end in wanted.items()]
-            for one in found:
-                one.result()
+            _all_at_once(partial(self._fetch, n, folder / str(n), end) for n, end in wanted.items())
 
     def share(self, name: str, folder: Path) -> None:
         """Copy a file of the folder, or a folder in it with its files, in place of an older copy. Raises
@@ -105,10 +104,9 @@ class Artifacts:
     def bring(self, names: Iterable[str], folder: Path) -> None:
         """Bring what was shared under the names and is as it was sent. A folder must not exist here. Raises
         ArtifactError."""
-        with self.place.explained(READ), ThreadPoolExecutor(READERS) as readers:
+        with self.place.explained(READ):
             self.place.forget_listings()
-            for one in [readers.submit(self._bring_shared, name, folder) for name in names]:
-                one.result()
+            _all_at_once(partial(self._bring_shared, name, folder) for name in names)
 
     def show(self, path: Path, name: str) -> None:
         """Copy a file, or a folder with its files, for people, under the names they have. Raises
@@ -217,7 +215,7 @@ class Artifacts:
         try:
             if self._bring_last(f"{self.root}/shared/{name}", fresh) is not None:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (fresh / name).replace(folder / name)
+                _move(fresh / name, folder / name)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -228,6 +226,25 @@ class Artifacts:
 def place_of(study: str, study_id: str | None) -> str:
     """Return the name of a study's folder at artifacts.uri; a new study of the same name gets another."""
     return f"{study}-{study_id}" if study_id else study
+
+
+def _all_at_once(calls: Iterable[Callable[[], object]]) -> None:
+    """Make the calls, READERS at a time. Raises the first error, or an interrupt, and waits for no other."""
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        for one in as_completed([readers.submit(call) for call in calls]):
+            one.result()
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _move(fresh: Path, to: Path) -> None:
+    """Rename; a folder that another process has brought meanwhile stays."""
+    try:
+        fresh.replace(to)
+    except OSError:
+        if not to.is_dir():
+            raise
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Copies of trials' files: in a folder, and on a real S3 server."""
 
+import itertools
 import json
 import logging
 import threading
@@ -155,6 +156,55 @@ def test_the_files_of_many_trials_are_fetched_at_the_same_time(copies: Artifacts
         f"{number}/adapter/adapter_model.safetensors": f"adapter {number}".encode()
         for number in range(READERS)
     }
+
+
+class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A file system that takes no file any more."""
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[str]:
+        raise FileNotFoundError(path)
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        raise PermissionError("quota exceeded")
+
+
+class Slow(Refusing):
+    """A place where a request fails: some at once, the others only when they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_asked, self.let_go = itertools.count(), threading.Event()
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[str]:
+        if next(self.num_asked) == READERS - 1:
+            raise PermissionError("no way in")
+        self.let_go.wait(60)
+        raise PermissionError("later")
+
+
+def test_the_first_error_is_told_at_once_and_nothing_more_is_asked_for(tmp_path: Path) -> None:
+    copies = Artifacts(str(tmp_path / "place"), "study")
+    copies.place.files = files = Slow()
+    for fetch in (
+        lambda: copies.fetch_all(dict.fromkeys(range(20 * READERS), ""), tmp_path / "b"),
+        lambda: copies.bring(map(str, range(20 * READERS)), tmp_path / "c"),
+    ):
+        files.num_asked = itertools.count()
+        with pytest.raises(ArtifactError, match="cannot be read: no way in"):
+            fetch()
+        assert next(files.num_asked) <= READERS + 1
+    files.let_go.set()
+    copies.close()
+
+
+def test_a_folder_that_another_process_has_brought_meanwhile_stays(copies: Artifacts, tmp_path: Path) -> None:
+    copies.share("adapter", folder_of(tmp_path, "a", 3))
+    there = folder_of(tmp_path, "b", 3, b"brought by another")
+
+    copies.bring(["adapter"], there)
+
+    assert contents(there)["adapter/adapter_model.safetensors"] == b"brought by another"
+    assert not list(there.glob(".upload*"))
 
 
 def test_only_the_last_rung_stays_there_and_a_checkpoint_goes_with_its_trial(
@@ -326,16 +376,6 @@ def test_a_place_that_takes_nothing_is_refused_with_its_cause(place: str, tmp_pa
 def test_a_uri_that_no_file_system_takes_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"artifacts.uri: must be a .* got '.*'. Try s3://bucket/folder"):
         check_uri(uri)
-
-
-class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """A file system that takes no file any more."""
-
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[str]:
-        raise FileNotFoundError(path)
-
-    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
-        raise PermissionError("quota exceeded")
 
 
 def test_an_upload_that_fails_is_one_warning_and_ends_the_trial_only_at_its_end(
