@@ -46,8 +46,8 @@ def keep_freed_memory() -> None:
 
 def keep_to_own_cores() -> None:
     """Let torch compute with at most as many threads as this process has cores, which the quota of a
-    container may limit; OMP_NUM_THREADS goes before. The same for every start on a machine: how many threads
-    add up a sum decides its last bits."""
+    container may limit; OMP_NUM_THREADS takes precedence. The same for every start on a machine: how many
+    threads add up a sum decides its last bits."""
     if THREADS not in os.environ and torch.get_num_threads() > num_cores():
         torch.set_num_threads(num_cores())
 

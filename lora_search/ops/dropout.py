@@ -5,8 +5,9 @@ dropped whatever the slot, the other trials in the pass, or the number of repeat
 
 One 32-bit hash decides two elements. On a CPU the mask is computed once and applied to the bits of a number:
 0.2 ms for 976 x 576 elements in bfloat16, where comparing and multiplying by bool take 1.0 ms. On CUDA
-`lora_kernels` drops inside the matmuls (by count 41 of 438 ms: `python -m tests.benchmarks.predict 8B`);
-DoRA, and loops over slots, have one compiled kernel there instead of a dozen. No mask is stored.
+`lora_kernels` drops inside the matmuls (outside them it took 41 of 438 ms, by the count of
+`python -m tests.benchmarks.predict 8B`); DoRA, and loops over slots, have one compiled kernel there instead
+of a dozen. No mask is stored.
 """
 
 from collections.abc import Callable

@@ -54,6 +54,6 @@ def test_a_busy_machine_is_named_unless_the_threads_are_set(monkeypatch: pytest.
     assert notes_on_cores() == []
     monkeypatch.delenv("OMP_NUM_THREADS")
 
-    assert f"{7 * cores} programs want its {cores} cores" in notes_on_cores()[0]
+    assert f"{7 * cores} programs compete for its {cores} cores" in notes_on_cores()[0]
     monkeypatch.setattr(os, "getloadavg", lambda: (1.9 * cores, 9.0, 9.0))
     assert notes_on_cores() == []
