@@ -113,7 +113,7 @@ def _tokens_per_second(engine: "Engine") -> float:
 def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     """Return the engine that the sweep would use."""
     from lora_search.data.store import knows_rows
-    from lora_search.engine.build import Room, build_engine
+    from lora_search.engine.build import Room, build_engine, require_exact
     from lora_search.engine.digest import content_of
     from lora_search.model.loading import load_base
     from lora_search.model.placement import describe_split
@@ -121,7 +121,8 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     from lora_search.prepare import check_inputs, describe_rows, read_inputs
     from lora_search.reading.load import load_rows
 
-    pick_devices(config.engine.device, config.engine.devices_per_worker)
+    room = Room.of_space(config, space)
+    require_exact(config, room, pick_devices(config.engine.device, config.engine.devices_per_worker)[0])
     rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
     inputs = read_inputs(config, rows, None, watch=progress.watch)
     for line in describe_rows(config, inputs.splits):
@@ -131,7 +132,7 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     if split := describe_split(base.model):
         progress.event(f"base model on {split}: they compute one after the other")
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
-    engine, sizes = build_engine(config, Room.of_space(config, space), base, inputs.splits, content)
+    engine, sizes = build_engine(config, room, base, inputs.splits, content)
     size = sizes or f"{len(engine.slots)} slots, {engine.tokens_per_pass} tokens per pass"
     progress.event(f"engine: {size}")
     return engine

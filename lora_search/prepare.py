@@ -260,6 +260,8 @@ def prepare_sweep(
         progress.event(describe_validation(engine, time.perf_counter() - began))
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)
         share(study.folder, engine.keeper.artifacts)
+    if not study.is_finished:  # before a trial is held: the largest layers take seconds
+        engine.bank.factors.prepare(room.starts, progress.watch)
     return engine, study
 
 

@@ -47,13 +47,42 @@ def test_a_plan_over_two_devices_says_what_the_fullest_needs(
     assert "GiB at the probe's peak, base included, on the fullest of 2 GPUs" in capsys.readouterr().out
 
 
-def test_a_plan_of_wrong_settings_is_one_message(
+def test_sizes_are_probed_with_all_that_some_trial_of_the_space_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plan", *TINY, "optim.lr=-1"])
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.1)
+    auto = ["engine.slots=auto", "engine.tokens_per_pass=auto", "lora.trainable_token_indices=[5,6,7]"]
+    space = ["lora.trainable_token_indices=choice([5],[6])", "lora.init=choice(kaiming,olora)"]
+    monkeypatch.setattr(sys, "argv", ["plan", *TINY, *auto, *space])
+
+    assert plan.main() == 0
+
+    assert "tokens per pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lr=-1"], "optim.lr: must be between 0 and 1"),
+        (
+            ["model.quantization=nf4", "lora.init=choice(kaiming,olora)"],
+            "lora.init: cannot be pissa or olora over model.quantization=nf4, whose weights have no exact "
+            "factors, got 'olora'. Set model.quantization=null, or lora.init=kaiming",
+        ),
+    ],
+)
+def test_a_plan_of_wrong_settings_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan", *TINY, *overrides])
 
     assert plan.main() == 2
 
-    assert "optim.lr: must be between 0 and 1" in capsys.readouterr().out
+    assert message in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "runs").exists()

@@ -264,5 +264,6 @@ def _peak_bytes(model: PackedModel, pack: SlotRows) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model.nll([pack])[0].mean()
     kept = sum(size for address, size in sizes.items() if address not in weights)
-    loss.backward()
+    with torch.autograd.set_multithreading_enabled(not model.is_row_by_row):  # as in `engine`
+        loss.backward()
     return kept

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_search.engine.row_layout import Row, lay_out, row_of
-from lora_search.engine.starts import NITER, Start, Subtract, factors
+from lora_search.engine.starts import Factors, Start, Subtract
 from lora_search.files.peft import lora_rank, lora_scaling, plain_weight, with_start, without_start
 from lora_search.model.embedding import Embedding
 from lora_search.ops.dora import Magnitude, Rescale
@@ -118,7 +118,7 @@ class SlotBank:
         self.grad = [torch.zeros_like(theta_SP) for theta_SP in self.theta]
         self.used = [theta_SP.to(dtype) for theta_SP in self.theta]  # the matmuls'; in float32 theta itself
         self.start = [used_SP.new_zeros(num_slots, has_starts * used_SP.shape[1]) for used_SP in self.used]
-        self._factors: dict[tuple[int, str, int], tuple[torch.Tensor, torch.Tensor]] = {}  # on the host
+        self.factors = Factors(self._bases, max_rank)
         self.anchors = [torch.zeros(0, device=device, requires_grad=True) for device in self.devices]
         self.layers = [
             Layer(
@@ -152,7 +152,7 @@ class SlotBank:
 
     @property
     def factor_bytes(self) -> int:
-        """The host memory of the factors that PiSSA's and OLoRA's trials share."""
+        """The host memory of the factors that all trials with the same init share."""
         return 4 * sum(start_SP.shape[1] for start_SP in self.start)
 
     def set_plan(self, plan: Plan, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -206,7 +206,7 @@ class SlotBank:
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
         """Give the slot fresh adapters on the named layers: A as PEFT draws it (Kaiming uniform with a =
         sqrt 5, or Gaussian), B zero; or PiSSA's or OLoRA's factors of the layer's weight."""
-        self._make_room(slot, settings, names)
+        self.make_room(slot, settings, names)
         if self.embedding is not None:
             weights = self.embedding.module.weight, self.embedding.head.weight
             fresh = self._rows(row_of(self.theta, slot), settings).values()
@@ -222,7 +222,7 @@ class SlotBank:
                 magnitudes[slot].m_O.copy_(magnitudes[slot].norm_O)
                 magnitudes[slot].gain_O.fill_(1.0)
 
-    def _make_room(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
+    def make_room(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
         """Give the slot adapters of zeros on the named layers."""
         self.release(slot)
         views = (self.views(row_of(bank, slot), settings, names) for bank in (self.used, self.grad))
@@ -255,16 +255,12 @@ class SlotBank:
                 a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))
 
     def _start(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
-        """Set adapters and starts to the same factors, of PiSSA or OLoRA. They are computed once a layer."""
+        """Set adapters and starts to the same factors, of PiSSA or OLoRA."""
         views = (self.views(row_of(bank, slot), settings, names) for bank in (self.start, self.theta))
         for (index, *start), (_, *fresh) in zip(*views, strict=True):
-            r = len(fresh[0])
-            key = index, settings.init, r if NITER in settings.init else self.max_rank
-            if key not in self._factors:
-                found = factors(plain_weight(self._bases[index]), *key[1:])
-                self._factors[key] = found[0].cpu(), found[1].cpu()
+            known = self.factors.of(index, settings.init, len(fresh[0]))
             scale = 1.0 if settings.init == "olora" else self.starts[index][slot].scaling ** -0.5
-            for factor, start_RW, fresh_RW in zip(self._factors[key], start, fresh, strict=True):
+            for factor, start_RW, fresh_RW in zip(known, start, fresh, strict=True):
                 start_RW[: len(factor)].copy_(factor[: len(start_RW)] * scale)
                 fresh_RW.copy_(start_RW)
 
@@ -341,7 +337,7 @@ class SlotBank:
         self, slot: int, settings: TrialSettings, names: Sequence[str], state: Mapping[str, torch.Tensor]
     ) -> None:
         """Give the slot an adapter that `exported` returned."""
-        self._make_room(slot, settings, names)
+        self.make_room(slot, settings, names)
         if settings.has_start:
             state, start = without_start(state)
             self.load(row_of(self.start, slot), settings, names, start)

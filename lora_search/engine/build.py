@@ -37,7 +37,8 @@ ADAPTER_KEYS = (
 class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
     trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
-    those whose embeddings are trained, and whether their rows of the head are."""
+    those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits of PiSSA
+    and OLoRA."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -45,7 +46,7 @@ class Room:
     num_trials: int
     patterns: tuple[str, ...] = ()
     has_dora: bool = False
-    has_starts: bool = False
+    starts: tuple[str, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
 
     @classmethod
@@ -53,11 +54,10 @@ class Room:
         """Return the size needed for exactly these trials."""
         targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
         max_rank, min_batch = max(map(_largest_rank, trials)), min(t.examples_per_step for t in trials)
-        has_dora, has_starts = (
-            any(has) for has in zip(*((t.use_dora, t.has_start) for t in trials), strict=True)
-        )
+        has_dora = any(trial.use_dora for trial in trials)
+        starts = tuple(dict.fromkeys(trial.init for trial in trials if trial.has_start))
         tokens = tuple(dict.fromkeys((t.trainable_token_indices, t.trainable_token_head) for t in trials))
-        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora, has_starts, tokens)
+        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora, starts, tokens)
 
     @property
     def token_rows(self) -> int:
@@ -85,8 +85,8 @@ def require_exact(config: SweepConfig, room: Room, device: torch.device) -> None
     over, remedy = f"over model.quantization={config.model.quantization}", "Set model.quantization=null"
     is_plain = config.model.quantization is None
     rule = f"cannot be pissa or olora {over}, whose weights have no exact factors"
-    fits = is_plain or not room.has_starts
-    require(fits, "lora.init", config.lora.init, rule, f"{remedy}, or lora.init=kaiming")
+    fits = is_plain or not room.starts
+    require(fits, "lora.init", ", ".join(room.starts), rule, f"{remedy}, or lora.init=kaiming")
     devices, ids = config.engine.devices_per_worker, [list(ids) for ids, _ in room.tokens if ids]
     rule = f"cannot be trained with engine.devices_per_worker={devices}"
     is_one = devices == 1 or not ids
@@ -111,6 +111,7 @@ def build_engine(
     ``content`` holds digests of what the numbers depend on; the engine stores them with its files. Raises
     ModelError if a target does not exist.
     """
+    require_exact(config, room, base.device)
     layers: dict[str, nn.Linear] = {}
     for wanted in room.tokens:
         check_tokens(base.model, *wanted)
@@ -143,8 +144,22 @@ def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -
         room.max_rank,
         base.dtype,
         has_magnitudes=room.has_dora,
-        has_starts=room.has_starts,
+        has_starts=bool(room.starts),
         max_token_rows=room.token_rows,
+    )
+
+
+def _heaviest(config: SweepConfig, room: Room, bank: SlotBank) -> TrialSettings:
+    """Return a trial with all that may take memory in a pass of the room's trials."""
+    ids, with_head = max(room.tokens, key=lambda one: len(one[0]) * (1 + one[1]), default=((), False))
+    return replace(
+        trial_settings(config, {}),
+        r=bank.max_rank,
+        rank_pattern=(),
+        use_dora=room.has_dora,
+        init=next(iter(room.starts), "kaiming"),
+        trainable_token_indices=ids,
+        trainable_token_head=with_head,
     )
 
 
@@ -154,14 +169,13 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)
     bank = _bank(base, room, layers, 1)
-    most = replace(trial_settings(config, {}), r=bank.max_rank, rank_pattern=(), use_dora=room.has_dora)
-    most = replace(most, init="kaiming")  # factors of the base take their time, and no memory of a pass
-    bank.admit(0, most, bank.names, seed=0)
+    bank.make_room(0, _heaviest(config, room, bank), bank.names)  # zeros: values take no memory
+    bank.refresh(0)
     model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(devices_of(base.model)) // sharing, room.min_batch
     if base.device.type == "cpu":
-        free -= bank.factor_bytes
+        free -= bank.factor_bytes * len(room.starts)
     chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
     bank.remove(base.model)
     return chosen

@@ -172,7 +172,8 @@ class Engine:
         nlls = self.model.nll([rows for _, _, rows in packed])
         pairs = zip(nlls, packed, strict=True)
         losses = [self.model.weighted_sum(nll, rows) / slot.batch.weight for nll, (_, slot, rows) in pairs]
-        torch.stack(losses).sum().backward()
+        with torch.autograd.set_multithreading_enabled(not self.model.is_row_by_row):
+            torch.stack(losses).sum().backward()  # a row's plan is set for all devices on the way back
         return [loss.detach() for loss in losses]
 
     def _repeat(self, packed: Packed, trouble: str | None) -> None:

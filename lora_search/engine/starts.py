@@ -6,13 +6,16 @@ stays, and each slot's tokens lose s B0 A0 x: two thin matmuls more in each dire
 Legend: R rank, D input width, O output width, T tokens of a pass, K the smaller of D and O.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.autograd.function import FunctionCtx
 
+from lora_search.files.peft import plain_weight
 from lora_search.ops.lora import Plan, parts_of
+from lora_search.watching import Watch
 
 NITER = "_niter_"  # pissa_niter_16: an approximate SVD in 16 iterations, as in PEFT
 
@@ -24,6 +27,33 @@ class Start:
     a_RD: torch.Tensor
     b_RO: torch.Tensor
     scaling: float
+
+
+class Factors:
+    """The factors of the layers' weights, on the host. They are computed once a layer; those of
+    pissa_niter_16 depend on the rank, and only the last rank's are kept."""
+
+    def __init__(self, bases: Sequence[nn.Linear], max_rank: int) -> None:
+        self._bases, self._max_rank = bases, max_rank
+        self._found: dict[tuple[int, str], tuple[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def of(self, layer: int, init: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return at least the first r rows of A and B, as far as the layer is that wide."""
+        rank = r if NITER in init else self._max_rank
+        known_rank, found = self._found.get((layer, init), (None, None))
+        if found is None or known_rank != rank:
+            a_RD, b_RO = factors(plain_weight(self._bases[layer]), init, rank)
+            found = a_RD.cpu(), b_RO.cpu()
+            self._found[layer, init] = rank, found
+        return found
+
+    def prepare(self, inits: Collection[str], watch: Watch) -> None:
+        """Compute what does not depend on a trial's rank, before trials wait for it."""
+        for init in inits:
+            for layer in watch(
+                range(len(self._bases) * (NITER not in init)), f"factors for lora.init={init}"
+            ):
+                self.of(layer, init, self._max_rank)
 
 
 def factors(weight_OD: torch.Tensor, init: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:

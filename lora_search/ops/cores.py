@@ -23,8 +23,8 @@ def notes_on_cores() -> list[str]:
     if THREADS in os.environ or busy < CROWDED * cores:
         return []
     return [
-        f"this machine is busy: {busy:.0f} programs compete for its {cores} cores. Threads that wait for each "
-        f"other make a sweep many times slower; {THREADS}=1 before the command avoids that"
+        f"this machine is busy: {busy:.0f} programs compete for its {cores} cores. Threads that wait for "
+        f"each other make a sweep many times slower; {THREADS}=1 before the command avoids that"
     ]
 
 

@@ -194,7 +194,7 @@ class AddAdapters(torch.autograd.Function):
         mask, grad_x, grad_up = _mask(plan, layer), None, None
         grad_hidden_TR = products.narrow(layer, B, grad_TO, plan, None)
         products.collect(layer, B, hidden_TR, grad_TO, plan, None)
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        if any(ctx.needs_input_grad[1:3]):  # type: ignore[attr-defined]  # x, or up alone
             grad_x_TD = products.widen(layer, A, grad_hidden_TR, x.shape[-1], plan, mask)
             if base is not None:
                 grad_x_TD.addmm_(grad_TO, base.weight_OD)

@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "alpha_pattern": (("self_attn.v_proj", 3.0), ("model.layers.1.self_attn.v_proj", 30.0)),
     },
     "patterns with rslora": {"rank_pattern": (("v_proj", 8),), "use_rslora": True},
+    "an MLP without its gate": {"target_modules": ("up_proj", "down_proj")},
     "some layers": {"target_modules": ("q_proj", "up_proj", "layers:1")},
     "regular expression": {"target_modules": (r"re:.*\.(0|1)\.self_attn\.[kv]_proj",)},
     "LoRA+": {"lora_plus_ratio": 8.0, "weight_decay": 0.1},
