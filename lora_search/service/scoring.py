@@ -59,7 +59,7 @@ def score_test(
         difference=comparison.difference,
         error=comparison.error,
         num_rows=comparison.num_rows,
-        scored_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        scored_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         looks=before.looks + 1 if before else 1,
         earlier=earlier,
     )
