@@ -39,6 +39,10 @@ class DatabaseError(StudyError):
     """The study's database does not answer, or answers with an error."""
 
 
+class MetricError(StudyError):
+    """The user's metric fails on an answer, or its score is not a number."""
+
+
 class DoesNotFitError(LoraSearchError):
     """Memory ran out with the smallest possible pass."""
 

@@ -11,18 +11,24 @@ def worker_name(pid: int) -> str:
     """Return host:pid:start, unlike any other process's even after the pid is used again."""
     stat = Path(f"/proc/{pid}/stat")
     try:
-        started = stat.read_text().rpartition(")")[2].split()[19]
+        fields = stat.read_text().rpartition(")")[2].split()
+        started = "0" if fields[0] == "Z" else fields[19]  # Z: ended, and its parent has not waited for it
     except OSError:  # no such process, or no /proc
         started = "0"
     return f"{_host()}:{pid}:{started}"
 
 
-def worker_is_dead(name: str) -> bool:
-    """Return whether the worker ran on this host and has ended; False if that is unknown."""
+def worker_runs(name: str) -> bool | None:
+    """Return whether the worker's process still runs; None if it is not of this host, or that is unknown."""
     host, _, rest = name.partition(":")
     pid = rest.partition(":")[0]
     known_here = host == _host() and pid.isdigit() and Path("/proc/self/stat").exists()
-    return known_here and worker_name(int(pid)) != name
+    return worker_name(int(pid)) == name if known_here else None
+
+
+def worker_is_dead(name: str) -> bool:
+    """Return whether the worker ran on this host and has ended; False if that is unknown."""
+    return worker_runs(name) is False
 
 
 def _host() -> str:

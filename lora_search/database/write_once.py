@@ -13,7 +13,7 @@ from optuna.storages._rdb.models import StudySystemAttributeModel, StudyUserAttr
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Query, Session
 
-from lora_search.database.presence import worker_is_dead
+from lora_search.database.presence import worker_runs
 
 
 def write_once(storage: RDBStorage, study_id: int, values: Mapping[str, object]) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class Turn:
     """Work on a study that any worker may do, on whichever machine, but only one at a time.
 
     The study's row of the work names who has the turn; every change of it is one statement that names what
-    it replaces. Whoever extends it no more loses it after ``grace_seconds``, by the others' own clocks, and
-    at once where its process is known to have ended.
+    it replaces. Whoever extends it no more loses it after ``grace_seconds``, by the others' own clocks; where
+    both are on one host, at once if its process has ended, and never while it runs.
     """
 
     def __init__(
@@ -63,9 +63,7 @@ class Turn:
         self._storage = storage
         self._row: dict[str, Any] = {"study_id": study_id, "key": f"turn/{work}"}
         self._worker, self._grace_seconds, self._clock = worker, grace_seconds, clock
-        self._own: list[
-            str
-        ] = []  # what the row may be in this worker's turn: a write may fail, or its answer
+        self._own: list[str] = []  # what the row may be in this worker's turn: a write or its answer may fail
         self._seen: tuple[str | None, float] = (None, 0.0)  # another's, and since when
 
     def take(self) -> bool:
@@ -101,7 +99,8 @@ class Turn:
 
     def _is_over(self, found: str) -> bool:
         worker = str(json.loads(found)[0])
-        return worker_is_dead(worker) or self._clock() - self._seen[1] > self._grace_seconds
+        runs = worker_runs(worker)
+        return self._clock() - self._seen[1] > self._grace_seconds if runs is None else not runs
 
     def _next(self) -> str:
         """Return what is to be written now."""

@@ -2,6 +2,7 @@
 it at a time, on whichever machine; the next one finds what is done. Imports torch."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -50,7 +51,7 @@ def in_turn(
     config: StudyConfig, progress: Progress, check: Callable[[], None]
 ) -> Iterator[Callable[[], None]]:
     """Wait until no other worker of the study is inside; yield what is to be called after every pass."""
-    storage, outbox, extended = open_storage(config), Outbox(config), [time.monotonic()]
+    storage, outbox = open_storage(config), Outbox(config)
     with explained_errors(config):
         study_id = storage.get_study_id_from_name(config.name)
     grace = GRACE_HEARTBEATS * config.heartbeat_seconds
@@ -59,15 +60,35 @@ def in_turn(
         progress.wait("another worker scores the finished study")
         check()
         time.sleep(POLL_SECONDS)
+    with extended(turn, config) as failures:
 
-    def after_pass() -> None:
-        check()
-        if time.monotonic() - extended[0] > config.heartbeat_seconds:
-            extended[0] = time.monotonic()
-            outbox.ask(turn.extend)
+        def after_pass() -> None:
+            check()
+            if failures:
+                raise failures[0]
 
-    try:
         yield after_pass
+
+
+@contextmanager
+def extended(turn: Turn, config: StudyConfig) -> Iterator[list[LoraSearchError]]:
+    """Extend the turn from a thread, however long a step inside takes, and give it back at the end. What is
+    yielded gets an error once the database was gone for too long."""
+    outbox, ended, failures = Outbox(config), threading.Event(), list[LoraSearchError]()
+
+    def extend() -> None:
+        try:
+            while not ended.wait(config.heartbeat_seconds):
+                outbox.ask(turn.extend)
+        except LoraSearchError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=extend, daemon=True)
+    thread.start()
+    try:
+        yield failures
     finally:
+        ended.set()
+        thread.join()
         with suppress(LoraSearchError):  # it ends by itself, some heartbeats later
             outbox.ask(turn.give_back)

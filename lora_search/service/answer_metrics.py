@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lora_search.errors import ConfigError, StudyError
+from lora_search.errors import ConfigError, MetricError
 from lora_search.settings.metric_schema import MetricConfig
 
 NEEDS = {"rouge_l": "rouge_score", "chrf": "sacrebleu"}
@@ -52,10 +52,16 @@ def load_function(config: MetricConfig) -> Score:
     return found  # type: ignore[no-any-return]
 
 
-def score_answers(config: MetricConfig, answers: Sequence[Answer]) -> list[float]:
-    """Return a score for each answer. Raises StudyError where the user's function fails."""
-    score = scorer(config)
-    return [_checked(config, score, answer, number) for number, answer in enumerate(answers, start=1)]
+def score_answers(
+    config: MetricConfig, answers: Sequence[Answer], after_each: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Return a score for each answer; call ``after_each`` after each. Raises MetricError where the user's
+    function fails."""
+    score, found = scorer(config), []
+    for number, answer in enumerate(answers, start=1):
+        found.append(_checked(config, score, answer, number))
+        after_each()
+    return found
 
 
 def _checked(config: MetricConfig, score: Score, answer: Answer, number: int) -> float:
@@ -63,9 +69,9 @@ def _checked(config: MetricConfig, score: Score, answer: Answer, number: int) ->
         value = float(score(answer.prompt, answer.answer, answer.reference))
     except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
         text = f"{type(error).__name__}: {error}"
-        raise StudyError(f"metric: {named(config)} failed on validation row {number}: {text}.") from None
+        raise MetricError(f"metric: {named(config)} failed on validation row {number}: {text}.") from None
     if not math.isfinite(value):
-        raise StudyError(f"metric: {named(config)} gave {value} for validation row {number}: not a number.")
+        raise MetricError(f"metric: {named(config)} gave {value} for validation row {number}: not a number.")
     return value
 
 

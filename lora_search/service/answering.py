@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_search.data.serving import end_tokens
 from lora_search.engine.engine import Engine
 from lora_search.engine.generation import generate
-from lora_search.errors import StudyError
+from lora_search.errors import DatabaseError, MetricError
 from lora_search.files.atomic import write_file
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.output.terminal import Progress
@@ -39,12 +39,13 @@ def score_answers_once(
     after_pass: Callable[[], None] = lambda: None,
 ) -> None:
     """Score the base and every complete trial whose adapter is here, unless that was done with the same
-    settings. A metric that fails is one line, and the sweep concludes without it."""
+    settings. A metric that fails is one line, and the sweep concludes without it. Raises what ``after_pass``
+    does."""
     if config.metric.name == "none":
         return
     try:
         _score(engine, config, folder, progress, after_pass)
-    except StudyError as error:
+    except (MetricError, DatabaseError) as error:
         progress.event(f"no score of the answers: {error}")
 
 
@@ -117,7 +118,7 @@ class Asker:
         prompts = [decoded(self.tokenizer, ids) for ids in self.prompts]
         triples = zip(prompts, self.references, texts, strict=True)
         answers = [Answer(prompt, reference, text) for prompt, reference, text in triples]
-        scores = score_answers(self.config.metric, answers)
+        scores = score_answers(self.config.metric, answers, self.after_pass)
         lines = [{**asdict(one), "score": score} for one, score in zip(answers, scores, strict=True)]
         write_file(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
         return scores

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_search.engine.engine import Engine
 from lora_search.engine.generation import generate
-from lora_search.errors import LoraSearchError
+from lora_search.errors import DatabaseError, DoesNotFitError, InputError, WriteError
 from lora_search.output.terminal import Progress
 from lora_search.results.samples import Sample, read_samples, write_samples
 from lora_search.service.answering import decoded, reference_of, tokenizer_and_ends
@@ -22,6 +22,7 @@ from lora_search.trial import TrialRow
 
 MAX_NEW_TOKENS = 96
 LONGEST_PROMPT = 4096  # characters
+REPORTED = (DatabaseError, DoesNotFitError, InputError, WriteError)  # an error of ``after_pass`` is none
 
 
 def keep_samples_once(
@@ -33,7 +34,8 @@ def keep_samples_once(
     after_pass: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer the first study.sample_answers questions with base and best trial, and write that to the
-    study's folder, unless it is there or the adapter is not. A failure is reported and ends nothing."""
+    study's folder, unless it is there or the adapter is not. A failure is reported and ends nothing,
+    but for what ``after_pass`` raises."""
     pairs = engine.splits.pairs.get("validation", ())
     short = (number for number, pair in enumerate(pairs) if len(pair.prompt) <= LONGEST_PROMPT)
     chosen = list(islice(short, config.study.sample_answers))
@@ -45,7 +47,7 @@ def keep_samples_once(
     try:
         samples = answers(engine, config, StudyView(config.study), best, folder, chosen, after_pass)
         write_samples(folder, best, MAX_NEW_TOKENS, samples)
-    except (LoraSearchError, OSError, RuntimeError, ValueError) as error:
+    except (*REPORTED, OSError, RuntimeError, ValueError) as error:
         progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 

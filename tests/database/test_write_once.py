@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Connection, event
 
 from lora_search.database.outbox import Outbox
-from lora_search.database.presence import worker_name
+from lora_search.database.presence import worker_is_dead, worker_name, worker_runs
 from lora_search.database.storage import open_storage
 from lora_search.database.write_once import Turn
 from lora_search.errors import StudyError
@@ -81,6 +82,26 @@ def test_the_turn_of_a_process_that_has_ended_here_is_over_at_once(hall: Hall) -
     assert hall.turn(GONE).take()
 
     assert hall.turn(ELSEWHERE).take()
+
+
+def test_the_turn_of_a_process_that_runs_here_is_not_over(hall: Hall, clock: Clock) -> None:
+    silent, other = hall.turn(worker_name(os.getpid())), hall.turn(ELSEWHERE)
+    assert silent.take()
+    assert not other.take()
+    clock.now = 100 * GRACE
+
+    assert not other.take()
+
+
+def test_a_process_that_has_ended_and_that_nobody_waited_for_does_not_run() -> None:
+    with subprocess.Popen("cat", stdin=subprocess.PIPE) as process:
+        name = worker_name(process.pid)
+        assert worker_runs(name)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+        assert worker_is_dead(name)
+    assert worker_is_dead(name)
 
 
 def test_the_turn_of_a_silent_worker_is_over_after_the_grace_and_not_before(hall: Hall, clock: Clock) -> None:

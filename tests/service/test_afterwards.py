@@ -4,18 +4,26 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from lora_search.database.storage import open_storage
+from lora_search.database.write_once import Turn
 from lora_search.engine.engine import Engine
+from lora_search.errors import StudyError
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
-from lora_search.service.afterwards import score_and_share
+from lora_search.service.afterwards import in_turn, score_and_share
+from lora_search.service.answering import score_answers_once
 from lora_search.service.reopen import reopen
+from lora_search.service.samples import keep_samples_once
 from lora_search.service.scoring import score_test_once
+from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score
@@ -131,3 +139,90 @@ def test_a_look_that_comes_too_late_changes_nothing(machines: list[Machine]) -> 
     assert late.look(strike) is None
     assert score_of(other).looks == 1
     assert other.passes >= 1
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyConfig:
+    """A study whose workers show every 20 ms that they live."""
+    config = StudyConfig(name="s", storage=f"sqlite:///{tmp_path}/s.db", patience_seconds=0)
+    optuna.create_study(study_name="s", storage=open_storage(config))
+    config.heartbeat_seconds = 0.02  # type: ignore[assignment]
+    return config
+
+
+def until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_turn_is_extended_during_a_step_however_long_it_takes(study: StudyConfig) -> None:
+    connection = open_storage(study).engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    seen: set[object] = set()
+
+    def has_changed_twice() -> bool:
+        rows = connection.exec_driver_sql("SELECT value_json FROM study_system_attributes")
+        seen.update(rows.scalars())
+        return len(seen) >= 3
+
+    with in_turn(study, Progress(), lambda: None):
+        until(has_changed_twice)
+    connection.close()
+
+
+def test_a_database_that_is_gone_for_too_long_ends_the_step(
+    study: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail(_: Turn) -> None:
+        failed.set()
+        raise OperationalError("UPDATE", {}, Exception("gone"))
+
+    monkeypatch.setattr(Turn, "extend", fail)
+    with in_turn(study, Progress(), lambda: None) as check:
+        assert failed.wait(30)
+
+        with pytest.raises(StudyError, match="This has lasted"):
+            until(lambda: check() is not None)  # type: ignore[func-returns-value]
+
+
+def gone() -> None:
+    raise StudyError("the database was gone for too long")
+
+
+def test_what_is_raised_after_a_pass_is_no_failure_of_samples_or_scores(machines: list[Machine]) -> None:
+    machine = machines[0]
+    engine, config = machine.engine, machine.config
+    config.study.sample_answers = 1
+    config.metric = METRIC
+
+    with pytest.raises(StudyError, match="gone for too long"):
+        keep_samples_once(engine, config, machine.folder, machine.best, Progress(), gone)
+    with pytest.raises(StudyError, match="gone for too long"):
+        score_answers_once(engine, config, machine.folder, Progress(), gone)
+
+
+METRIC = MetricConfig(name="python", function=f"{__name__}.points", max_rows=3, max_new_tokens=6)
+asked: list[str] = []
+
+
+def points(_: str, answer: str, __: str) -> float:
+    """A user's metric."""
+    asked.append(answer)
+    return float(sum(map(ord, answer)))
+
+
+def test_an_interrupt_is_answered_between_two_calls_of_the_metric(machines: list[Machine]) -> None:
+    asked.clear()
+    machines[0].config.metric = METRIC
+
+    def interrupt() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_answers_once(machines[0].engine, machines[0].config, machines[0].folder, Progress(), interrupt)
+
+    assert len(asked) == 1
