@@ -14,13 +14,12 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, run, study_parser
+from lora_search.command_line import find_study, recorded, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.dashboard_note import remove_files
 from lora_search.output.shared_files import copies_of
 from lora_search.output.terminal import Progress
-from lora_search.settings.recorded import recorded_config
 from lora_search.study.folder import find_owned
 from lora_search.study.view import StudyView, delete_study
 
@@ -33,7 +32,7 @@ def main() -> int:
 
 
 def delete(arguments: argparse.Namespace, progress: Progress) -> None:
-    """Ask, then delete study and folder: the study first, so that no worker takes another trial."""
+    """Ask, then delete copies, study and folder: what may fail first, so that the command can be repeated."""
     if not any(text.startswith("study.name=") for text in arguments.overrides):
         raise InputError("study.name: must be given to delete a study. Add study.name=NAME.")
     found = find_study(arguments)
@@ -47,10 +46,10 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
     if not arguments.yes and not agrees(found.config.name, what, progress):
         raise ConfigError("study.name", found.config.name, "was not confirmed, so nothing is deleted")
     attributes = view.attributes()
-    delete_study(found.config)
-    copies = copies_of(recorded_config(attributes, found.config), attributes)
+    copies = copies_of(recorded(arguments, found, attributes), attributes)
     if copies is not None:
         copies.delete()
+    delete_study(found.config)
     with explained_writing(found.folder):
         remove_files(found.runs_dir, attributes.get("study_id", found.config.name))
         if found.folder.is_dir():

@@ -345,6 +345,28 @@ def test_a_deleted_study_is_gone_from_storage_and_disk_and_the_others_stay(
     assert study_names(replace(STUDY, storage=f"sqlite:///{finished}/runs/lora_search.db")) == ["smoke"]
 
 
+def test_a_study_whose_copies_cannot_be_deleted_stays_and_the_command_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "copy/runs")
+    monkeypatch.chdir(tmp_path / "copy")
+    line = ["delete", "study.name=smoke", "--yes"]
+    (tmp_path / "file").touch()
+    for uri, code, told in (
+        ("gs://b/x", 2, "a URI that fsspec opens"),
+        (f"{tmp_path}/file", 1, "still here"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*line, f"artifacts.uri={uri}"])
+        assert delete.main() == code
+        assert told in " ".join(capsys.readouterr().out.split())
+        assert study_names(STUDY) == ["smoke"]
+        assert Path("runs/smoke/best").is_dir()
+
+    monkeypatch.setattr(sys, "argv", [*line, "artifacts.uri=null"])
+    assert delete.main() == 0
+    assert study_names(STUDY) == []
+
+
 def test_status_and_its_kin_import_no_torch() -> None:
     names = "status, confirm, final, list, delete, export, generate, score, report"
     code = f"import sys\nfrom lora_search import {names}\nsys.exit('torch' in sys.modules)"

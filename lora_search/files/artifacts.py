@@ -119,7 +119,8 @@ class Artifacts:
     def delete(self) -> None:
         """Remove all of the study's files here. Raises ArtifactError."""
         with self.place.explained(DELETE):
-            if self.place.files.exists(self.root):
+            self.place.forget_listings()
+            if self.place.names(self.root):  # fsspec's exists() takes any error for a no
                 self.place.files.rm(self.root, recursive=True)
 
     def _upload(self, trial: int, folder: Path, staged: Path, rung: int) -> None:

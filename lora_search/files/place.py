@@ -16,7 +16,7 @@ from lora_search.settings.secrets import redact
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
 WRITE = "cannot be written to", "Nothing is lost: the files are in runs_dir on this machine"
 READ = "cannot be read", "What this machine's disk lacks is only there"
-DELETE = "cannot be emptied", "The study's files stay there"
+DELETE = "cannot be emptied", "The study is still here; artifacts.uri=null leaves its files there"
 REMEDY = (
     "Try s3://bucket/folder (with `pip install s3fs`, keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "another server in AWS_ENDPOINT_URL) or a folder that all nodes share; null keeps files here only"
