@@ -22,6 +22,7 @@ from lora_search.worker.interrupts import SIGNALS
 from lora_search.worker.seat import Order, Reports, Seat
 from lora_search.worker.team import check_workers
 
+EXACT = 1e-4  # Ray counts resources in ten-thousandths
 FOR_EVER = -1  # Ray's word: a node may come back at any time
 
 
@@ -157,10 +158,10 @@ class RayTeam:
 
     def _room(self) -> int:
         """Return for how many more seats the cluster has room now; 0 without GPUs, where the user chooses."""
-        need, free = self._need, self._ray.available_resources()
-        if not need["GPU"]:
+        if not self._need["GPU"]:
             return 0
-        return min(int(free.get(name, 0) // value) for name, value in need.items())
+        free = importlib.import_module("ray._private.state").available_resources_per_node()
+        return sum(_seats(node, self._need) for node in free.values())
 
     def _nodes(self) -> list[Mapping[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -168,6 +169,14 @@ class RayTeam:
 
 def _gpus(node: Mapping[str, Any]) -> int:
     return int(node["Resources"].get("GPU", 0))
+
+
+def _seats(free: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """Return how many seats fit on a node. A share of a GPU is of one: 0.6 fits on two GPUs twice."""
+    gpus, cpus = free.get("GPU", 0), free.get("CPU", 0)
+    share = need["GPU"]
+    fit = int(gpus) * int(1 / share + EXACT) if share < 1 else int(gpus // share)
+    return min(fit, int(cpus // need["CPU"]))
 
 
 def connect(ray: Any, config: LauncherConfig) -> None:

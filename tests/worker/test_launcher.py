@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -100,6 +101,30 @@ def test_a_seat_on_ray_asks_for_all_devices_of_its_worker(
         ConfigError, match="devices_per_worker: must be at most 4, the GPUs of the .* largest node, got 5"
     ):
         RayTeam(make_config(devices=5, launcher="ray"), order, tmp_path)._placement()
+
+
+@pytest.mark.parametrize(
+    ("free", "devices", "share", "seats"),
+    [
+        ([{"GPU": 3.0, "CPU": 8.0}, {"GPU": 3.0, "CPU": 8.0}], 2, None, 2),
+        ([{"GPU": 4.0, "CPU": 8.0}, {"CPU": 64.0}, {"GPU": 1.0, "CPU": 8.0}], 2, None, 2),
+        ([{"GPU": 4.0, "CPU": 1.0}, {"GPU": 1.0, "CPU": 9.0}], 1, None, 2),  # no cores for the other three
+        ([{"GPU": 2.0, "CPU": 8.0}], 1, 0.6, 2),  # Ray has a share of one GPU, never of two
+        ([{"GPU": 1.0, "CPU": 64.0}], 1, 0.1, 10),
+    ],
+)
+def test_ray_is_asked_for_the_seats_that_its_nodes_hold(
+    free: list[dict[str, float]], devices: int, share: float | None, seats: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    state = SimpleNamespace(available_resources_per_node=lambda: dict(enumerate(free)))
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(4))
+    monkeypatch.setitem(sys.modules, "ray._private.state", state)
+    order = make_order(Command(sweep="smoke", config_dir=None, overrides=()), 0, {})
+    config = make_config(devices=devices, launcher="ray")
+    config.launcher.gpus_per_worker = share
+
+    assert RayTeam(config, order, tmp_path)._room() == seats
 
 
 class FakeSubmitit:
