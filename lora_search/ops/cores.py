@@ -34,9 +34,8 @@ def quotas(own: Path, root: Path) -> Iterator[float]:
         lines = own.read_text().splitlines()
     except OSError:
         return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+    for _, controllers, path in (parts for line in lines if len(parts := line.split(":", 2)) == 3):
+        if not path.startswith("/") or (controllers and "cpu" not in controllers.split(",")):
             continue
         base = root / controllers
         for group in [PurePosixPath(path), *PurePosixPath(path).parents]:  # in a container only / exists

@@ -24,7 +24,7 @@ from lora_search.data.templates import render
 from lora_search.errors import StudyError
 from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
 from lora_search.model.loading import load_tokenizer, pin_model, place, resolve_model
-from lora_search.ops.device import pick_dtype
+from lora_search.ops.device import keep_to_own_cores, pick_dtype
 from lora_search.output.shared_files import adapter_here
 from lora_search.output.streams import clean
 from lora_search.reading.rows import Row
@@ -35,6 +35,7 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of a
 
 def load_plain(config: SweepConfig, commit: str | None) -> PreTrainedModel:
     """Return the study's base in plain transformers, in its dtype, never quantized."""
+    keep_to_own_cores()
     source = resolve_model(config.model)
     model = pin_model(source, config.model, commit)
     places = place(source, replace(model, quantization=None), config.engine)

@@ -2,6 +2,7 @@
 it."""
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from lora_search.model.packing_check import check_packing, runs_row_by_row
 from lora_search.model.targets import target_layers
 from lora_search.model.tiny import make_tiny_model
 from lora_search.ops.device import gpu_dtype, pick_dtype
-from lora_search.settings.schema import EngineConfig, ModelConfig
+from lora_search.service.plain_peft import load_plain
+from lora_search.settings.schema import EngineConfig, ModelConfig, SweepConfig
 
 
 def load(path: Path | str, dtype: str = "float32") -> Base:
@@ -456,3 +458,19 @@ def test_a_model_that_the_hub_does_not_know_keeps_the_hubs_own_message() -> None
 def test_what_is_no_hub_id_is_refused(unreachable: str) -> None:
     assert "nor a hub id" in refusal(lambda: load("no such: model"))
     assert unreachable
+
+
+def test_plain_peft_keeps_to_the_cores_of_the_process(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        load_plain(
+            SweepConfig(model=ModelConfig(path=str(tiny_llama)), engine=EngineConfig(device="cpu")), None
+        )
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

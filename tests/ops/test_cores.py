@@ -31,6 +31,7 @@ def found_in(tmp_path: Path, listed: str, files: dict[str, str]) -> list[float]:
         (V1.format(path="/"), {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
                                "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, []),
         (V2.format(path="/"), {}, []),
+        ("junk\n\n0::nowhere\n" + V2.format(path="/"), {"cpu.max": "200000 100000\n"}, [2.0]),
     ],
 )  # fmt: skip
 def test_a_control_group_limits_the_cores(
