@@ -21,6 +21,7 @@ from lora_search.service.answering import score_answers_once
 from lora_search.service.samples import keep_samples_once
 from lora_search.service.scoring import score_test_once
 from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.study.stored_results import has_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -40,10 +41,25 @@ def score_and_share(
         if engine.keeper.artifacts is not None and (known := best_of(rows)) is not None:
             bring_shared(known, folder, engine.keeper.artifacts)  # what another worker has just made
         score_answers_once(engine, config, folder, progress, after_pass)
-        best = best_of(rows if config.metric.name == "none" else StudyView(config.study).rows())
-        keep_samples_once(engine, config, folder, best, progress, after_pass)
-        score_test_once(engine, config.study, folder, best, after_pass)
+        rows = rows if config.metric.name == "none" else StudyView(config.study).rows()
+        keep_samples_once(engine, config, folder, best_of(rows), progress, after_pass)
+        if not may_change(config.study, engine, rows, progress):
+            score_test_once(engine, config.study, folder, best_of(rows), after_pass)
         share(folder, engine.keeper.artifacts)
+
+
+def may_change(config: StudyConfig, engine: Engine, rows: Sequence[TrialRow], progress: Progress) -> bool:
+    """Return whether scores that are still lacking may choose another winner, so that the test split must
+    wait; say so."""
+    lacking = [str(row.number) for row in rows if row.state == "COMPLETE" and row.metric is None]
+    if config.choose_by != "metric" or not lacking:
+        return False
+    if engine.splits.test and not has_test_score(config):
+        progress.event(
+            f"the test split waits: a trial without a score of its answers ({', '.join(lacking)}) may win. "
+            f"Once all have one: lora-search score study.name={config.name}, where the winner's adapter is"
+        )
+    return True
 
 
 @contextmanager

@@ -7,7 +7,7 @@ trial that was scored with these settings is not scored again. Imports torch.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from lora_search.engine.generation import generate
 from lora_search.errors import DatabaseError, MetricError
 from lora_search.files.atomic import write_file
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
+from lora_search.output.shared_files import bring_results
 from lora_search.output.terminal import Progress
 from lora_search.service.answer_metrics import Answer, named, score_answers
 from lora_search.service.scoring import adapter_of
@@ -38,9 +39,9 @@ def score_answers_once(
     progress: Progress,
     after_pass: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the base and every complete trial whose adapter is here, unless that was done with the same
-    settings. A metric that fails is one line, and the sweep concludes without it. Raises what ``after_pass``
-    does."""
+    """Score the base and every complete trial whose adapter is here or at artifacts.uri, unless that was done
+    with the same settings. A metric that fails is one line, and the sweep concludes without it. Raises what
+    ``after_pass`` does."""
     if config.metric.name == "none":
         return
     try:
@@ -55,11 +56,14 @@ def _score(
     view, setup = StudyView(config.study), Setup.of(config.metric)
     before = read_standing(view.attributes())
     is_known = before is not None and before.setup == setup
-    rows = [row for row in view.rows() if row.state == "COMPLETE" and adapter_of(row, folder).is_dir()]
+    complete = [row for row in view.rows() if row.state == "COMPLETE"]
+    if is_known and all(row.metric is not None for row in complete):
+        return
+    bring_results(complete, folder, engine.keeper.artifacts, [row.number for row in complete])
+    rows = [row for row in complete if adapter_of(row, folder).is_dir()]
     if not rows or (is_known and all(row.metric is not None for row in rows)):
         return
-    here = {row.number for row in rows if (folder / "trials" / str(row.number) / ANSWERS).is_file()}
-    lacking = [row for row in rows if not is_known or row.metric is None or row.number not in here]
+    lacking = [row for row in rows if not (is_known and has_answers(row, folder))]
     asker = Asker(engine, config, after_pass)
     if before is None or not is_known:
         scores = asker.score_base(folder / ANSWERS)
@@ -70,12 +74,13 @@ def _score(
         for row, scores in zip(chunk, asker.score_trials(view, chunk, folder), strict=True):
             store_score(config.study, row.number, setup, float(np.mean(scores)), row.best_rung or 0)
     found = {row.number: read_scores(folder / "trials" / str(row.number)) for row in rows}
-    standing = Standing(**{**before.__dict__, "behind": behind_best(found)})
-    store_standing(config.study, standing)
-    best = max(found, key=lambda number: (np.mean(found[number]), -number))
+    scored = [(row.metric.score, -row.number) for row in StudyView(config.study).rows() if row.metric]
+    score, best = max(scored)
+    if -best in found:  # else it is on another disk, and so is who is how far behind it
+        store_standing(config.study, replace(before, behind=behind_best(found)))
     progress.event(
-        f"{named(config.metric)} of the answers to {standing.num_rows} validation rows: "
-        f"trial {best} {np.mean(found[best]):.1f}, base {standing.base:.1f}"
+        f"{named(config.metric)} of the answers to {before.num_rows} validation rows: "
+        f"trial {-best} {score:.1f}, base {before.base:.1f}"
     )
 
 
@@ -142,6 +147,14 @@ def reference_of(engine: Engine, tokenizer: PreTrainedTokenizerBase, index: int)
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text without the tokens that control the conversation."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def has_answers(row: TrialRow, folder: Path) -> bool:
+    """Return whether the answers that gave a trial its score are here."""
+    own = folder / "trials" / str(row.number)
+    return (
+        row.metric is not None and (own / ANSWERS).is_file() and np.mean(read_scores(own)) == row.metric.score
+    )
 
 
 def read_scores(folder: Path) -> list[float]:

@@ -1,32 +1,38 @@
 """The test split is looked at once per study, though every machine that ends it wants to, whatever dies."""
 
+import json
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
+import scipy.stats
 from sqlalchemy.exc import OperationalError
 
 from lora_search.database.storage import open_storage
 from lora_search.database.write_once import Turn
 from lora_search.engine.engine import Engine
 from lora_search.errors import StudyError
+from lora_search.files.artifacts import Artifacts
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.service.afterwards import in_turn, score_and_share
-from lora_search.service.answering import score_answers_once
+from lora_search.service.answering import read_scores, score_answers_once
 from lora_search.service.reopen import reopen
 from lora_search.service.samples import keep_samples_once
 from lora_search.service.scoring import score_test_once
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
-from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score
+from lora_search.study.answer_metric import read_standing
+from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score, store_result
 from lora_search.study.view import StudyView
 from tests.processes import FORKS
 
@@ -42,8 +48,8 @@ class Machine:
         best = best_of(self.rows)
         assert best is not None
         self.best, self.passes = best, 0
-        settings = StudyView(config.study).settings_of(best.number)
-        self.engine: Engine = reopen(config, [settings], num_slots=1).engine
+        settings = [StudyView(config.study).settings_of(row.number) for row in self.rows]
+        self.engine: Engine = reopen(config, settings, num_slots=1).engine
 
     def end(self, check: Check) -> None:
         """Do what follows the search. ``check`` is called after every pass, and while it waits."""
@@ -226,3 +232,89 @@ def test_an_interrupt_is_answered_between_two_calls_of_the_metric(machines: list
         score_answers_once(machines[0].engine, machines[0].config, machines[0].folder, Progress(), interrupt)
 
     assert len(asked) == 1
+
+
+class Scored:
+    """What a machine that has all trials finds: the winner by the metric, and who is how far behind."""
+
+    def __init__(self, finished: Path, tmp_path: Path) -> None:
+        self.machine = by_metric(finished, tmp_path / "whole")[0]
+        self.machine.end(lambda: None)
+        trials = sorted(self.machine.folder.glob("trials/*/answers.jsonl"))
+        self.scores = {int(path.parent.name): read_scores(path.parent) for path in trials}
+        means = {number: np.mean(scores) for number, scores in self.scores.items()}
+        assert len(set(means.values())) == 4
+        self.winner, *self.others = sorted(means, key=lambda number: -means[number])
+
+    def behind(self, best: int, *others: int) -> dict[int, tuple[float, float]]:
+        gaps = {number: np.subtract(self.scores[best], self.scores[number]) for number in others}
+        return {number: (gap.mean(), scipy.stats.sem(gap)) for number, gap in gaps.items()}
+
+
+def by_metric(finished: Path, folder: Path) -> list[Machine]:
+    """Return two machines of a study whose metric chooses the winner."""
+    folder.mkdir()
+    machines = unscored(finished, folder)
+    for machine in machines:
+        machine.config.metric, machine.config.study.choose_by = METRIC, "metric"
+    settings = json.loads(StudyView(machines[0].config.study).attributes()["settings"])
+    settings["study"]["choose_by"] = "metric"
+    store_result(machines[0].config.study, "settings", settings)
+    return machines
+
+
+def loses(machine: Machine, *trials: int) -> None:
+    """Let trials be on another disk."""
+    for number in trials:
+        shutil.rmtree(machine.folder / "trials" / str(number))
+
+
+def behind_of(machine: Machine) -> dict[int, tuple[float, float]]:
+    standing = read_standing(StudyView(machine.config.study).attributes())
+    assert standing is not None
+    return dict(standing.behind)
+
+
+def test_each_disk_scores_its_own_trials_and_the_test_split_waits_for_all(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = Scored(finished, tmp_path)
+    second, third, last = known.others
+    for name, winner_ends_last in (("last", True), ("first", False)):
+        without, winner = by_metric(finished, tmp_path / name)
+        loses(without, known.winner, last)
+        loses(winner, second, third)
+        machines = [without, winner] if winner_ends_last else [winner, without]
+        machines[0].end(lambda: None)
+        assert read_test_score(StudyView(winner.config.study).attributes()) is None
+        assert "the test split waits" in capsys.readouterr().out
+
+        machines[1].end(lambda: None)
+        assert behind_of(winner) == {
+            number: pytest.approx(pair) for number, pair in known.behind(known.winner, last).items()
+        }
+
+        winner.end(lambda: None)
+        assert (score_of(winner).trial, score_of(winner).looks) == (known.winner, 1)
+
+
+def test_with_copies_the_first_machine_scores_the_trials_of_all(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = Scored(finished, tmp_path)
+    machine = by_metric(finished, tmp_path / "copied")[0]
+    copies = Artifacts(f"{tmp_path}/copies", "smoke")
+    machine.engine.keeper = replace(machine.engine.keeper, artifacts=copies)
+    for row in machine.rows:
+        copies.put(row.number, machine.folder / "trials" / str(row.number), row.best_rung or 0)
+        copies.settle(row.number)
+    loses(machine, known.winner, known.others[0])
+
+    machine.end(lambda: None)
+
+    assert behind_of(machine) == {
+        number: pytest.approx(pair) for number, pair in known.behind(known.winner, *known.others).items()
+    }
+    assert (score_of(machine).trial, score_of(machine).looks) == (known.winner, 1)
