@@ -138,7 +138,7 @@ def test_a_trial_that_fails_in_its_step_leaves_the_neighbours_exactly_as_they_we
 
     assert [m.ended for m in curves[SICK]] == ["failed"]
     assert "TypeError: unsupported operand type" in curves[SICK][0].detail
-    assert "in optim.py, step, line" in curves[SICK][0].detail
+    assert "in optim.py, _step_part, line" in curves[SICK][0].detail
     expected = release_instead(tiny_llama, tmp_path / "b", num_passes=1)
     assert losses(curves[0]).tolist() == losses(expected).tolist()
     assert perplexities(curves[0]).tolist() == perplexities(expected).tolist()

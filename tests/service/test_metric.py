@@ -207,19 +207,20 @@ def test_answers_of_base_and_trials_are_scored_once_kept_and_shown(
 
 
 def test_trials_whose_answers_are_on_another_disk_answer_again_beside_new_ones(
-    typed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     command = ["sweep", *SMOKE, "metric=rouge_l", "metric.max_rows=3", "metric.max_new_tokens=6"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", [*command, "study.n_trials=2"])
     assert sweep.main() == 0
     answers = Path("runs/smoke/trials/0/answers.jsonl")
     before = answers.read_text()
     answers.unlink()
 
-    monkeypatch.setattr(sys, "argv", [*command, "study.n_trials=5"])
+    monkeypatch.setattr(sys, "argv", [*command, "study.n_trials=3"])
     assert sweep.main() == 0
 
     complete = [row for row in SweepStudy.read(STUDY)[0] if row.state == "COMPLETE"]
     assert answers.read_text() == before
-    assert len(complete) == 5
+    assert len(complete) == 3
     assert all(row.metric is not None for row in complete)
