@@ -32,7 +32,8 @@ from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.answer_metric import read_standing
-from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score, store_result
+from lora_search.study.provenance import describe
+from lora_search.study.stored_results import TEST_SCORE, TestScore, read_test_score
 from lora_search.study.view import StudyView
 from tests.processes import FORKS
 
@@ -217,7 +218,7 @@ asked: list[str] = []
 def points(_: str, answer: str, __: str) -> float:
     """A user's metric."""
     asked.append(answer)
-    return float(sum(map(ord, answer)))
+    return -float(sum(map(ord, answer)))
 
 
 def test_an_interrupt_is_answered_between_two_calls_of_the_metric(machines: list[Machine]) -> None:
@@ -245,6 +246,7 @@ class Scored:
         means = {number: np.mean(scores) for number, scores in self.scores.items()}
         assert len(set(means.values())) == 4
         self.winner, *self.others = sorted(means, key=lambda number: -means[number])
+        assert self.winner != self.machine.best.number  # by perplexity
 
     def behind(self, best: int, *others: int) -> dict[int, tuple[float, float]]:
         gaps = {number: np.subtract(self.scores[best], self.scores[number]) for number in others}
@@ -259,7 +261,8 @@ def by_metric(finished: Path, folder: Path) -> list[Machine]:
         machine.config.metric, machine.config.study.choose_by = METRIC, "metric"
     settings = json.loads(StudyView(machines[0].config.study).attributes()["settings"])
     settings["study"]["choose_by"] = "metric"
-    store_result(machines[0].config.study, "settings", settings)
+    study = optuna.load_study(study_name="smoke", storage=open_storage(machines[0].config.study))
+    describe(study, {"settings": json.dumps(settings)})
     return machines
 
 
