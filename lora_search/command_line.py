@@ -7,6 +7,7 @@ torch.
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.secrets import remember_all
 from lora_search.trial import TrialRow
 from lora_search.worker.interrupts import EXIT_CODE
+
+TAKEN = r"study\.|runs_dir$|engine\.|artifacts\."  # the settings that a command on a study takes
+NOT_NEAR = "to", "top"  # which is confirm.top
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,15 @@ def study_parser(command: str, description: str, *, is_sweep: bool = False) -> a
 
 
 def find_study(arguments: argparse.Namespace) -> FoundStudy:
-    """Return the study that a command line names. Raises InputError."""
+    """Return the study that a command line names. Raises InputError for a setting that no command on a study
+    takes: it would be ignored."""
+    sections = {key.partition(".")[0] for key in known_keys()}
+    for key in (text.partition("=")[0] for text in arguments.overrides):
+        if key.lstrip("+").partition(".")[0] in sections and not re.match(TAKEN, key.lstrip("+")):
+            raise InputError(
+                f"{key}: the study has recorded its own, which counts. Leave it out: study.*, runs_dir, "
+                "engine.* and artifacts.* are taken."
+            )
     study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
     return FoundStudy(study, Path(runs_dir))
 
@@ -63,10 +75,11 @@ def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, s
     """Return the command's own keys, given or at their defaults; remove them from the overrides. Raises
     InputError for a key that is nearly one of them."""
     typed = [text.partition("=") for text in arguments.overrides]
-    for key in (key for key, equals, _ in typed if equals and key not in {*known, *known_keys()}):
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        if near:
-            raise InputError(f"{key}: there is no such setting. Did you mean {near[0]}?")
+    for key in (key for key, equals, _ in typed if equals and key not in known and not re.match(TAKEN, key)):
+        near = [own for own in known if own.endswith(f".{key}")]
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+        if near and (near[0], key) != NOT_NEAR:
+            raise InputError(f"{key}: this command has no such key. Did you mean {near[0]}?")
     given = {key: value for key, equals, value in typed if equals and key in known}
     arguments.overrides = [text for text in arguments.overrides if text.partition("=")[0] not in given]
     return {**known, **given}

@@ -228,8 +228,8 @@ def test_merged_weights_give_the_studys_perplexity_without_peft(
         (["trial=99"], "trial: must be a trial that has a perplexity, got '99'. There are: 0, 1, 2, 3."),
         (["merge=yes"], "merge: must be true or false, got 'yes'."),
         (["to=runs/smoke"], "to: must be a new or empty folder, got 'runs/smoke'."),
-        (["too=x"], "too: there is no such setting. Did you mean to?"),
-        (["trail=3"], "trail: there is no such setting. Did you mean trial?"),
+        (["too=x"], "too: this command has no such key. Did you mean to?"),
+        (["trail=3"], "trail: this command has no such key. Did you mean trial?"),
     ],
 )
 def test_wrong_exports_are_one_message_and_write_nothing(

@@ -5,10 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from lora_search import cli, confirm, report
+from lora_search import cli, confirm, export, final, generate, report, status
 from tests.study.test_study import make_config, open_study
 
 PACKAGE = Path(cli.__file__).parent
@@ -58,15 +59,36 @@ def test_a_command_leaves_with_its_own_exit_code_and_message(
     assert "study.nam: there is no such setting. Did you mean study.name" in capsys.readouterr().out
 
 
-def test_a_misspelt_key_of_a_command_is_answered_with_the_right_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("command", "key", "told"),
+    [
+        (confirm, "confirm.tops", "this command has no such key. Did you mean confirm.top?"),
+        (confirm, "top", "this command has no such key. Did you mean confirm.top?"),
+        (final, "seed", "this command has no such key. Did you mean seeds?"),
+        (generate, "max_tokens", "this command has no such key. Did you mean max_new_tokens?"),
+        (export, "top", "there is no such setting. See --help."),
+        (
+            final,
+            "train.epochs",
+            "the study has recorded its own, which counts. Leave it out: study.*, runs_dir",
+        ),
+        (export, "++lora.r", "the study has recorded its own"),
+        (report, "data", "the study has recorded its own"),
+        (status, "engine", "the study has recorded its own"),
+    ],
+)
+def test_a_key_that_a_command_does_not_take_is_refused_with_the_right_one(
+    command: ModuleType, key: str, told: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["confirm", "study.name=x", "confirm.tops=3"])
+    monkeypatch.setattr(sys, "argv", [command.__name__, "study.name=x", f"{key}=2"])
 
-    assert confirm.main() == 2
+    assert command.main() == 2
 
-    assert "confirm.tops: there is no such setting. Did you mean confirm.top?" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{key}: {told}" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_is_found_by_its_name_and_storage_alone_wherever_the_options_are(

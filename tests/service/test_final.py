@@ -93,7 +93,7 @@ def test_all_rows_and_several_seeds_are_merged_each_on_its_own(
         (["merge=1"], "merge: must be true or false, got '1'."),
         (["to=runs/smoke"], "to: must be a new or empty folder, got 'runs/smoke'."),
         (["study.name=nobody"], "study.name: must be a study in study.storage, got 'nobody'."),
-        (["row=all"], "row: there is no such setting."),
+        (["row=all"], "row: this command has no such key. Did you mean rows?"),
     ],
 )
 def test_wrong_finals_are_one_message_and_write_nothing(
