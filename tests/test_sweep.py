@@ -144,7 +144,8 @@ BAD_INPUT = [
     (["pruner.reduction_factor=1"], "pruner.reduction_factor: must be at least 2, got 1"),
     (
         ["engine.device=auto", "engine.devices_per_worker=64"],
-        r"engine.devices_per_worker: must be at most \d+, the GPUs that a worker sees here, got 64. Lower it",
+        r"engine.devices_per_worker: (needs GPUs, and torch sees none"
+        r"|must be at most \d+, the GPUs that a worker sees here), got 64. Lower it",
     ),
     (["engine.device=cuda:7"], r"engine.device: must be a device of this machine \(\d GPUs\), got 'cuda:7'"),
     (["engine.device=gpu"], "engine.device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_search.errors import ConfigError
 from lora_search.ops.cores import THREADS, num_cores
+from lora_search.settings.rules import require_devices
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT_BYTES = 32 * 2**20  # the most that glibc takes
@@ -95,11 +96,8 @@ def pick_devices(name: str, count: int) -> tuple[torch.device, ...]:
     """Return a worker's devices: the first GPUs that it sees. Raises ConfigError if there are too few."""
     if count == 1:
         return (pick_device(name),)
-    num_gpus = torch.cuda.device_count()
-    if name != "cpu" and count > num_gpus:
-        rule = f"must be at most {num_gpus}, the GPUs that a worker sees here"
-        remedy = "Lower it; a base that is too large for one device may fit with model.quantization=nf4"
-        raise ConfigError("engine.devices_per_worker", count, rule, remedy)
+    if name != "cpu":
+        require_devices(count, torch.cuda.device_count(), "the GPUs that a worker sees here")
     kind = pick_device(name).type
     return tuple(torch.device(kind, index) for index in range(count))
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
+from lora_search.settings.train_schema import INIT_REMEDY
 from lora_search.trial import LAYERS, PATTERN, Pattern, TrialSettings, draw_seed
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
@@ -85,7 +86,8 @@ def _check_type(key: str, value: object) -> None:
     allowed = (*types, int) if float in types else types
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
         shown = " or ".join(t.__name__ for t in types if t is not type(None))
-        raise ConfigError(key, value, f"must be of type {shown}")
+        remedy = INIT_REMEDY if key == "lora.init" else ""
+        raise ConfigError(key, value, f"must be of type {shown}", remedy)
 
 
 def declared_types(key: str) -> tuple[type, ...]:

@@ -10,6 +10,7 @@ from lora_search.trial import STARTS, Schedule
 
 INITS = r"kaiming|gaussian|olora|pissa(_niter_[1-9]\d{0,2})?"
 INITS_SHOWN = "kaiming, gaussian, olora, pissa or pissa_niter_N, such as pissa_niter_16"
+INIT_REMEDY = "Write kaiming for PEFT's True; its others need a pass over the data, or a base for each trial"
 ALL_LINEAR = "all-linear"
 TRAIN_MOST = {  # anything larger is a typing error
     "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
@@ -51,8 +52,7 @@ class LoraConfig:
         self.alpha_for_rank(self.r)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)", "Try 0.05")
         is_init = re.fullmatch(INITS, self.init) is not None
-        remedy = "PEFT's others are not offered: they need a pass over the data, or a base for each trial"
-        require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", remedy)
+        require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", INIT_REMEDY)
         fits, rule = (
             not (self.use_dora and self.init.startswith(STARTS)),
             f"cannot be true with lora.init={self.init}",
@@ -119,10 +119,15 @@ def _check_layers(layers: object) -> None:
 
 
 def _check_ids(ids: object) -> None:
-    is_list = isinstance(ids, list) and all(type(i) is int and 0 <= i < MAX_TOKEN for i in ids)
-    holds = ids is None or (isinstance(ids, list) and is_list and len(set(ids)) == len(ids) <= MAX_TOKENS)
-    rule = f"must be a list of at most {MAX_TOKENS} different token ids"
-    require(holds, "lora.trainable_token_indices", ids, rule, "Write '[128002,128003]'; null trains none")
+    if ids is None:
+        return
+    found = ids if isinstance(ids, list) and all(type(i) is int for i in ids) else None
+    for holds, rule in (
+        (found is not None and len(set(found)) == len(found), "must be a list of different token ids"),
+        (all(0 <= i < MAX_TOKEN for i in found or []), f"must be ids from 0 to {MAX_TOKEN - 1:,}"),
+        (len(found or []) <= MAX_TOKENS, f"must be at most {MAX_TOKENS} ids"),
+    ):
+        require(holds, "lora.trainable_token_indices", ids, rule, "Write '[128002,128003]'; null trains none")
 
 
 def _check_pattern(key: str, pattern: object) -> None:

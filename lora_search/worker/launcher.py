@@ -16,7 +16,8 @@ from pathlib import Path
 from lora_search.errors import InputError
 from lora_search.ops.cores import num_cores
 from lora_search.output.terminal import Progress
-from lora_search.settings.schema import SweepConfig, require
+from lora_search.settings.rules import require, require_devices
+from lora_search.settings.schema import SweepConfig
 from lora_search.worker.command import Command
 from lora_search.worker.live_overview import Overview
 from lora_search.worker.on_ray import RayTeam
@@ -41,8 +42,7 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
     ``num_gpus`` is 0 with engine.device=cpu. Raises ConfigError if there are too few GPUs.
     """
     workers, size = config.launcher.workers, config.engine.devices_per_worker
-    require(size <= max(num_gpus, 1), "engine.devices_per_worker", size,
-            f"must be at most {num_gpus}, the visible GPUs", "Lower it")  # fmt: skip
+    require_devices(size, num_gpus, "the visible GPUs")
     most = num_gpus // size
     count = workers or most or 1
     check_workers(config, count)
@@ -51,7 +51,7 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
         "launcher.workers",
         workers,
         f"must be at most {most}, the visible GPUs" + (f" by {size}" if size > 1 else ""),
-        "Lower it, or set engine.device=cpu",
+        "Lower it" + (", or set engine.device=cpu" if size == 1 else ""),
     )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(num_gpus)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.errors import ConfigError, InputError
+from lora_search.settings.rules import require_devices
 from lora_search.settings.schema import LauncherConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.worker.interrupts import SIGNALS
@@ -129,8 +130,7 @@ class RayTeam:
         """Return the options of a seat's actor. SQLite is a file of one machine: its seats stay here."""
         options = {"num_cpus": self._need["CPU"], "num_gpus": self._need["GPU"], "max_restarts": FOR_EVER}
         size, most = self._config.engine.devices_per_worker, max(map(_gpus, self._nodes()), default=0)
-        require(size in (1, *range(most + 1)), "engine.devices_per_worker", size,
-                f"must be at most {most}, the GPUs of the cluster's largest node", "Lower it")  # fmt: skip
+        require_devices(size, most, "the GPUs of the cluster's largest node", "the cluster has")
         if not self._config.study.storage.startswith("sqlite"):
             return {**options, "scheduling_strategy": "SPREAD"}
         require(

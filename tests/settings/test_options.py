@@ -151,3 +151,24 @@ def test_a_setting_that_would_change_no_trial_is_refused(overrides: list[str], m
 )
 def test_a_setting_that_changes_some_trial_is_accepted(overrides: list[str]) -> None:
     assert parse_space(compose("smoke", overrides)).distributions
+
+
+@pytest.mark.wrong_input
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lora.trainable_token_indices=[99999999]", "must be ids from 0 to 9,999,999, got [99999999]"),
+        ("lora.trainable_token_indices=[7,7]", "must be a list of different token ids, got [7, 7]"),
+        ("lora.trainable_token_indices=" + str(list(range(1025))), "must be at most 1024 ids"),
+        (
+            "space.lora.init=choice(true,pissa,olora)",
+            "must be of type str, got True. Write kaiming for PEFT's",
+        ),
+        ("lora.init=true", "must be kaiming, gaussian, olora, pissa or pissa_niter_N"),
+    ],
+)
+def test_the_bound_that_is_broken_is_named(text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_space(compose("smoke", [text]))
+
+    assert told in str(refused.value)

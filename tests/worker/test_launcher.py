@@ -101,6 +101,9 @@ def test_a_seat_on_ray_asks_for_all_devices_of_its_worker(
         ConfigError, match="devices_per_worker: must be at most 4, the GPUs of the .* largest node, got 5"
     ):
         RayTeam(make_config(devices=5, launcher="ray"), order, tmp_path)._placement()
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(0))
+    with pytest.raises(ConfigError, match="devices_per_worker: needs GPUs, and the cluster has none, got 2"):
+        RayTeam(make_config(devices=2, launcher="ray"), order, tmp_path)._placement()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,11 @@ def test_a_slurm_job_asks_for_all_devices_of_its_worker(tmp_path: Path) -> None:
 def test_devices_that_a_worker_cannot_have_are_refused() -> None:
     with pytest.raises(ConfigError, match="devices_per_worker: must be at most 3, the visible GPUs, got 4"):
         plan_workers(make_config(devices=4), 3, {})
-    with pytest.raises(ConfigError, match="workers: must be at most 2, the visible GPUs by 2, got 3"):
+    with pytest.raises(
+        ConfigError, match="devices_per_worker: needs GPUs, and torch sees none, got 2. Lower"
+    ):
+        plan_workers(make_config(devices=2), 0, {})
+    with pytest.raises(ConfigError, match=r"workers: must be at most 2, .* by 2, got 3. Lower it$"):
         plan_workers(make_config(workers=3, devices=2), 5, {})
     with pytest.raises(ConfigError, match="devices_per_worker: must be 1 with engine.device=cpu"):
         EngineConfig(device="cpu", devices_per_worker=2)
