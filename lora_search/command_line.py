@@ -64,8 +64,8 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
     for key in (text.partition("=")[0] for text in arguments.overrides):
         if key.lstrip("+").partition(".")[0] in sections and not re.match(TAKEN, key.lstrip("+")):
             raise InputError(
-                f"{key}: the study has recorded its own, which counts. Leave it out: study.*, runs_dir, "
-                "engine.* and artifacts.* are taken."
+                f"{key}: the study has recorded its own, which counts. Leave it out: only study.*, runs_dir, "
+                "engine.* and artifacts.* are taken, key by key (engine.device=cpu)."
             )
     study, runs_dir = compose_study(arguments.sweep, arguments.overrides, arguments.config_dir)
     return FoundStudy(study, Path(runs_dir))

@@ -70,7 +70,7 @@ def test_a_command_leaves_with_its_own_exit_code_and_message(
         (
             final,
             "train.epochs",
-            "the study has recorded its own, which counts. Leave it out: study.*, runs_dir",
+            "the study has recorded its own, which counts. Leave it out: only study.*, runs_dir",
         ),
         (export, "++lora.r", "the study has recorded its own"),
         (report, "data", "the study has recorded its own"),
