@@ -37,7 +37,7 @@ from lora_search.files.artifacts import Artifacts, place_of
 from lora_search.files.atomic import explained_writing, refused_writing
 from lora_search.files.place import check_uri
 from lora_search.files.row_scores import BASE, write_scores
-from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
+from lora_search.model.loading import Base, load_base, load_tokenizer, pin_model, resolve_model
 from lora_search.model.placement import describe_split
 from lora_search.ops.cores import notes_on_cores
 from lora_search.ops.device import pick_devices
@@ -252,6 +252,16 @@ def prepare_sweep(
     generation = base.model.generation_config.to_diff_dict()
     write_serving(study.folder / "tokenizer", inputs.tokenizer, config.template, generation)
     progress.event(f"study {config.study.name}: {study.standing}")
+    _know_base(config, space, base, engine, study, progress)
+    if not study.is_finished:  # before a trial is held: the largest layers take seconds
+        engine.bank.factors.prepare(room.starts, progress.watch)
+    return engine, study
+
+
+def _know_base(
+    config: SweepConfig, space: Space, base: Base, engine: Engine, study: SweepStudy, progress: Progress
+) -> None:
+    """Measure the base, unless the study knows it, and show its perplexity."""
     is_new, began = "base_perplexity" not in study.attributes(), time.perf_counter()
     perplexity = study.remember("base_perplexity", lambda: measure_base(engine, study.folder))
     places = describe_split(base.model) or base.device
@@ -260,9 +270,6 @@ def prepare_sweep(
         progress.event(describe_validation(engine, time.perf_counter() - began))
         write_note(study.study, config, space, redact(typed_command(sys.argv)), perplexity)
         share(study.folder, engine.keeper.artifacts)
-    if not study.is_finished:  # before a trial is held: the largest layers take seconds
-        engine.bank.factors.prepare(room.starts, progress.watch)
-    return engine, study
 
 
 def open_study(
