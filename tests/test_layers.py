@@ -76,6 +76,17 @@ HOMES = {  # library -> the rooms or modules that may import it
     "triton": {"ops.lora_kernels"},
     "accelerate": {"model.placement"},
     "jinja2": {"page.report", "data.templates"},
+    "torch": {
+        "ops",
+        "files.checkpoint",
+        "files.peft",
+        "files.tensors",
+        "model",
+        "engine",
+        "search.freeze_thaw",  # a Gaussian process is fitted by gradients; see the test of its imports
+        "service.export_check",
+        "service.plain_peft",
+    },
 }
 
 
@@ -159,6 +170,20 @@ def test_each_library_has_its_home() -> None:
     ]
 
     assert strays == []
+
+
+def test_the_one_module_of_search_with_torch_is_imported_within_functions_only() -> None:
+    """So that --help, a sweep's parent and commands that only read a study import no torch."""
+    lazy = "lora_search.search.freeze_thaw"
+    early = [
+        name
+        for name, path in modules().items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module == lazy
+    ]
+
+    assert early == []
+    assert PACKAGE / "search" / "freeze_thaw.py" in modules().values()
 
 
 def test_the_tree_in_the_readme_is_the_tree_of_the_package() -> None:

@@ -20,10 +20,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lora_search.search.freeze_thaw import Curves, FreezeThaw
 from lora_search.search.pruning import RungPruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.settings.schema import SamplerConfig
-from tests.benchmarks.freeze_thaw import Curves, FreezeThaw
 from tests.benchmarks.surrogate import Family
 
 RANKS, BATCHES = (8, 16, 32), (2, 4, 8)

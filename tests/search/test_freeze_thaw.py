@@ -1,4 +1,4 @@
-"""The freeze-thaw candidate of the replay: its process against dense algebra, its choices where clear."""
+"""Freeze-thaw: its process against dense algebra, its choices where clear."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from tests.benchmarks.freeze_thaw import Cells, Curves, FreezeThaw, Posterior, cost, fit, improvement, prior
+from lora_search.search.freeze_thaw import Cells, Curves, FreezeThaw, Posterior, cost, fit, improvement, prior
 
 NUM_RUNGS, SLOTS = 5, 4
 

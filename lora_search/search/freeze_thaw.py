@@ -58,15 +58,16 @@ def covariance(theta: Tensor, a: Cells, b: Cells) -> Tensor:
     gaps = math.sqrt(5) * (a.share_N[:, None] - b.share_N[None]).abs() / theta[D].exp()
     kt = (1 + gaps + gaps**2 / 3) * torch.exp(-gaps)
     same = (a.who_N[:, None] == b.who_N[None]).double()
-    return kx * (worth + change * kt) + curve * kt + level * same + 1
+    found: Tensor = kx * (worth + change * kt) + curve * kt + level * same + 1
+    return found
 
 
 def factored(theta: Tensor, known: Cells) -> Tensor:
     """Return the Cholesky factor of the covariance with noise."""
     noise = (2 * theta[-1]).exp() + JITTER
-    return torch.linalg.cholesky(
-        covariance(theta, known, known) + noise * torch.eye(len(known.who_N)).double()
-    )
+    covariance_NN = covariance(theta, known, known) + noise * torch.eye(len(known.who_N)).double()
+    factor: Tensor = torch.linalg.cholesky(covariance_NN)
+    return factor
 
 
 def cost(theta: Tensor, known: Cells, y_N: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def cost(theta: Tensor, known: Cells, y_N: Tensor) -> Tensor:
     factor = factored(theta, known)
     half_N1 = torch.linalg.solve_triangular(factor, y_N[:, None], upper=False)
     off = (theta - mean) / spread
-    return factor.diagonal().log().sum() + 0.5 * (half_N1**2).sum() + 0.5 * (off**2).sum()
+    found: Tensor = factor.diagonal().log().sum() + 0.5 * (half_N1**2).sum() + 0.5 * (off**2).sum()
+    return found
 
 
 def fit(theta: Tensor, known: Cells, y_N: Tensor) -> Tensor:
@@ -119,7 +121,8 @@ class Posterior:
         joint_MM = covariance(self.theta, cells, cells) - learnt_NM.T @ learnt_NM
         root_MM = torch.linalg.cholesky(joint_MM + 1e-5 * torch.eye(len(mean_M)).double())
         noise_MS = torch.randn(len(mean_M), SAMPLES, generator=generator, dtype=torch.float64)
-        return mean_M[:, None] + root_MM @ noise_MS
+        found: Tensor = mean_M[:, None] + root_MM @ noise_MS
+        return found
 
 
 class FreezeThaw:
@@ -201,4 +204,5 @@ def share_out(
 def improvement(best: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
     """Return by how much normal values are expected to lie below the best (0 where above)."""
     z = (best - mean) / sd
-    return sd * (z * torch.special.ndtr(z) + torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi))
+    found: Tensor = sd * (z * torch.special.ndtr(z) + torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi))
+    return found
