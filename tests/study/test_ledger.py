@@ -1,5 +1,6 @@
 """The ledger is right whatever others do, and a large study costs as many statements as a small one."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,23 @@ def test_a_large_study_sends_no_more_statements_than_a_small_one(tmp_path: Path)
 
     assert large == small
     assert min(small) > 0
+
+
+def test_a_tick_with_heartbeat_takes_at_most_ten_statements(tmp_path: Path) -> None:
+    study, counts = open_study(make_config(tmp_path, n_trials=4), tmp_path), list[int]()
+    runs = study.claim(4)
+    study.report([measure(run, 1) for run in runs])
+    study.judge()
+    study.heartbeat()
+    study._last_heartbeat = -math.inf  # the next one is due
+
+    with counted(study, counts):
+        study.report([measure(run, 2) for run in runs])
+        study.judge()
+        study.heartbeat()
+        study.summary()
+
+    assert 4 < counts[0] <= 10
 
 
 def test_a_summary_asks_again_only_for_what_a_judgement_has_not_just_read(tmp_path: Path) -> None:
