@@ -20,9 +20,9 @@ from optuna.storages._rdb.models import (
 )
 from optuna.trial import FrozenTrial
 from sqlalchemy import func, literal_column, or_, select, union_all
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
-from lora_search.database.trial_reader import HEADS, TRIALS, UNFINISHED, in_chunks, table_of
+from lora_search.database.trial_reader import HEADS, TRIALS, UNFINISHED, Head, in_chunks, table_of
 
 # Ids are given before a transaction is committed, so a lower one may appear later. A writer that is silent
 # for longer loses its connection (database.drivers).
@@ -74,7 +74,7 @@ class Changes:
         self._seen |= touched.keys()
         self._mark(now, top)
 
-    def _note(self, trial: FrozenTrial, heads: Mapping[int, Row[Any]]) -> None:
+    def _note(self, trial: FrozenTrial, heads: Mapping[int, Head]) -> None:
         trial_id = trial._trial_id
         self._last_id = max(self._last_id, trial_id)
         if trial.state.is_finished():
@@ -115,7 +115,7 @@ class Changes:
         self._seen = {row for row in self._seen if row[1] > floor[row[0]]}
 
 
-def _status(head: Row[Any]) -> tuple[object, object]:
+def _status(head: Head) -> tuple[object, object]:
     return head[2], head[3]  # by name it takes ten times as long
 
 
