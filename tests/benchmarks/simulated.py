@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import event
@@ -138,25 +139,30 @@ class SimulatedCommand(Command):
         return [sys.executable, "-m", "tests.benchmarks.simulated", f"launcher.worker={number}"]
 
 
-def train(storage: str, n_trials: int, rung_seconds: float, together: int = 1) -> int:
-    """Once so many are there, be a worker until the study is finished; return the number of statements."""
+def train(storage: str, n_trials: int, rung_seconds: float, wait: Callable[[SweepStudy], object]) -> int:
+    """Be a worker, from when ``wait`` returns until the study is finished; return how many statements."""
     quieten_optuna()
     config = sweep(storage, n_trials, "random")
     with tempfile.TemporaryDirectory() as folder:
         study, seen = SweepStudy.open(config, parse_space(config), {}, {}, Path(folder)), list[object]()
+        wait(study)
         event.listen(study.storage.engine, "before_cursor_execute", lambda *_: seen.append(None))
-        while len(read_intervals(study.storage, study.table.study_id)) < together:
-            time.sleep(0.1)
         engine = Engine(recorded_task(), SLOTS, rung_seconds)
         work(study, engine, NoTracker(), Silent())  # type: ignore[arg-type]
         study.storage.engine.dispose()
     return len(seen)
 
 
+def wait_for_workers(study: SweepStudy, together: int) -> None:
+    """Wait until so many have opened the study."""
+    while len(read_intervals(study.storage, study.table.study_id)) < together:
+        time.sleep(0.1)
+
+
 def main() -> int:
     storage, n_trials, rung_seconds, together = received().overrides
     with told_to_launcher(True):
-        train(storage, int(n_trials), float(rung_seconds), int(together))
+        train(storage, int(n_trials), float(rung_seconds), partial(wait_for_workers, together=int(together)))
     return 0
 
 
