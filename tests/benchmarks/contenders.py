@@ -24,9 +24,8 @@ from lora_search.search.freeze_thaw import Curves, FreezeThaw
 from lora_search.search.pruning import RungPruner, stopped_by_optuna
 from lora_search.search.sampling import make_sampler
 from lora_search.settings.schema import SamplerConfig
-from tests.benchmarks.surrogate import Family
+from tests.benchmarks.families import BATCHES, RANKS, Family
 
-RANKS, BATCHES = (8, 16, 32), (2, 4, 8)
 PRIOR = 1.3e-3  # of SmolLM2, see search.priors
 FIRST = tuple({"lora.r": 16, "train.batch_size": 4, "optim.lr": lr} for lr in (1e-3, 3 * PRIOR, PRIOR / 3))
 GRID = tuple(
@@ -255,14 +254,22 @@ def _never_called(config: Any, seed: int, budget: float) -> float:
 
 
 def top_of_one_rung(study: Study, running: Sequence[FrozenTrial], share: float) -> list[int]:
-    """Stop at the first rung, once and for all, what is not among the best so far by that rung's value."""
-    values = sorted(
-        t.intermediate_values[1] for t in study.get_trials(deepcopy=False) if 1 in t.intermediate_values
-    )
-    limit = values[max(1, round(share * len(values))) - 1]
-    return [
-        t.number for t in running if t.last_step == 1 and t.intermediate_values[1] > limit and len(values) > 2
-    ]
+    """Stop at a trial's first rung, once and for all, what is not among the best so far by the values there.
+    As in our rule, a rung that measures the bare base is none: nobody is judged there, or by it."""
+    known, stopped = study.get_trials(deepcopy=False), list[int]()
+    for trial in running:
+        rung = _untrained(trial) + 1
+        if trial.last_step == rung:
+            there = [t for t in known if _untrained(t) < rung and rung in t.intermediate_values]
+            values = sorted(t.intermediate_values[rung] for t in there)
+            limit = values[max(1, round(share * len(values))) - 1]
+            if len(values) > 2 and trial.intermediate_values[rung] > limit:
+                stopped.append(trial.number)
+    return stopped
+
+
+def _untrained(trial: FrozenTrial) -> int:
+    return int(trial.user_attrs["progress"]["untrained_rung"])
 
 
 def guarded(study: Study, running: Sequence[FrozenTrial], factor: int = 3) -> list[int]:

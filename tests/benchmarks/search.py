@@ -1,35 +1,67 @@
-"""`python -m tests.benchmarks.search [FAMILY ...] [--slow] [--plot FILE.svg]`: whole searches, equal tokens.
+"""`python -m tests.benchmarks.search [FAMILY ...] [--truth NAME] ...`: whole searches at equal tokens.
 
-Each of 60 tasks is a surrogate of recorded curves (`surrogate`), searched in 4 slots that move a rung at a
-time. Regret: how much higher the perplexity of the adapter that a search would hand over is than the task's
-best, after the tokens of 3, 6 and 12 full trials. Paired: every contender gets the same tasks. Rules are also
-tuned on one data set's families and judged on the other's. --slow adds Optuna's Gaussian process.
+Each of 60 tasks is a truth made of recorded curves (gp: `surrogate`; table, neighbours: `nearby`), searched
+in 4 slots that move a rung at a time. Regret: how much higher the perplexity of the adapter that a search
+would hand over is than the task's best, after the tokens of 3, 6 and 12 full trials. Paired: every contender
+gets the same tasks. Rules are also tuned on one data set's families and judged on the other's. --only takes
+the contenders whose names contain one of the texts, beside ours; --slow adds Optuna's Gaussian process.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
 
 from lora_search.database.storage import quieten_optuna
-from tests.benchmarks.contenders import BATCHES, OURS, RANKS, contenders
+from tests.benchmarks.contenders import OURS, contenders
+from tests.benchmarks.families import Family, families
+from tests.benchmarks.nearby import Nearby
 from tests.benchmarks.regret_plot import plot
-from tests.benchmarks.surrogate import Surrogate, Task, families
+from tests.benchmarks.surrogate import Surrogate
 
 TASKS, SLOTS = 60, 4
+SEED_NOISE = 0.0025  # sd of a perplexity between two seeds, relative; measured on SmolLM2
 BUDGETS = tuple(range(1, 13))  # in full trials
 SHOWN = (3, 6, 12)
 Regrets = Mapping[str, np.ndarray]  # contender -> regret of every task at every budget
 
 
-def search(contender: Any, task: Task, seed: int) -> list[float]:
+class Task(Protocol):
+    """What is true in one search."""
+
+    def curves(self, params: Sequence[Mapping[str, float]]) -> np.ndarray:
+        """Return the perplexities of settings at every rung, without noise, [M, K]."""
+
+    def best(self) -> float:
+        """Return the lowest perplexity."""
+
+
+class Truth(Protocol):
+    """A way to fill the space between the recorded curves of a family."""
+
+    @property
+    def left_out_NK(self) -> np.ndarray:
+        """What it misses, in log NLL, of each curve that it does not know."""
+
+    def task(self, seed: int) -> Task: ...
+
+
+TRUTHS: Mapping[str, Callable[[Family], Truth]] = {
+    "gp": Surrogate,
+    "table": partial(Nearby, num_neighbours=1),
+    "neighbours": partial(Nearby, num_neighbours=4),
+}
+
+
+def search(contender: Any, family: Family, task: Task, seed: int) -> list[float]:
     """Return the perplexity, without noise, of what the search hands over at each budget."""
-    num_rungs = task.surrogate.family.num_rungs
-    searching = contender.begin(task.surrogate.family, seed)
+    num_rungs, searching = family.num_rungs, contender.begin(family, seed)
     curves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     running: dict[int, int] = {}  # number -> rungs trained
     spent, best, found = 0, (np.inf, np.inf), list[float]()
@@ -37,7 +69,7 @@ def search(contender: Any, task: Task, seed: int) -> list[float]:
         while len(running) < SLOTS:
             number, params, trained = searching.suggest()
             running[number] = trained
-            curves[number] = curves.get(number) or task.seen(params, number)
+            curves[number] = curves.get(number) or seen(task, params, [seed, number])
         for number, trained in running.items():
             true_K, seen_K = curves[number]
             best = min(best, (float(seen_K[trained]), float(true_K[trained])))
@@ -51,22 +83,18 @@ def search(contender: Any, task: Task, seed: int) -> list[float]:
     return found
 
 
-def best_possible(task: Task) -> float:
-    """Return the lowest perplexity of a dense grid."""
-    rates = np.geomspace(*task.surrogate.family.rates, 60)
-    points = [
-        {"optim.lr": lr, "lora.r": r, "train.batch_size": b} for lr in rates for r in RANKS for b in BATCHES
-    ]
-    return float(task.curves(points).min())
+def seen(task: Task, params: Mapping[str, float], seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return one trial's curve without and with the noise of its seed."""
+    (true_K,) = task.curves([params])
+    return true_K, true_K * math.exp(np.random.default_rng(seed).normal(0, SEED_NOISE))
 
 
-def regrets_of(surrogate: Surrogate, *, slow: bool) -> Regrets:
-    """Search all tasks of a family with every contender; write a row for each."""
-    tasks = [surrogate.task(seed) for seed in range(TASKS)]
-    best = np.array([best_possible(task) for task in tasks])[:, None]
+def regrets_of(family: Family, tasks: Sequence[Task], searches: Mapping[str, Any]) -> Regrets:
+    """Search all tasks of a family with every contender, ours first; write a row for each."""
+    best = np.array([task.best() for task in tasks])[:, None]
     regrets: dict[str, np.ndarray] = {}
-    for name, contender in contenders(slow=slow).items():
-        found = np.array([search(contender, task, seed) for seed, task in enumerate(tasks)])
+    for name, contender in searches.items():
+        found = np.array([search(contender, family, task, seed) for seed, task in enumerate(tasks)])
         regrets[name] = found / best - 1
         write_row(name, regrets[name], regrets[OURS])
     return regrets
@@ -119,6 +147,9 @@ def say(text: str) -> None:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--truth", choices=TRUTHS, default="gp")
+    parser.add_argument("--tasks", type=int, default=TASKS)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT")
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -129,15 +160,21 @@ def main() -> None:
     quieten_optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found: dict[str, Regrets] = {}
+    searches = {
+        name: one
+        for name, one in contenders(slow=arguments.slow).items()
+        if name == OURS or any(text in name for text in arguments.only)
+    }
     for family in families(*arguments.families):
-        surrogate = Surrogate(family)
-        missed = np.abs(surrogate.left_out_NK[:, -1])
+        truth = TRUTHS[arguments.truth](family)
+        missed = np.abs(truth.left_out_NK[:, -1])
         say(
             f"\n{family.name}: {len(family.params)} curves of {family.num_rungs} rungs; a curve left out is "
             f"missed by {np.median(missed):.1%} of its NLL in the median, one in ten by more than "
             f"{np.quantile(missed, 0.9):.1%}\n"
         )
-        found[family.name] = regrets_of(surrogate, slow=arguments.slow)
+        tasks = [truth.task(seed) for seed in range(arguments.tasks)]
+        found[family.name] = regrets_of(family, tasks, searches)
     if arguments.plot:
         arguments.plot.write_text(plot(found, BUDGETS))
     if {name[:3] for name in found} == {"faq", "doc"}:

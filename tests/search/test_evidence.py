@@ -1,4 +1,4 @@
-"""What docs/pruning.md rests on: the surrogate of recorded curves, and searches replayed on it."""
+"""What docs/pruning.md rests on: truths made of recorded curves, and searches replayed on them."""
 
 import json
 import math
@@ -10,11 +10,13 @@ import pytest
 from scipy.linalg import cho_solve
 
 from lora_search.database.storage import quieten_optuna
-from tests.benchmarks.contenders import OURS, contenders
+from tests.benchmarks.contenders import BATCHES, OURS, RANKS, contenders, top_of_one_rung
+from tests.benchmarks.families import BARE, CURVES, Family, families
+from tests.benchmarks.nearby import Nearby
 from tests.benchmarks.record import RECORDINGS
 from tests.benchmarks.regret_plot import plot
-from tests.benchmarks.search import BUDGETS, best_possible, search
-from tests.benchmarks.surrogate import CURVES, Surrogate, families
+from tests.benchmarks.search import BUDGETS, TRUTHS, search
+from tests.benchmarks.surrogate import Surrogate
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +98,90 @@ def test_without_new_residuals_a_task_gives_the_recorded_curves_back(surrogate: 
     assert np.median(np.abs(given_NK - surrogate.family.curves_NK)) < 0.01
 
 
-@pytest.mark.parametrize("name", [OURS, "tpe, hyperband", "freeze-thaw, first trials"])
+@pytest.mark.parametrize(
+    ("truth", "name"),
+    [(truth, OURS) for truth in TRUTHS]
+    + [(truth, "freeze-thaw, first trials") for truth in ("gp", "table")]
+    + [("gp", "tpe, hyperband")],
+)
+@pytest.mark.parametrize("family", families("faq", "docs"), ids=lambda family: family.name)
 def test_a_replayed_search_is_the_same_again_and_never_better_than_the_best(
-    surrogate: Surrogate, name: str
+    family: Family, truth: str, name: str
 ) -> None:
-    task = surrogate.task(3)
+    task = TRUTHS[truth](family).task(3)
 
-    found = search(contenders()[name], task, 3)
+    found = search(contenders()[name], family, task, 3)
 
-    assert found == search(contenders()[name], task, 3)
+    assert found == search(contenders()[name], family, task, 3)
     assert len(found) == len(BUDGETS)
-    assert min(found) >= 0.995 * best_possible(task)  # of a grid of rates
+    assert min(found) >= 0.995 * task.best()  # gp: of a grid of rates
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_the_table_knows_nothing_but_recorded_curves_and_each_task_half_of_them(family: Family) -> None:
+    recorded = {tuple(curve_K) for curve_K in np.exp(np.exp(family.curves_NK))}
+    tasks = [Nearby(family, 1).task(seed) for seed in range(3)]
+
+    given = [{tuple(curve_K) for curve_K in task.curves(points_of(family))} for task in tasks]
+
+    for task, curves in zip(tasks, given, strict=True):
+        assert len(task.params) == len(family.params) // 2
+        assert curves <= recorded
+        assert min(min(curve) for curve in curves) >= task.best()
+    assert len({frozenset(curves) for curves in given}) == 3
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_neighbours_go_through_the_curves_that_they_know_and_stay_between_them(family: Family) -> None:
+    task = Nearby(family, 4).task(0)
+    settings = [tuple(one.values()) for one in task.params]
+    once = [n for n, one in enumerate(settings) if settings.count(one) == 1]
+
+    at_their_own_NK, between_MK = task.curves(task.params), task.curves(points_of(family))
+
+    known_NK = np.exp(np.exp(task.curves_NK))
+    np.testing.assert_allclose(at_their_own_NK[once], known_NK[once], rtol=0.005)
+    assert len(once) > 3
+    assert (between_MK >= known_NK.min(axis=0) - 1e-9).all()
+    assert (between_MK <= known_NK.max(axis=0) + 1e-9).all()
+
+
+@pytest.mark.parametrize("truth", ["table", "neighbours"])
+@pytest.mark.parametrize("family", families(*BARE), ids=lambda family: family.name)
+def test_settings_measure_the_bare_base_at_their_first_rung_where_recorded_ones_do(
+    family: Family, truth: str
+) -> None:
+    bare = [n for n, one in enumerate(family.params) if family.untrained_rung(one)]
+    base = np.exp(np.exp(family.curves_NK[bare[0], 0]))
+    task = TRUTHS[truth](family).task(0)
+
+    first_M = task.curves(points_of(family))[:, 0] / base
+
+    bare_M = np.array([family.untrained_rung(one) == 1 for one in points_of(family)])
+    np.testing.assert_allclose(first_M[bare_M], 1, rtol=1e-3)  # with fewer than four, a trace of others
+    assert np.abs(first_M[~bare_M] - 1).max() > 0.05
+
+
+def points_of(family: Family) -> list[dict[str, float]]:
+    """Return settings all over the space."""
+    rates = np.geomspace(*family.rates, 7)
+    return [
+        {"optim.lr": lr, "lora.r": r, "train.batch_size": b} for lr in rates for r in RANKS for b in BATCHES
+    ]
+
+
+def test_the_rule_of_one_rung_judges_nobody_at_a_rung_that_measures_the_bare_base_or_by_it() -> None:
+    study, stopped = optuna.create_study(), list[list[int]]()
+    curves = [(9.0, 8.0), (9.3, 8.3), (9.5, 8.5), (9.1, 8.9)]
+    for untrained in (0, 0, 0, 1):
+        study.ask().set_user_attr("progress", {"untrained_rung": untrained})
+    for rung in (1, 2):
+        for trial, values in zip(study.get_trials(), curves, strict=True):
+            study._storage.set_trial_intermediate_value(trial._trial_id, rung, values[rung - 1])
+
+        stopped.append(top_of_one_rung(study, study.get_trials(), share=0.5))
+
+    assert stopped == [[2], [3]]  # with the bare 9.1 among the values, 9.3 would end too
 
 
 def test_the_plot_has_a_line_for_every_contender_that_ran_and_a_panel_for_every_family() -> None:
