@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.gemma3n import modeling_gemma3n
 
 from lora_search.engine.effect_checks import check_outline, note_left_out
 from lora_search.errors import ModelError
@@ -72,6 +73,7 @@ OWN_SIZES: dict[str, dict[str, object]] = {
     "qwen3_5": SEES | LINEAR,
     "qwen3_5_moe": SEES | LINEAR | EXPERTS,
     "gemma4": SEES | GEMMA_4,
+    "gemma3n": {"vision_config": {}} | GEMMA_3N,
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "falcon": {"alibi": True, "head_dim": None},
@@ -95,6 +97,17 @@ LEFT_OUT = {  # of all-linear
     "bloom": set(),
     "gemma3": {"fc1", "fc2", "out_proj"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Gemma 3n's tower empty: it is one of timm's, a library of its own."""
+    make = AutoModel.from_config
+
+    def from_config(config: PretrainedConfig, **options: object) -> torch.nn.Module:
+        return torch.nn.Module() if config.model_type == "gemma3n_vision" else make(config, **options)
+
+    monkeypatch.setattr(modeling_gemma3n.AutoModel, "from_config", from_config)
 
 
 def listed(heading: str) -> list[str]:
