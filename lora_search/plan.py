@@ -58,7 +58,7 @@ def plan(arguments: argparse.Namespace, progress: Progress) -> None:
     shape = shape_of(config, space, engine)
     shares = shares_trained(pruner, shape, config.seed)
     found = forecast(shape, probe, shares)
-    for line in forecast_lines(config, shape, probe, found, shares[1], *_bytes(engine)):
+    for line in forecast_lines(config, shape, probe, found, shares[1], *_bytes(engine, config, space)):
         progress.console.print(line, markup=False, soft_wrap=True)
     write_forecast(found, config)
 
@@ -138,11 +138,12 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     return engine
 
 
-def _bytes(engine: "Engine") -> tuple[int, int]:
+def _bytes(engine: "Engine", config: SweepConfig, space: Space) -> tuple[int, int]:
     """Return the peak memory of the probe, and the largest size of an adapter on disk."""
+    from lora_search.engine.build import Room, largest_adapter
     from lora_search.ops.device import peak_bytes
 
-    return peak_bytes(engine.model.devices), engine.bank.num_parameters * 4 + engine.bank.factor_bytes
+    return peak_bytes(engine.model.devices), largest_adapter(engine, Room.of_space(config, space))
 
 
 if __name__ == "__main__":

@@ -58,11 +58,6 @@ class TrialSettings:
         return self.init.startswith(STARTS)
 
     @property
-    def num_token_rows(self) -> int:
-        """Rows of embedding and head that are trained apart."""
-        return len(self.trainable_token_indices) * (1 + self.trainable_token_head)
-
-    @property
     def examples_per_step(self) -> int:
         """Examples in one optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps

@@ -11,7 +11,6 @@ from lora_search.data.rows import Example, Splits
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
-from lora_search.engine.row_layout import row_of
 from lora_search.files.peft import BaseRecord, export_peft
 from lora_search.model.loading import Base, load_base, resolve_model
 from lora_search.model.targets import matches, target_layers
@@ -72,8 +71,7 @@ def engine_over(
 ) -> Engine:
     layers = target_layers(model, ("all-linear",))
     names = tuple(name for name, _ in model.named_modules())
-    has = {"has_magnitudes": True, "has_starts": True, "max_token_rows": 6}
-    bank = SlotBank(model, layers, slots, max_rank, model.dtype, **has)
+    bank = SlotBank(model, layers, slots, max_rank, model.dtype, trains_tokens=True)
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(model, bank),
@@ -89,9 +87,9 @@ def engine_over(
 def starting_adapter(engine: Engine, run: TrialRun, folder: Path) -> Path:
     """Admit the trial; write its adapter before the first step to the folder, in PEFT's format."""
     engine.admit([run])
-    slot = engine.slots[0]
+    slot, row = engine.slots[0], engine.bank.rows[0]
     assert slot is not None
-    start = engine.bank.tensors(row_of(engine.bank.theta, 0), run.settings, slot.names)
+    start = row.layout.tensors(row.theta)
     export_peft(start, run.settings, slot.names, engine.keeper.base, folder)
     return folder
 

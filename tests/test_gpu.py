@@ -41,7 +41,7 @@ def test_two_gpus_give_the_numbers_of_one(tiny_llama: Path, tmp_path: Path, dtyp
     engine = build_engine(tiny_llama, SPLITS, **own, devices=2)
     split = train_all(engine, mixed_runs(tmp_path / "two"))
 
-    assert {str(theta_SP.device) for theta_SP in engine.bank.theta} == {"cuda:0", "cuda:1"}
+    assert {str(device) for device in engine.bank.devices} == {"cuda:0", "cuda:1"}
     for number, curve in whole.items():
         torch.testing.assert_close(losses(split[number]), losses(curve), rtol=1e-5, atol=0)
 

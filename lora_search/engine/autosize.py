@@ -19,7 +19,6 @@ from torch import nn
 
 from lora_search.data.rows import Example
 from lora_search.data.store import lengths_of, longest_rows
-from lora_search.engine.bank import SlotBank
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.errors import LoraSearchError
 from lora_search.ops.device import give_back_memory, is_out_of_memory
@@ -30,7 +29,6 @@ MARGIN = {"cuda": 0.85, "cpu": 0.5}  # share of the free memory to plan with
 MOST_TOKENS = {"cuda": 16384, "cpu": 2048}  # larger passes of a 1B to 8B (135M) model are no faster
 MOST_SLOTS = {"cuda": 32, "cpu": 8}
 ENOUGH = 0.95  # the smallest number of slots that reaches this share of the best speed
-BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -155,15 +153,6 @@ def measure(model: PackedModel, rows: Sequence[Example], sizes: Sequence[int]) -
     (few, low), (many, high) = used[0], used[-1]
     slope = max(0.0, (high - low) / (many - few)) if many > few else high / many
     return PassCost(max(0.0, low - slope * few), slope, points)
-
-
-def bytes_per_slot(bank: SlotBank) -> int:
-    """Return the memory of one more slot, on the device where it takes most: its row in the bank and in the
-    optimizer, and its start."""
-    copy = 0 if bank.dtype == torch.float32 else bank.dtype.itemsize
-    sizes = [theta_SP.shape[1] * (BYTES_PER_PARAMETER + copy) for theta_SP in bank.theta]
-    starts = [start_SP.shape[1] * start_SP.element_size() for start_SP in bank.start]
-    return max(size + start for size, start in zip(sizes, starts, strict=True))
 
 
 def _sizes(config: EngineConfig, mean: float, batch_size: int, device: str) -> list[int]:

@@ -1,15 +1,12 @@
 """The slot bank: the adapters of all slots over one frozen base, converted to and from PEFT's names.
 
-Legend: S slots, P parameters of one slot, R rank, D input width, O output width, T tokens of a pass.
-A slot's adapters are a row, with one flat part of theta_SP on each device of the base, beside its layers:
-rows of embedding and head for as many tokens as a trial may train (in the first part), A
-[R, D] of every layer, then B transposed [R, O] of every layer, sized for the largest rank, then magnitudes
-[O] if a trial may have DoRA; entries not in use are zero. Optimizer and checkpoint work on rows, the layers
-on views into them, in the dtype of the base.
+A slot has a row (`row`) while a trial is in it: memory as the trial needs it, not as the largest would.
+
+Legend: S slots, R rank, D input width, O output width, K trained tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -17,9 +14,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora_search.engine.row_layout import Row, lay_out, row_of
+from lora_search.engine.row import Layout, Row, Site, lay_out
 from lora_search.engine.starts import Factors, Start, Subtract
-from lora_search.files.peft import lora_rank, lora_scaling, plain_weight, with_start, without_start
+from lora_search.files.peft import lora_scaling, plain_weight, with_start, without_start
 from lora_search.model.embedding import Embedding
 from lora_search.ops.dora import Magnitude, Rescale
 from lora_search.ops.fused import GatedSilu
@@ -28,7 +25,7 @@ from lora_search.ops.products import products_for, tiles
 from lora_search.ops.tokens import Embed, Tokens
 from lora_search.trial import TrialSettings
 
-MAGNITUDE = "lora_magnitude_vector"
+BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
 
 
 class SlotLinear(nn.Module):
@@ -89,7 +86,7 @@ class SlotLinear(nn.Module):
 
 
 class SlotBank:
-    """Holds theta and its gradient, and puts the adapters into the model's layers."""
+    """Holds the slots' rows, and puts their adapters into the model's layers."""
 
     def __init__(
         self,
@@ -99,25 +96,19 @@ class SlotBank:
         max_rank: int,
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
-        has_magnitudes: bool = False,
-        has_starts: bool = False,
-        max_token_rows: int = 0,
+        trains_tokens: bool = False,
     ) -> None:
         self.names, self._bases = list(layers), list(layers.values())
-        self.shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
         self.devices = list(dict.fromkeys(base.weight.device for base in self._bases))
         known = {products or products_for(device, dtype) for device in self.devices}
         self.products = known.pop() if len(known) == 1 else PLAIN
         self.num_slots, self.dtype, self.max_rank = num_slots, dtype, max_rank
-        parts = [self.devices.index(base.weight.device) for base in self._bases]
-        self.embedding = Embedding(model) if max_token_rows else None
-        self._start_of_a = max_token_rows * self.embedding.width if self.embedding else 0
-        layout = lay_out(self.shapes, parts, max_rank, has_magnitudes, self._start_of_a)
-        self._places, self.starts_of_b, sizes = layout
-        self.theta = [torch.zeros(num_slots, n, device=d) for n, d in zip(sizes, self.devices, strict=True)]
-        self.grad = [torch.zeros_like(theta_SP) for theta_SP in self.theta]
-        self.used = [theta_SP.to(dtype) for theta_SP in self.theta]  # the matmuls'; in float32 theta itself
-        self.start = [used_SP.new_zeros(num_slots, has_starts * used_SP.shape[1]) for used_SP in self.used]
+        self.rows: dict[int, Row] = {}  # of the slots that have a trial
+        self.sites = [
+            Site(index, name, base.in_features, base.out_features, self.devices.index(base.weight.device))
+            for index, (name, base) in enumerate(layers.items())
+        ]
+        self.embedding = Embedding(model) if trains_tokens else None
         self.factors = Factors(self._bases, max_rank)
         self.anchors = [torch.zeros(0, device=device, requires_grad=True) for device in self.devices]
         self.layers = [
@@ -136,14 +127,9 @@ class SlotBank:
         if self.embedding is not None:
             self._handle = self.embedding.module.register_forward_hook(self._embed)
         self.plans: list[Plan | None] = [None for _ in self.devices]
-        for index, (name, layer) in enumerate(layers.items()):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SlotLinear(layer, self, index, parts[index]))
-
-    @property
-    def num_parameters(self) -> int:
-        """How many parameters a slot has, on all devices."""
-        return sum(theta_SP.shape[1] for theta_SP in self.theta)
+        for site, base in zip(self.sites, self._bases, strict=True):
+            parent, _, child = site.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SlotLinear(base, self, site.index, site.part))
 
     @property
     def tokens_of_head(self) -> dict[int | None, Tokens]:
@@ -153,7 +139,7 @@ class SlotBank:
     @property
     def factor_bytes(self) -> int:
         """The host memory of the factors that all trials with the same init share."""
-        return 4 * sum(start_SP.shape[1] for start_SP in self.start)
+        return 4 * self.max_rank * sum(site.d_in + site.d_out for site in self.sites)
 
     def set_plan(self, plan: Plan, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Assign the tokens of the next passes to slots."""
@@ -171,23 +157,6 @@ class SlotBank:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, model.get_submodule(name).base)
 
-    def views(
-        self, row: Row, settings: TrialSettings, names: Sequence[str]
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (layer index, A [r, D], B transposed [r, O]) as views into one slot's row."""
-        for index, (place, (d_in, d_out)) in enumerate(zip(self._places, self.shapes, strict=True)):
-            if self.names[index] in names:
-                r, part_P = lora_rank(settings, self.names[index]), row[place.part]
-                yield index, part_P[place.a].view(-1, d_in)[:r], part_P[place.b].view(-1, d_out)[:r]
-
-    def _magnitudes(self, row: Row, settings: TrialSettings, names: Sequence[str]) -> dict[int, torch.Tensor]:
-        """Return layer index -> magnitudes [O], as views into one slot's row; none without DoRA."""
-        return {
-            index: row[place.part][place.m]
-            for index, place in enumerate(self._places)
-            if settings.use_dora and self.names[index] in names
-        }
-
     def _embed(self, _: nn.Module, inputs: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
         plan = self.plans[0]
         if plan is None or self.embedding is None or self.tokens.keys().isdisjoint(plan.slots):
@@ -195,27 +164,36 @@ class SlotBank:
         rest = self.embedding.scale, self.anchors[0], self.tokens, plan
         return cast(torch.Tensor, Embed.apply(embedded, inputs[0], *rest))  # type: ignore[no-untyped-call]
 
-    def _rows(self, row: Row, settings: TrialSettings) -> dict[str, torch.Tensor]:
-        """Return the trial's rows of embedding and head [K, D] by PEFT's names, as views into a row."""
-        if self.embedding is None or not settings.trainable_token_indices:
-            return {}
-        rows = row[0][: self._start_of_a].view(-1, self.embedding.width)[: settings.num_token_rows]
-        parts = rows.split(len(settings.trainable_token_indices))
-        return dict(zip(self.embedding.peft_names, parts, strict=False))
+    def layout(self, settings: TrialSettings, names: Sequence[str]) -> Layout:
+        """Return where a trial with adapters on the named layers would have its parameters."""
+        tokens: dict[str, tuple[int, int]] = {}
+        if self.embedding is not None and (count := len(settings.trainable_token_indices)):
+            names_of_rows = self.embedding.peft_names[: 1 + settings.trainable_token_head]
+            tokens = dict.fromkeys(names_of_rows, (count, self.embedding.width))
+        wanted = set(names)
+        sites = [site for site in self.sites if site.name in wanted]
+        return lay_out(sites, settings, tokens, len(self.devices))
+
+    def bytes_of(self, settings: TrialSettings, names: Sequence[str]) -> int:
+        """Return the memory of a trial in a slot, on the device where it takes most: its row, and the
+        optimizer's moments."""
+        copy = 0 if self.dtype == torch.float32 else self.dtype.itemsize
+        each = BYTES_PER_PARAMETER + copy + settings.has_start * self.dtype.itemsize
+        return each * max(self.layout(settings, names).sizes)
 
     def admit(self, slot: int, settings: TrialSettings, names: Sequence[str], seed: int) -> None:
         """Give the slot fresh adapters on the named layers: A as PEFT draws it (Kaiming uniform with a =
         sqrt 5, or Gaussian), B zero; or PiSSA's or OLoRA's factors of the layer's weight."""
         self.make_room(slot, settings, names)
+        row = self.rows[slot]
         if self.embedding is not None:
             weights = self.embedding.module.weight, self.embedding.head.weight
-            fresh = self._rows(row_of(self.theta, slot), settings).values()
-            for weight_VD, fresh_KD in zip(weights, fresh, strict=False):
-                fresh_KD.copy_(weight_VD[list(settings.trainable_token_indices)])
-        if settings.has_start:
-            self._start(slot, settings, names)
+            for weight_VD, fresh in zip(weights, row.layout.tokens.values(), strict=False):
+                fresh.of(row.theta).copy_(weight_VD[list(settings.trainable_token_indices)])
+        if row.start:
+            self._start(slot, settings)
         else:
-            self._draw(slot, settings, names, torch.Generator().manual_seed(seed))
+            _draw(row, settings, torch.Generator().manual_seed(seed))
         self.refresh(slot)
         for magnitudes in self.magnitudes:
             if slot in magnitudes:  # as B is zero: W's own norms, and gains of 1
@@ -225,38 +203,27 @@ class SlotBank:
     def make_room(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
         """Give the slot adapters of zeros on the named layers."""
         self.release(slot)
-        views = (self.views(row_of(bank, slot), settings, names) for bank in (self.used, self.grad))
-        for (index, *used), (_, *grads) in zip(*views, strict=True):
+        layout = self.layout(settings, names)
+        row = self.rows[slot] = Row.of(layout, self.devices, self.dtype, settings.has_start)
+        for (index, *used), (_, *grads) in zip(layout.pairs(row.used), layout.pairs(row.grad), strict=True):
             scaling = lora_scaling(settings, self.names[index])
             pair = (used[0], used[1], grads[0], grads[1])
             self.adapters[index][slot] = SlotAdapter(*pair, scaling, settings.dropout)
         self._tabulate(slot)
-        for index, m_O in self._magnitudes(row_of(self.theta, slot), settings, names).items():
-            grad_O = self._magnitudes(row_of(self.grad, slot), settings, names)[index]
-            parts = m_O, grad_O, torch.empty_like(m_O), torch.empty_like(m_O)
+        for index, m in layout.m.items():
+            m_O = m.of(row.theta)
+            parts = m_O, m.of(row.grad), torch.empty_like(m_O), torch.empty_like(m_O)
             self.magnitudes[index][slot] = Magnitude(*parts, settings.dropout)
-        rows = (self._rows(row_of(bank, slot), settings).values() for bank in (self.used, self.grad))
-        for by_slot, used_KD, grad_KD in zip((self.tokens, self._of_head), *rows, strict=False):
+        for by_slot, rows in zip((self.tokens, self._of_head), layout.tokens.values(), strict=False):
             ids_K = torch.tensor(settings.trainable_token_indices, device=self.devices[0])
-            by_slot[slot] = Tokens(ids_K, used_KD, grad_KD)
-        for index, a_RD, b_RO in self.views(
-            row_of(self.start, slot), settings, names if settings.has_start else ()
-        ):
+            by_slot[slot] = Tokens(ids_K, rows.of(row.used), rows.of(row.grad))
+        for index, a_RD, b_RO in layout.pairs(row.start) if row.start else ():
             self.starts[index][slot] = Start(a_RD, b_RO, self.adapters[index][slot].scaling)
 
-    def _draw(
-        self, slot: int, settings: TrialSettings, names: Sequence[str], generator: torch.Generator
-    ) -> None:
-        for _, a_RD, _ in self.views(row_of(self.theta, slot), settings, names):
-            fresh, bound = torch.empty(a_RD.shape), 1.0 / math.sqrt(a_RD.shape[1])
-            if settings.init == "gaussian":
-                a_RD.copy_(fresh.normal_(0.0, 1.0 / len(a_RD), generator=generator))
-            else:
-                a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))
-
-    def _start(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> None:
+    def _start(self, slot: int, settings: TrialSettings) -> None:
         """Set adapters and starts to the same factors, of PiSSA or OLoRA."""
-        views = (self.views(row_of(bank, slot), settings, names) for bank in (self.start, self.theta))
+        row = self.rows[slot]
+        views = (row.layout.pairs(parts) for parts in (row.start, row.theta))
         for (index, *start), (_, *fresh) in zip(*views, strict=True):
             known = self.factors.of(index, settings.init, len(fresh[0]))
             scale = 1.0 if settings.init == "olora" else self.starts[index][slot].scaling ** -0.5
@@ -265,10 +232,8 @@ class SlotBank:
                 fresh_RW.copy_(start_RW)
 
     def refresh(self, slot: int) -> None:
-        """Copy the slot's changed row of theta to where the matmuls read it; renew DoRA's norms."""
-        for used_SP, theta_SP in zip(self.used, self.theta, strict=True):
-            if used_SP is not theta_SP:
-                used_SP[slot].copy_(theta_SP[slot])
+        """Let the passes see the slot's changed parameters; renew DoRA's norms."""
+        self.rows[slot].refresh()
         for base, adapters, magnitudes in zip(self._bases, self.adapters, self.magnitudes, strict=True):
             if slot in magnitudes:
                 used = adapters[slot]
@@ -276,15 +241,10 @@ class SlotBank:
                 magnitudes[slot].renew(plain_weight(base), update_OD.mul_(used.scaling))
 
     def release(self, slot: int) -> None:
-        """Empty the slot."""
-        for bank_SP in (*self.theta, *self.used, *self.grad, *self.start):
-            bank_SP[slot].zero_()
-        for adapters, magnitudes, starts in zip(self.adapters, self.magnitudes, self.starts, strict=True):
-            adapters.pop(slot, None)
-            magnitudes.pop(slot, None)
-            starts.pop(slot, None)
-        self.tokens.pop(slot, None)
-        self._of_head.pop(slot, None)
+        """Empty the slot and free its memory."""
+        self.rows.pop(slot, None)
+        for by_slot in (*self.adapters, *self.magnitudes, *self.starts, self.tokens, self._of_head):
+            by_slot.pop(slot, None)  # type: ignore[attr-defined]
         self._tabulate(slot)
 
     def _tabulate(self, slot: int) -> None:
@@ -295,42 +255,14 @@ class SlotBank:
             layer.scales_S2[slot].copy_(torch.tensor(adapter.scales if adapter else [0.0] * 2))
             layer.tabulate()
 
-    def tensors(self, row: Row, settings: TrialSettings, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return a row's used part as PEFT names it: ``<layer>.lora_A.weight`` [r, D],
-        ``<layer>.lora_B.weight`` [O, r], with DoRA ``<layer>.lora_magnitude_vector`` [O], and trained rows of
-        the embedding [K, D]."""
-        state = {name: rows_KD.detach().cpu() for name, rows_KD in self._rows(row, settings).items()}
-        for index, a_RD, b_RO in self.views(row, settings, names):
-            state[f"{self.names[index]}.lora_A.weight"] = a_RD.detach().cpu().contiguous()
-            state[f"{self.names[index]}.lora_B.weight"] = b_RO.detach().T.cpu().contiguous()
-        for index, m_O in self._magnitudes(row, settings, names).items():
-            state[f"{self.names[index]}.{MAGNITUDE}"] = m_O.detach().cpu()
-        return state
-
-    @torch.no_grad()
-    def load(
-        self,
-        row: Row,
-        settings: TrialSettings,
-        names: Sequence[str],
-        state: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Load what `tensors` returned."""
-        for name, rows_KD in self._rows(row, settings).items():
-            rows_KD.copy_(state[name])
-        for index, a_RD, b_RO in self.views(row, settings, names):
-            a_RD.copy_(state[f"{self.names[index]}.lora_A.weight"])
-            b_RO.copy_(state[f"{self.names[index]}.lora_B.weight"].T)
-        for index, m_O in self._magnitudes(row, settings, names).items():
-            m_O.copy_(state[f"{self.names[index]}.{MAGNITUDE}"])
-
-    def exported(self, slot: int, settings: TrialSettings, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def exported(self, slot: int) -> dict[str, torch.Tensor]:
         """Return the slot's adapter as plain PEFT loads it, on the host: with a start of twice the rank."""
-        state = self.tensors(row_of(self.theta, slot), settings, names)
-        if settings.has_start:
-            start = [part_P.float() for part_P in row_of(self.start, slot)]
-            state = with_start(state, self.tensors(start, settings, names))
-        return {name: tensor.clone() for name, tensor in state.items()}  # on a CPU they are views of the bank
+        row = self.rows[slot]
+        state = row.layout.tensors(row.theta)
+        if row.start:
+            start = [part_P.float() for part_P in row.start]
+            state = with_start(state, row.layout.tensors(start))
+        return {name: tensor.clone() for name, tensor in state.items()}  # on a CPU they are views of the row
 
     @torch.no_grad()
     def place(
@@ -338,8 +270,18 @@ class SlotBank:
     ) -> None:
         """Give the slot an adapter that `exported` returned."""
         self.make_room(slot, settings, names)
-        if settings.has_start:
+        row = self.rows[slot]
+        if row.start:
             state, start = without_start(state)
-            self.load(row_of(self.start, slot), settings, names, start)
-        self.load(row_of(self.theta, slot), settings, names, state)
+            row.layout.load(row.start, start)
+        row.layout.load(row.theta, state)
         self.refresh(slot)
+
+
+def _draw(row: Row, settings: TrialSettings, generator: torch.Generator) -> None:
+    for _, a_RD, _ in row.layout.pairs(row.theta):
+        fresh, bound = torch.empty(a_RD.shape), 1.0 / math.sqrt(a_RD.shape[1])
+        if settings.init == "gaussian":
+            a_RD.copy_(fresh.normal_(0.0, 1.0 / len(a_RD), generator=generator))
+        else:
+            a_RD.copy_(fresh.uniform_(-bound, bound, generator=generator))

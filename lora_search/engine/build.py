@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_search.data.rows import Splits
-from lora_search.engine.autosize import Fit, bytes_per_slot, fit
+from lora_search.engine.autosize import Fit, fit
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.digest import base_record
 from lora_search.engine.engine import Engine
@@ -37,8 +37,8 @@ ADAPTER_KEYS = (
 class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
     trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
-    those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits of PiSSA
-    and OLoRA."""
+    those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits
+    of PiSSA and OLoRA; ``extremes``: trials of which one is the largest."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -48,6 +48,7 @@ class Room:
     has_dora: bool = False
     starts: tuple[str, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
+    extremes: tuple[TrialSettings, ...] = ()
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
@@ -57,12 +58,8 @@ class Room:
         has_dora = any(trial.use_dora for trial in trials)
         starts = tuple(dict.fromkeys(trial.init for trial in trials if trial.has_start))
         tokens = tuple(dict.fromkeys((t.trainable_token_indices, t.trainable_token_head) for t in trials))
-        return cls(targets, max_rank, min_batch, len(trials), _patterns(trials), has_dora, starts, tokens)
-
-    @property
-    def token_rows(self) -> int:
-        """The most rows of embedding and head that a trial trains."""
-        return max((len(ids) * (1 + with_head) for ids, with_head in self.tokens), default=0)
+        rest = _patterns(trials), has_dora, starts, tokens, tuple(trials)
+        return cls(targets, max_rank, min_batch, len(trials), *rest)
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: "Space") -> "Room":
@@ -143,18 +140,25 @@ def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -
         slots,
         room.max_rank,
         base.dtype,
-        has_magnitudes=room.has_dora,
-        has_starts=bool(room.starts),
-        max_token_rows=room.token_rows,
+        trains_tokens=any(ids for ids, _ in room.tokens),
     )
 
 
-def _heaviest(config: SweepConfig, room: Room, bank: SlotBank) -> TrialSettings:
+def largest_adapter(engine: Engine, room: Room) -> int:
+    """Return the bytes on disk of the largest adapter of the room's trials."""
+    return 4 * max(
+        (1 + trial.has_start)
+        * sum(engine.bank.layout(trial, engine.resolve_targets(trial.target_modules)).sizes)
+        for trial in room.extremes
+    )
+
+
+def _heaviest(config: SweepConfig, room: Room) -> TrialSettings:
     """Return a trial with all that may take memory in a pass of the room's trials."""
     ids, with_head = max(room.tokens, key=lambda one: len(one[0]) * (1 + one[1]), default=((), False))
     return replace(
         trial_settings(config, {}),
-        r=bank.max_rank,
+        r=room.max_rank,
         rank_pattern=(),
         use_dora=room.has_dora,
         init=next(iter(room.starts), "kaiming"),
@@ -169,9 +173,10 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     if isinstance(slots, int) and isinstance(tokens, int):
         return Fit(slots, tokens)
     bank = _bank(base, room, layers, 1)
-    bank.make_room(0, _heaviest(config, room, bank), bank.names)  # zeros: values take no memory
+    heaviest = _heaviest(config, room)
+    bank.make_room(0, heaviest, bank.names)  # zeros: values take no memory
     bank.refresh(0)
-    model, per_slot = PackedModel(base.model, bank), bytes_per_slot(bank)
+    model, per_slot = PackedModel(base.model, bank), bank.bytes_of(heaviest, bank.names)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(devices_of(base.model)) // sharing, room.min_batch
     if base.device.type == "cpu":

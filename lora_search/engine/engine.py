@@ -23,7 +23,6 @@ from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import fill_pass
-from lora_search.engine.row_layout import row_of
 from lora_search.engine.slot import Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
@@ -56,7 +55,7 @@ class Engine:
         self.model, self.bank, self.splits = model, bank, splits
         self.num_shared = shareable_tokens(model, splits.validation)
         self.axis = DataAxis(splits.train, data_seed)
-        self.optimizer = SlotAdamW(bank.theta, bank.grad, bank.starts_of_b)
+        self.optimizer = SlotAdamW(bank.rows)
         self.keeper = Keeper(bank, self.optimizer, base)
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
@@ -115,6 +114,7 @@ class Engine:
         for index, slot in enumerate(self.slots):
             if slot is not None and slot.run.number in trial_numbers:
                 self.bank.release(index)
+                self.optimizer.release(index)
                 self.slots[index] = None
 
     def advance(self) -> list[Measurement]:
@@ -180,7 +180,7 @@ class Engine:
         """Discard the gradients of a failed pass and queue its batches again: the same rows, masks and sums,
         in smaller passes if memory ran out (None), else slot by slot."""
         for index, slot, _ in packed:
-            for grad_P in row_of(self.bank.grad, index):
+            for grad_P in self.bank.rows[index].grad:
                 grad_P.zero_()
             self._next_batch(slot)
         slots = [slot for _, slot, _ in packed]

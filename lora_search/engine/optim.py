@@ -1,14 +1,16 @@
-"""AdamW, clipping and learning-rate schedules for one slot's row of a flat bank. No synchronisation with
+"""AdamW, clipping and learning-rate schedules for the rows of slots. No synchronisation with
 the host.
 
 Same arithmetic as torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and the schedules of transformers.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from lora_search.engine.row import Parts, Row
 from lora_search.trial import TrialSettings
 
 TIMESCALE = 10_000  # steps of inverse_sqrt without warm-up, as in transformers
@@ -32,52 +34,64 @@ def learning_rate(settings: TrialSettings, step: int, total_steps: int) -> float
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * share)
 
 
+@dataclass
+class Moments:
+    """What AdamW remembers of one slot's row."""
+
+    exp_avg: Parts
+    exp_avg_sq: Parts
+    steps: int = 0
+
+
 class SlotAdamW:
-    """AdamW over the rows of ``theta``, one tensor [S slots, P parameters] on each device; every slot has its
-    own step count. From ``starts_of_b`` on, the parts of a row hold the matrices B, which may have a rate of
+    """AdamW over the rows of slots, each with a step count of its own. The matrices B may have a rate of
     their own (LoRA+)."""
 
-    def __init__(
-        self, theta: Sequence[torch.Tensor], grad: Sequence[torch.Tensor], starts_of_b: Sequence[int]
-    ) -> None:
-        self.theta, self.grad, self.starts_of_b = theta, grad, starts_of_b
-        self.exp_avg = [torch.zeros_like(theta_SP) for theta_SP in theta]
-        self.exp_avg_sq = [torch.zeros_like(theta_SP) for theta_SP in theta]
-        self.steps = [0] * len(theta[0])
+    def __init__(self, rows: Mapping[int, Row]) -> None:
+        self.rows = rows
+        self.moments: dict[int, Moments] = {}
 
     def reset(self, slot: int) -> None:
-        """Reset the slot's state."""
-        for bank_SP in (*self.grad, *self.exp_avg, *self.exp_avg_sq):
-            bank_SP[slot].zero_()
-        self.steps[slot] = 0
+        """Begin with the row that the slot has now."""
+        row = self.rows[slot]
+        exp_avg, exp_avg_sq = ([torch.zeros_like(theta_P) for theta_P in row.theta] for _ in range(2))
+        self.moments[slot] = Moments(exp_avg, exp_avg_sq)
+        for grad in row.grad:
+            grad.zero_()
+
+    def release(self, slot: int) -> None:
+        """Free the slot's memory."""
+        self.moments.pop(slot, None)
 
     @torch.no_grad()
     def step(self, slot: int, settings: TrialSettings, lr: float) -> torch.Tensor:
         """Clip, update the slot's row, clear its gradient; return the gradient norm before clipping
         (scalar tensor)."""
-        grad_norm = total_norm([grad_SP[slot] for grad_SP in self.grad])
+        row, moments = self.rows[slot], self.moments[slot]
+        grad_norm = total_norm(row.grad)
         clip = (settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        self.steps[slot] += 1
-        for part in range(len(self.theta)):
-            self._step_part(part, slot, settings, lr, clip)
+        moments.steps += 1
+        for part in range(len(row.theta)):
+            _step_part(part, row, moments, settings, lr, clip)
         return grad_norm
 
-    def _step_part(
-        self, part: int, slot: int, settings: TrialSettings, lr: float, clip: torch.Tensor
-    ) -> None:
-        """Update what the slot has on one device, and clear its gradient."""
-        grad, theta = self.grad[part][slot], self.theta[part][slot]
-        exp_avg, exp_avg_sq = self.exp_avg[part][slot], self.exp_avg_sq[part][slot]
-        grad.mul_(clip.to(grad.device, non_blocking=True))
-        bias_correction1 = 1.0 - settings.beta1 ** self.steps[slot]
-        bias_correction2 = 1.0 - settings.beta2 ** self.steps[slot]
-        exp_avg.lerp_(grad, 1.0 - settings.beta1)
-        exp_avg_sq.mul_(settings.beta2).addcmul_(grad, grad, value=1.0 - settings.beta2)
-        denominator = (exp_avg_sq.sqrt() / math.sqrt(bias_correction2)).add_(settings.eps)
-        for where, rate in _rates(settings, lr, self.starts_of_b[part]):
-            theta[where].mul_(1.0 - rate * settings.weight_decay)
-            theta[where].addcdiv_(exp_avg[where], denominator[where], value=-rate / bias_correction1)
-        grad.zero_()
+
+def _step_part(
+    part: int, row: Row, moments: Moments, settings: TrialSettings, lr: float, clip: torch.Tensor
+) -> None:
+    """Update what the slot has on one device, and clear its gradient."""
+    grad, theta = row.grad[part], row.theta[part]
+    exp_avg, exp_avg_sq = moments.exp_avg[part], moments.exp_avg_sq[part]
+    grad.mul_(clip.to(grad.device, non_blocking=True))
+    bias_correction1 = 1.0 - settings.beta1**moments.steps
+    bias_correction2 = 1.0 - settings.beta2**moments.steps
+    exp_avg.lerp_(grad, 1.0 - settings.beta1)
+    exp_avg_sq.mul_(settings.beta2).addcmul_(grad, grad, value=1.0 - settings.beta2)
+    denominator = (exp_avg_sq.sqrt() / math.sqrt(bias_correction2)).add_(settings.eps)
+    for where, rate in _rates(settings, lr, row.layout.starts_of_b[part]):
+        theta[where].mul_(1.0 - rate * settings.weight_decay)
+        theta[where].addcdiv_(exp_avg[where], denominator[where], value=-rate / bias_correction1)
+    grad.zero_()
 
 
 def total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.optim import SlotAdamW
-from lora_search.engine.row_layout import Row, row_of
+from lora_search.engine.row import Parts
 from lora_search.engine.slot import Slot
 from lora_search.files.artifacts import Artifacts, remove_staged
 from lora_search.files.atomic import remove_unfinished
@@ -27,7 +27,7 @@ from lora_search.files.peft import BaseRecord, export_peft, read_peft
 from lora_search.files.row_scores import write_scores
 from lora_search.files.tensors import DamagedFileError
 from lora_search.model.targets import exact_targets
-from lora_search.trial import RowScores, TrialRun, TrialSettings
+from lora_search.trial import RowScores, TrialRun
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Keeper:
 
     def keep_best(self, index: int, slot: Slot, scores: RowScores) -> None:
         """Write the slot's current adapter and its row scores. Raises WriteError."""
-        slot.best = self.bank.exported(index, slot.settings, slot.names)
+        slot.best = self.bank.exported(index)
         self._export(slot.run, slot.names, slot.position, slot.best)
         write_scores(Path(slot.run.folder), scores, slot.position.best_rung)
 
@@ -56,8 +56,8 @@ class Keeper:
         """Write the slot's checkpoint. Raises WriteError."""
         state = {
             f"{kind}/{name}": tensor
-            for kind, row in self._rows(index, slot.settings).items()
-            for name, tensor in self.bank.tensors(row, slot.settings, slot.names).items()
+            for kind, parts in self._kinds(index).items()
+            for name, tensor in self.bank.rows[index].layout.tensors(parts).items()
         }
         if slot.position.best_rung not in (0, slot.position.rung):
             state |= {f"best/{name}": tensor for name, tensor in slot.best.items()}
@@ -79,19 +79,18 @@ class Keeper:
         if self.artifacts is not None:
             remove_staged(Path(run.folder))
             self.artifacts.fetch(run.number, Path(run.folder))
-        expected = {
-            kind: self.bank.tensors(row, run.settings, names)
-            for kind, row in self._rows(index, run.settings).items()
-        } | {"best": self.bank.exported(index, run.settings, names)}
+        layout, kinds = self.bank.rows[index].layout, self._kinds(index)
+        expected = {kind: layout.tensors(parts) for kind, parts in kinds.items()}
+        expected |= {"best": self.bank.exported(index)}
         found, troubles = load_checkpoint(
             _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)
         )
         position, state = found or (START, {})
-        for kind, row in self._rows(index, run.settings).items() if found else ():
-            self.bank.load(row, run.settings, names, _part(state, kind))
+        for kind, parts in kinds.items() if found else ():
+            layout.load(parts, _part(state, kind))
         self.bank.refresh(index)
-        self.optimizer.steps[index] = position.optimizer_steps
-        now = self.bank.exported(index, run.settings, names)
+        self.optimizer.moments[index].steps = position.optimizer_steps
+        now = self.bank.exported(index)
         best = now if position.best_rung == position.rung else _part(state, "best")
         position, best, lost = self._settle_adapter(run, names, position, best)
         recovery = _recovery_message(troubles, position.rung, lost)
@@ -139,10 +138,10 @@ class Keeper:
         targets = exact_targets(names, self.base.module_names)
         export_peft(best, run.settings, targets, self.base, _adapter(run), note)
 
-    def _rows(self, index: int, settings: TrialSettings) -> dict[str, Row]:
-        banks = {"theta": self.bank.theta, "m": self.optimizer.exp_avg, "v": self.optimizer.exp_avg_sq}
-        started = {"start": self.bank.start} if settings.has_start else {}
-        return {kind: row_of(bank, index) for kind, bank in (banks | started).items()}
+    def _kinds(self, index: int) -> dict[str, Parts]:
+        row, moments = self.bank.rows[index], self.optimizer.moments[index]
+        kinds = {"theta": row.theta, "m": moments.exp_avg, "v": moments.exp_avg_sq}
+        return kinds | {"start": row.start} if row.start else kinds
 
     def _origins(self, run: TrialRun) -> tuple[str, str]:
         """Return digests of the study and of what decides a trial's numbers: a folder may hold files of a

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_search.engine import autosize as fitting
-from lora_search.engine.autosize import Limits, PassCost, bytes_per_slot, choose, fit, measure
+from lora_search.engine.autosize import Limits, PassCost, choose, fit, measure
 from lora_search.errors import LoraSearchError
 from lora_search.settings.schema import EngineConfig
 from lora_search.trial import TrialRun
@@ -23,8 +23,10 @@ def probe(
     folder: Path, run: TrialRun, config: EngineConfig, most_slots: int = 99, free_bytes: int = 64 * MIB
 ) -> fitting.Fit:
     engine = build_engine(folder, SPLITS, max_rank=8)
-    engine.bank.admit(0, dataclasses.replace(run.settings, r=8), engine.bank.names, seed=0)
-    return fit(config, engine.model, SPLITS.train, 2, bytes_per_slot(engine.bank), most_slots, free_bytes)
+    settings, names = dataclasses.replace(run.settings, r=8), engine.bank.names
+    engine.bank.admit(0, settings, names, seed=0)
+    per_slot = engine.bank.bytes_of(settings, names)
+    return fit(config, engine.model, SPLITS.train, 2, per_slot, most_slots, free_bytes)
 
 
 def test_auto_fills_what_memory_holds_and_no_more(tiny_llama: Path, tmp_path: Path) -> None:
@@ -61,14 +63,14 @@ def test_a_row_that_fits_only_with_its_layers_computed_again_gets_them_so(
 ) -> None:
     run, config = make_run(tmp_path), EngineConfig(slots=1, tokens_per_pass="auto")
     engine = build_engine(tiny_llama, SPLITS, max_rank=8)
-    engine.bank.admit(0, dataclasses.replace(run.settings, r=8), engine.bank.names, seed=0)
+    settings, names = dataclasses.replace(run.settings, r=8), engine.bank.names
+    engine.bank.admit(0, settings, names, seed=0)
+    per_slot = engine.bank.bytes_of(settings, names)
     cost = measure(engine.model, SPLITS.train, (100, 200))
     longest = max(len(row.input_ids) for row in SPLITS.train)
-    short_of = int(
-        2 * (cost.fixed_bytes + bytes_per_slot(engine.bank) + 0.9 * longest * cost.bytes_per_token)
-    )
+    short_of = int(2 * (cost.fixed_bytes + per_slot + 0.9 * longest * cost.bytes_per_token))
 
-    chosen = fit(config, engine.model, SPLITS.train, 2, bytes_per_slot(engine.bank), 1, short_of)
+    chosen = fit(config, engine.model, SPLITS.train, 2, per_slot, 1, short_of)
 
     assert chosen.tokens_per_pass >= longest
     assert all(isinstance(layer.forward, partial) for layer in engine.model.decoder.layers)

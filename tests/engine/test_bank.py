@@ -1,5 +1,6 @@
 """The adapters of a pass against plain autograd, slot by slot."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_search.engine.autosize import bytes_per_slot
 from lora_search.engine.bank import SlotBank, SlotLinear
-from lora_search.engine.row_layout import row_of
+from lora_search.engine.optim import SlotAdamW
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS, make_run
@@ -25,7 +25,7 @@ def make_bank(tmp_path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     for slot, dropout in ((0, 0.0), (2, 0.4)):
         settings = make_run(tmp_path, slot, r=4 + slot, dropout=dropout).settings
         bank.admit(slot, settings, ("0",), seed=slot)
-        for _, _, b_RO in bank.views(row_of(bank.theta, slot), settings, ("0",)):
+        for _, _, b_RO in bank.rows[slot].layout.pairs(bank.rows[slot].theta):
             b_RO.normal_()
         bank.refresh(slot)
     return model, bank
@@ -69,12 +69,12 @@ def test_adapters_and_gradients_equal_plain_autograd(tmp_path, shape: tuple[int,
 def test_the_matmuls_see_theta_in_the_dtype_of_the_base(tmp_path) -> None:  # type: ignore[no-untyped-def]
     _, bank = make_bank(tmp_path, torch.bfloat16)
 
-    (theta_SP,), (used_SP,) = bank.theta, bank.used
-    theta_SP[0].add_(0.125)
+    (theta_P,), (used_P,) = bank.rows[0].theta, bank.rows[0].used
+    theta_P.add_(0.125)
     bank.refresh(0)
 
-    assert theta_SP.dtype == torch.float32
-    assert torch.equal(used_SP[0], theta_SP[0].bfloat16())
+    assert theta_P.dtype == torch.float32
+    assert torch.equal(used_P, theta_P.bfloat16())
 
 
 def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -82,8 +82,8 @@ def test_released_slots_leave_nothing_behind(tmp_path) -> None:  # type: ignore[
 
     bank.release(2)
 
-    assert not bank.theta[0][2].any()
-    assert list(bank.adapters[0]) == [0]
+    assert list(bank.rows) == list(bank.adapters[0]) == [0]
+    assert not bank.layers[0].table_S5[2].any()
     assert SETTINGS.r == 4
 
 
@@ -103,9 +103,9 @@ def test_the_product_of_a_gated_mlp_is_computed_again_and_not_kept(tiny_llama: P
         ):
             y = run(*leaves)
         y.square().sum().backward()
-        grad_SP = engine.bank.grad[0][0]
-        found.append(([y, *(x.grad for x in leaves), grad_SP.clone()], len(set(kept))))
-        grad_SP.zero_()
+        (grad_P,) = engine.bank.rows[0].grad
+        found.append(([y, *(x.grad for x in leaves), grad_P.clone()], len(set(kept))))
+        grad_P.zero_()
 
     torch.testing.assert_close(found[0][0], found[1][0])
     assert found[0][0][3].any()
@@ -122,9 +122,13 @@ def test_a_gated_mlp_is_fused_with_adapters_on_its_layers(tiny_llama: Path) -> N
 
 
 def test_the_memory_of_a_slot_counts_moments_copy_and_start() -> None:
-    model = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(torch.bfloat16)
-    bank = SlotBank(model, {"0": model[0]}, 1, 8, torch.bfloat16, has_starts=True)
-    trained = 8 * (D_IN + D_OUT)
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(torch.bfloat16).requires_grad_(False)
+    bank = SlotBank(model, {"0": model[0]}, 1, 8, torch.bfloat16)
+    optimizer, settings = SlotAdamW(bank.rows), replace(SETTINGS, r=5, init="pissa")
+    bank.admit(0, settings, ("0",), seed=0)
+    optimizer.reset(0)
+    row, moments = bank.rows[0], optimizer.moments[0]
+    kinds = (row.theta, row.grad, row.used, row.start, moments.exp_avg, moments.exp_avg_sq)
 
-    assert bytes_per_slot(bank) == trained * (4 * 4 + 2 + 2)
-    assert bank.start[0].nbytes == trained * 2
+    assert bank.bytes_of(settings, ("0",)) == sum(part.nbytes for parts in kinds for part in parts)
+    assert sum(row.layout.sizes) == 5 * (D_IN + D_OUT)

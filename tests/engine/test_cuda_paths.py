@@ -90,7 +90,9 @@ def packs() -> list[SlotRows]:
 def test_a_step_never_waits_for_the_device() -> None:
     with torch.device("meta"):
         model = packed_model(OnMeta, attention="varlen_rows")
-    optimizer = SlotAdamW(model.bank.theta, model.bank.grad, model.bank.starts_of_b)
+    optimizer = SlotAdamW(model.bank.rows)
+    for slot in (0, 2):
+        optimizer.reset(slot)
 
     with Calls() as calls:
         torch.cat(model.nll(packs())).sum().backward()
@@ -113,7 +115,7 @@ def test_what_would_wait_for_the_device_raises_on_the_meta_device() -> None:
 
 def test_tokens_of_the_bare_base_stay_untouched() -> None:
     model = packed_model(dtype=torch.float32)
-    model.bank.used[0][0].add_(0.01)
+    model.bank.rows[0].used[0].add_(0.01)
     bare, adapted = SlotRows(None, ROWS[:2]), SlotRows(2, ROWS[2:5])
 
     together = model.nll([bare, adapted])

@@ -94,7 +94,7 @@ def test_two_devices_give_the_numbers_of_one(
     tiny_llama: Path, tmp_path: Path, whole: tuple[Curves, Path], recomputed: bool
 ) -> None:
     with two_devices(tiny_llama, recomputed) as engine:
-        assert [theta.device for theta in engine.bank.theta] == DEVICES
+        assert engine.bank.devices == DEVICES
         assert engine.model.devices == (DEVICES[1], DEVICES[0])
         curves = train_all(engine, runs(tmp_path))
 

@@ -38,8 +38,9 @@ def test_sharing_the_beginning_gives_the_same_perplexities(
 ) -> None:
     engine = build_engine(tiny_llama, SPLITS, slots=3)
     engine.admit([make_run(tmp_path, number, r=2 * number + 2) for number in range(3)])
-    engine.bank.theta[0].normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    for slot in range(3):
+    generator = torch.Generator().manual_seed(0)
+    for slot, row in engine.bank.rows.items():
+        row.theta[0].normal_(std=0.2, generator=generator)
         engine.bank.refresh(slot)
 
     scores = [

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from lora_search.engine.engine import Engine
 from lora_search.engine.evaluation import score_rows
 from lora_search.engine.generation import generate
-from lora_search.engine.row_layout import row_of
 from lora_search.files.peft import BaseRecord, export_peft
 from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all
@@ -27,15 +26,13 @@ def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     engine = build_engine(tiny_llama, SPLITS, slots=3)
     runs = [make_run(folder, number, r=2 * number + 2, alpha=9.0 - number) for number in range(3)]
     engine.admit(runs)
-    engine.bank.theta[0].normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
     for number, run in enumerate(runs):
-        slot = engine.slots[number]
+        slot, row = engine.slots[number], engine.bank.rows[number]
         assert slot is not None
-        found = engine.bank.tensors(row_of(engine.bank.theta, number), run.settings, slot.names)
-        weights = {name: tensor.clone() for name, tensor in found.items()}  # on a CPU they are views
-        engine.bank.theta[0][number].zero_()  # what the trial does not use stays zero
-        engine.bank.load(row_of(engine.bank.theta, number), run.settings, slot.names, weights)
+        row.theta[0].normal_(std=0.3, generator=generator)
         engine.bank.refresh(number)
+        weights = row.layout.tensors(row.theta)
         export_peft(
             weights, run.settings, slot.names, BaseRecord(path=str(tiny_llama)), folder / str(number) / "out"
         )

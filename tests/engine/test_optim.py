@@ -10,7 +10,8 @@ from transformers import (
 )
 
 from lora_search.engine.optim import SlotAdamW, learning_rate
-from tests.conftest import make_run
+from lora_search.engine.row import Row, lay_out
+from tests.conftest import SETTINGS, make_run
 
 SCHEDULES = {
     "cosine": lambda o: get_cosine_schedule_with_warmup(o, 5, 20),
@@ -24,6 +25,8 @@ CHANGES = {
     "cosine with a floor": {"schedule": "cosine", "min_lr_ratio": 0.1},
     "wsd": {"schedule": "wsd", "decay_ratio": 0.3},
 }
+
+NO_LAYERS = lay_out([], SETTINGS, {}, 1)
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.25}, {"warmup_steps": 5}])
@@ -52,17 +55,21 @@ def test_inverse_sqrt_without_warm_up_falls_slowly_as_in_transformers(tmp_path) 
 
 def test_a_slot_steps_as_torch_adamw_and_leaves_the_others_alone(tmp_path) -> None:  # type: ignore[no-untyped-def]
     settings = make_run(tmp_path, weight_decay=0.1, max_grad_norm=0.5).settings
-    theta, grad = torch.randn(3, 50), torch.zeros(3, 50)
-    before, reference = theta.clone(), theta[1].clone().requires_grad_()
-    ours = SlotAdamW([theta], [grad], [0])
+    rows = {slot: Row(NO_LAYERS, *([torch.randn(50)] for _ in range(3)), []) for slot in range(3)}
+    before = {slot: row.theta[0].clone() for slot, row in rows.items()}
+    reference = before[1].clone().requires_grad_()
+    ours = SlotAdamW(rows)
+    for slot in rows:
+        ours.reset(slot)
     theirs = torch.optim.AdamW([reference], lr=0.01, weight_decay=0.1)
 
     for _ in range(5):
         gradient = torch.randn(50)
-        grad[1], reference.grad = gradient, gradient.clone()
+        rows[1].grad[0].copy_(gradient)
+        reference.grad = gradient.clone()
         norm = torch.nn.utils.clip_grad_norm_([reference], 0.5)
         theirs.step()
         assert ours.step(1, settings, 0.01) == pytest.approx(norm.item())
 
-    torch.testing.assert_close(theta[1], reference.detach(), rtol=1e-6, atol=1e-7)
-    assert torch.equal(theta[[0, 2]], before[[0, 2]])
+    torch.testing.assert_close(rows[1].theta[0], reference.detach(), rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(rows[slot].theta[0], before[slot]) for slot in (0, 2))

@@ -16,7 +16,6 @@ from transformers.trainer_pt_utils import LabelSmoother
 from lora_search.data.order import epoch_order
 from lora_search.data.rows import Example, Splits
 from lora_search.engine.optim import learning_rate
-from lora_search.engine.row_layout import row_of
 from lora_search.engine.starts import factors
 from lora_search.ops.dropout import token_keys, uniform
 from lora_search.trial import Measurement, TrialRun, TrialSettings
@@ -269,9 +268,7 @@ def test_gaussian_is_drawn_as_peft_draws_it(tiny_llama: Path, tmp_path: Path) ->
         base, PeftLoraConfig(r=8, target_modules="all-linear", init_lora_weights="gaussian")
     )
 
-    drawn = [
-        a for _, a, _ in engine.bank.views(row_of(engine.bank.theta, 0), run.settings, engine.bank.names)
-    ]
+    drawn = [a for _, a, _ in engine.bank.rows[0].layout.pairs(engine.bank.rows[0].theta)]
     expected = [p for name, p in theirs.named_parameters() if ".lora_A." in name]
 
     stds = [torch.cat([a.detach().flatten() for a in part]).std().item() for part in (drawn, expected)]

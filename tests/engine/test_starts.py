@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_search.engine.bank import SlotBank
-from lora_search.engine.row_layout import row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS
@@ -22,17 +21,16 @@ def test_outputs_and_gradients_are_those_of_peft(init: str, dropout: float) -> N
     own, peft_base = (nn.Sequential(nn.Linear(D_IN, D_OUT)) for _ in range(2))
     peft_base.load_state_dict(own.state_dict())
     settings = replace(SETTINGS, r=4, dropout=dropout, init=init)
-    bank = SlotBank(own.requires_grad_(False), {"0": own[0]}, 2, 8, has_starts=True)
+    bank = SlotBank(own.requires_grad_(False), {"0": own[0]}, 2, 8)
     bank.admit(1, settings, ("0",), seed=3)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init, lora_dropout=dropout)
     layer = get_peft_model(peft_base, config).base_model.model[0]
     a_RD, b_OR = layer.lora_A.default.weight, layer.lora_B.default.weight
     names = "0.lora_A.weight", "0.lora_B.weight"
-    torch.testing.assert_close(
-        bank.tensors(row_of(bank.theta, 1), settings, ("0",)), dict(zip(names, (a_RD, b_OR), strict=True))
-    )
+    row = bank.rows[1]
+    torch.testing.assert_close(row.layout.tensors(row.theta), dict(zip(names, (a_RD, b_OR), strict=True)))
     moved = [torch.randn_like(tensor) for tensor in (a_RD, b_OR)]
-    bank.load(row_of(bank.theta, 1), settings, ("0",), dict(zip(names, moved, strict=True)))
+    row.layout.load(row.theta, dict(zip(names, moved, strict=True)))
     a_RD.data.copy_(moved[0])
     b_OR.data.copy_(moved[1])
     keys, thresholds = token_keys(5, [0], [T]), torch.full((T,), threshold(dropout), dtype=torch.int16)
@@ -49,6 +47,4 @@ def test_outputs_and_gradients_are_those_of_peft(init: str, dropout: float) -> N
 
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(x.grad, expected_x)
-    torch.testing.assert_close(
-        [*bank.tensors(row_of(bank.grad, 1), settings, ("0",)).values()], expected_leaves
-    )
+    torch.testing.assert_close([*row.layout.tensors(row.grad).values()], expected_leaves)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from lora_search.engine.packed_model import SlotRows
-from lora_search.engine.row_layout import row_of
 from lora_search.model.tiny import make_tiny_model
 from lora_search.ops.lora import PLAIN
 from lora_search.ops.lora_kernels import KERNELS
@@ -38,9 +37,9 @@ def of_a_pass(folder: Path) -> Numbers:
         for number, names in enumerate(targets)
     ]
     engine.admit(runs)
-    for slot, run in zip(engine.slots, runs, strict=True):
-        assert slot is not None
-        for _, _, b_RO in engine.bank.views(row_of(engine.bank.theta, run.number), run.settings, slot.names):
+    rows_of_bank = engine.bank.rows.values()
+    for row in rows_of_bank:
+        for _, _, b_RO in row.layout.pairs(row.theta):
             b_RO.normal_(std=0.1)
     rows, found = engine.splits.train, []
     packs = [SlotRows(None, rows[:1])]
@@ -49,8 +48,9 @@ def of_a_pass(folder: Path) -> Numbers:
         engine.bank.products = products
         nll = torch.cat(engine.model.nll(packs))
         nll.sum().backward()
-        found.append([nll.detach(), *engine.bank.grad[0].clone()])
-        engine.bank.grad[0].zero_()
+        found.append([nll.detach(), *(row.grad[0].clone() for row in rows_of_bank)])
+        for row in rows_of_bank:
+            row.grad[0].zero_()
     return {"a pass": (found[0], found[1])}
 
 

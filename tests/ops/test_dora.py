@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_search.engine.bank import SlotBank
-from lora_search.engine.row_layout import row_of
 from lora_search.ops.dropout import kept, threshold, token_keys
 from lora_search.ops.lora import Plan
 from tests.conftest import SETTINGS
@@ -34,12 +33,11 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, dropout: float)
     own, peft_base = (nn.Sequential(nn.Linear(D_IN, D_OUT, bias=has_bias)) for _ in range(2))
     peft_base.load_state_dict(own.state_dict())
     settings = replace(SETTINGS, r=4, dropout=dropout, use_dora=True)
-    bank = SlotBank(own.requires_grad_(False), {"0": own[0]}, 2, 8, has_magnitudes=True)
+    bank = SlotBank(own.requires_grad_(False), {"0": own[0]}, 2, 8)
     bank.admit(1, settings, ("0",), seed=3)
-    state = {
-        name: torch.randn_like(t) for name, t in bank.tensors(row_of(bank.theta, 1), settings, ("0",)).items()
-    }
-    bank.load(row_of(bank.theta, 1), settings, ("0",), state)
+    row = bank.rows[1]
+    state = {name: torch.randn_like(tensor) for name, tensor in row.layout.tensors(row.theta).items()}
+    row.layout.load(row.theta, state)
     bank.refresh(1)
     keys, thresholds = token_keys(5, [0], [T]), torch.full((T,), threshold(dropout), dtype=torch.int16)
     bank.set_plan(Plan((None, 1), (0, 3, T), keys, thresholds), lambda x: x)
@@ -68,6 +66,4 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, dropout: float)
 
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(x.grad, expected_x)
-    torch.testing.assert_close(
-        [*bank.tensors(row_of(bank.grad, 1), settings, ("0",)).values()], expected_leaves
-    )
+    torch.testing.assert_close([*row.layout.tensors(row.grad).values()], expected_leaves)

@@ -36,7 +36,7 @@ def test_trained_tokens_are_given_searched_and_counted_in_the_room() -> None:
     found = [trial_settings(config, {"lora.trainable_token_indices": choice}) for choice in choices]
 
     assert [settings.trainable_token_indices for settings in found] == [(7,), (7, 9), ()]
-    assert Room.of_space(config, space).token_rows == 2
+    assert Room.of_space(config, space).tokens == (((7,), False), ((7, 9), False), ((), False))
     assert trial_settings(compose("smoke", ["lora.trainable_token_indices=[7,9]"]), {}) == found[1]
 
 

@@ -4,7 +4,7 @@ predicted against measured memory."""
 import torch
 
 from lora_search.data.rows import Splits
-from lora_search.engine.autosize import Fit, _fill, _peak_bytes, bytes_per_slot
+from lora_search.engine.autosize import Fit, _fill, _peak_bytes
 from lora_search.engine.build import Room, _fit
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import SlotRows
@@ -108,7 +108,9 @@ def peak_bytes(engine: Engine, splits: Splits, before: int) -> int:
     longest = sorted(splits.train, key=lambda row: len(row.input_ids), reverse=True)
     rows = _fill(longest, engine.tokens_per_pass)
     pack = SlotRows(0, rows, 0, range(len(rows)), dropout=0.05)
-    return _peak_bytes(engine.model, pack) + len(engine.slots) * bytes_per_slot(engine.bank)
+    slots = [slot for slot in engine.slots if slot is not None]
+    held = sum(engine.bank.bytes_of(slot.settings, slot.names) for slot in slots)
+    return _peak_bytes(engine.model, pack) + held
 
 
 def large_without_dropout(base: Base, scale: Scale) -> Figures:
