@@ -169,7 +169,7 @@ def read_inputs(
     study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
-    wanted = (room.targets, room.patterns, room.tokens) if room else ((),)
+    wanted = (room.targets, room.patterns, room.tokens, room.biased) if room else ((),)
     num_embeddings, width = check_outline(source, model, *wanted)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer, watch=watch)

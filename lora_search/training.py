@@ -62,7 +62,8 @@ def train(
     ]
     rows, source, room = load_rows(config.data), resolve_model(config.model), Room.of(chosen)
     model = pin_model(source, config.model)
-    num_embeddings, _ = check_outline(source, model, room.targets, room.patterns, room.tokens)
+    wanted = (room.targets, room.patterns, room.tokens, room.biased)
+    num_embeddings, _ = check_outline(source, model, *wanted)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)
     check_vocabulary(config.model.path, used_tokens(splits.parts), tokenizer, num_embeddings)

@@ -14,6 +14,7 @@ Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
 Pattern = tuple[tuple[str, int | float], ...]  # (end of a layer's name, as PEFT matches it; value)
 PATTERN, LAYERS = "re:", "layers:"  # how target_modules writes a regular expression, and a limit to layers
 STARTS = ("pissa", "olora")  # how the names of initialisations begin whose product the base loses
+Bias = Literal["none", "lora_only"]
 EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
 
 
@@ -45,6 +46,7 @@ class TrialSettings:
     use_dora: bool = False
     trainable_token_indices: tuple[int, ...] = ()
     trainable_token_head: bool = False  # these rows of a head that is not tied, too
+    bias: Bias = "none"  # or those of adapted layers are trained
     warmup_steps: int | None = None  # in place of warmup_ratio
     min_lr_ratio: float = 0.0
     decay_ratio: float = 0.2  # wsd: share of the steps in which the rate falls
@@ -56,6 +58,10 @@ class TrialSettings:
     def has_start(self) -> bool:
         """Whether the base loses the adapter's first value: PiSSA, OLoRA."""
         return self.init.startswith(STARTS)
+
+    @property
+    def trains_biases(self) -> bool:
+        return self.bias != "none"
 
     @property
     def examples_per_step(self) -> int:

@@ -16,11 +16,22 @@ from torch import nn
 
 from lora_search.engine.row import Layout, Row, Site, lay_out
 from lora_search.engine.starts import Factors, Start, Subtract
-from lora_search.files.peft import lora_scaling, plain_weight, with_start, without_start
+from lora_search.files.peft import BIAS, lora_scaling, plain_weight, with_start, without_start
 from lora_search.model.embedding import Embedding
 from lora_search.ops.dora import Magnitude, Rescale
 from lora_search.ops.fused import GatedSilu
-from lora_search.ops.lora import PLAIN, TILE, AddAdapters, Dense, Layer, Plan, Products, SlotAdapter
+from lora_search.ops.lora import (
+    PLAIN,
+    TILE,
+    AddAdapters,
+    Bias,
+    Dense,
+    Layer,
+    Plan,
+    Products,
+    ReplaceBias,
+    SlotAdapter,
+)
 from lora_search.ops.products import products_for, tiles
 from lora_search.ops.tokens import Embed, Tokens
 from lora_search.trial import TrialSettings
@@ -64,7 +75,7 @@ class SlotLinear(nn.Module):
         if self._has_any(bank.magnitudes):
             weight, magnitudes = partial(plain_weight, self.base), bank.magnitudes[self.layer]
             added = Rescale.apply(added, x, weight, self.base.bias, magnitudes, self.plan, self.layer)  # type: ignore[no-untyped-call]
-        return added
+        return self._with_biases(added)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for silu(gate) * up, which is not kept where only adapters need it."""
@@ -72,7 +83,13 @@ class SlotLinear(nn.Module):
         needs_it = self._has_any(bank.magnitudes) or self._has_any(bank.starts)
         if self._dense is None or not self._has_any(bank.adapters) or needs_it:
             return self(GatedSilu.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
-        return self._add(None, gate, up)
+        return self._with_biases(self._add(None, gate, up))
+
+    def _with_biases(self, y: torch.Tensor) -> torch.Tensor:
+        biases = self._bank[0].biases
+        if self._has_any(biases):
+            y = ReplaceBias.apply(y, biases[self.layer], self.plan)  # type: ignore[no-untyped-call]
+        return y
 
     def _add(self, y: torch.Tensor | None, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
         bank, width = self._bank[0], self.base.out_features
@@ -105,7 +122,14 @@ class SlotBank:
         self.num_slots, self.dtype, self.max_rank = num_slots, dtype, max_rank
         self.rows: dict[int, Row] = {}  # of the slots that have a trial
         self.sites = [
-            Site(index, name, base.in_features, base.out_features, self.devices.index(base.weight.device))
+            Site(
+                index,
+                name,
+                base.in_features,
+                base.out_features,
+                self.devices.index(base.weight.device),
+                base.bias is not None,
+            )
             for index, (name, base) in enumerate(layers.items())
         ]
         self.embedding = Embedding(model) if trains_tokens else None
@@ -122,6 +146,7 @@ class SlotBank:
         self.adapters = [layer.adapters for layer in self.layers]
         self.magnitudes: list[dict[int | None, Magnitude]] = [{} for _ in self.names]
         self.starts: list[dict[int | None, Start]] = [{} for _ in self.names]
+        self.biases: list[dict[int | None, Bias]] = [{} for _ in self.names]
         self.tokens: dict[int | None, Tokens] = {}
         self._of_head: dict[int | None, Tokens] = {}  # rows that are not the embedding's
         if self.embedding is not None:
@@ -190,6 +215,8 @@ class SlotBank:
             weights = self.embedding.module.weight, self.embedding.head.weight
             for weight_VD, fresh in zip(weights, row.layout.tokens.values(), strict=False):
                 fresh.of(row.theta).copy_(weight_VD[list(settings.trainable_token_indices)])
+        for index, bias in row.layout.bias.items():
+            bias.of(row.theta).copy_(self._bases[index].bias)
         if row.start:
             self._start(slot, settings)
         else:
@@ -214,6 +241,9 @@ class SlotBank:
             m_O = m.of(row.theta)
             parts = m_O, m.of(row.grad), torch.empty_like(m_O), torch.empty_like(m_O)
             self.magnitudes[index][slot] = Magnitude(*parts, settings.dropout)
+        for index, bias in layout.bias.items():
+            base_O = self._bases[index].bias
+            self.biases[index][slot] = Bias(bias.of(row.used), base_O, bias.of(row.grad))
         for by_slot, rows in zip((self.tokens, self._of_head), layout.tokens.values(), strict=False):
             ids_K = torch.tensor(settings.trainable_token_indices, device=self.devices[0])
             by_slot[slot] = Tokens(ids_K, rows.of(row.used), rows.of(row.grad))
@@ -243,7 +273,14 @@ class SlotBank:
     def release(self, slot: int) -> None:
         """Empty the slot and free its memory."""
         self.rows.pop(slot, None)
-        for by_slot in (*self.adapters, *self.magnitudes, *self.starts, self.tokens, self._of_head):
+        for by_slot in (
+            *self.adapters,
+            *self.magnitudes,
+            *self.starts,
+            *self.biases,
+            self.tokens,
+            self._of_head,
+        ):
             by_slot.pop(slot, None)  # type: ignore[attr-defined]
         self._tabulate(slot)
 
@@ -262,7 +299,10 @@ class SlotBank:
         if row.start:
             start = [part_P.float() for part_P in row.start]
             state = with_start(state, row.layout.tensors(start))
-        return {name: tensor.clone() for name, tensor in state.items()}  # on a CPU they are views of the row
+        return {  # on a CPU they are views of the row; PEFT keeps a bias in the base's dtype
+            name: tensor.to(self.dtype if name.endswith(BIAS) else tensor.dtype, copy=True)
+            for name, tensor in state.items()
+        }
 
     @torch.no_grad()
     def place(

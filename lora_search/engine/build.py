@@ -16,7 +16,7 @@ from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
 from lora_search.model.embedding import check_tokens
 from lora_search.model.loading import Base
-from lora_search.model.targets import matches, target_layers
+from lora_search.model.targets import check_biases, matches, target_layers
 from lora_search.ops.device import available_bytes, devices_of
 from lora_search.ops.recompute import recompute_layers
 from lora_search.settings.overlay import trial_settings
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ADAPTER_KEYS = (
     "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
     "lora.use_dora", "lora.init", "lora.trainable_token_indices",
-    "lora.trainable_token_head",
+    "lora.trainable_token_head", "lora.bias",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
     trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
     those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits
-    of PiSSA and OLoRA; ``extremes``: trials of which one is the largest."""
+    of PiSSA and OLoRA; ``extremes``: trials of which one is the largest; ``biased``: the targets of trials
+    that train biases."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -49,6 +50,7 @@ class Room:
     starts: tuple[str, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
     extremes: tuple[TrialSettings, ...] = ()
+    biased: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
@@ -58,7 +60,8 @@ class Room:
         has_dora = any(trial.use_dora for trial in trials)
         starts = tuple(dict.fromkeys(trial.init for trial in trials if trial.has_start))
         tokens = tuple(dict.fromkeys((t.trainable_token_indices, t.trainable_token_head) for t in trials))
-        rest = _patterns(trials), has_dora, starts, tokens, tuple(trials)
+        biased = tuple(dict.fromkeys(trial.target_modules for trial in trials if trial.trains_biases))
+        rest = _patterns(trials), has_dora, starts, tokens, tuple(trials), biased
         return cls(targets, max_rank, min_batch, len(trials), *rest)
 
     @classmethod
@@ -112,6 +115,7 @@ def build_engine(
     layers: dict[str, nn.Linear] = {}
     for wanted in room.tokens:
         check_tokens(base.model, *wanted)
+    check_biases(base.model, room.biased)
     record = base_record(config, base, splits, content)  # before adapters are added
     for targets in room.targets:
         layers |= target_layers(base.model, targets)
@@ -164,6 +168,7 @@ def _heaviest(config: SweepConfig, room: Room) -> TrialSettings:
         init=next(iter(room.starts), "kaiming"),
         trainable_token_indices=ids,
         trainable_token_head=with_head,
+        bias="lora_only" if room.biased else "none",
     )
 
 

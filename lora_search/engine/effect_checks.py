@@ -13,7 +13,14 @@ from lora_search.files.peft import fault_in_peft
 from lora_search.model.embedding import Embedding, check_tokens
 from lora_search.model.loading import Base, load_outline, untrained_ids
 from lora_search.model.packing_check import runs_row_by_row
-from lora_search.model.targets import check_patterns, exact_targets, in_words, left_out, target_layers
+from lora_search.model.targets import (
+    check_biases,
+    check_patterns,
+    exact_targets,
+    in_words,
+    left_out,
+    target_layers,
+)
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
 from lora_search.trial import TrialSettings
@@ -34,15 +41,17 @@ def check_outline(
     targets: Sequence[tuple[str, ...]],
     patterns: Sequence[str] = (),
     tokens: Sequence[tuple[tuple[int, ...], bool]] = (),
+    biased: Sequence[tuple[str, ...]] = (),
 ) -> tuple[int, int]:
     """Return the size of the base's vocabulary and its width. Raises ModelError, before weights are read, if
-    the base is incomplete, a layer or token that a trial may train does not exist, or a name in
+    the base is incomplete, a layer, token or bias that a trial may train does not exist, or a name in
     lora.rank_pattern or alpha_pattern is of none that a trial may adapt."""
     outline = load_outline(source, model)
     for names in targets:
         _check_carriers(outline, names)
     for wanted in tokens:
         check_tokens(outline, *wanted)
+    check_biases(outline, biased)
     check_patterns(patterns, [name for names in targets for name in target_layers(outline, names)])
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
     shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]

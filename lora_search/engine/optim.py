@@ -45,7 +45,7 @@ class Moments:
 
 class SlotAdamW:
     """AdamW over the rows of slots, each with a step count of its own. The matrices B may have a rate of
-    their own (LoRA+)."""
+    their own (LoRA+); biases have no weight decay, as in transformers."""
 
     def __init__(self, rows: Mapping[int, Row]) -> None:
         self.rows = rows
@@ -89,7 +89,7 @@ def _step_part(
     exp_avg_sq.mul_(settings.beta2).addcmul_(grad, grad, value=1.0 - settings.beta2)
     denominator = (exp_avg_sq.sqrt() / math.sqrt(bias_correction2)).add_(settings.eps)
     for where, rate in _rates(settings, lr, row.layout.starts_of_b[part]):
-        theta[where].mul_(1.0 - rate * settings.weight_decay)
+        theta[: row.layout.starts_of_bias[part]][where].mul_(1.0 - rate * settings.weight_decay)
         theta[where].addcdiv_(exp_avg[where], denominator[where], value=-rate / bias_correction1)
     grad.zero_()
 

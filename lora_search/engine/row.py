@@ -2,7 +2,7 @@
 
 A row has a flat part on each device of the base, beside its layers: rows of embedding and head for the tokens
 that the trial trains (in the first part), A of every layer that it adapts, then B transposed of every layer,
-then magnitudes with DoRA. The optimizer works on parts, the layers on views into them.
+then magnitudes with DoRA, then trained biases. The optimizer works on parts, the layers on views into them.
 
 Legend: P parameters, R rank, D input width, O output width, K trained tokens.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_search.files.peft import lora_rank
+from lora_search.files.peft import BIAS, lora_rank
 from lora_search.trial import TrialSettings
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -29,6 +29,7 @@ class Site:
     d_in: int
     d_out: int
     part: int
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Entry:
 @dataclass(frozen=True)
 class Layout:
     """Where a trial's parameters are: tokens by PEFT's names, the others by the layer's number. ``sizes``: of
-    the parts; ``starts_of_b``: where the matrices B begin in each."""
+    the parts; ``starts_of_b``, ``starts_of_bias``: where the matrices B and the biases begin in each."""
 
     names: Mapping[int, str]
     tokens: Mapping[str, Entry]
     a: Mapping[int, Entry]
     b: Mapping[int, Entry]
     m: Mapping[int, Entry]
+    bias: Mapping[int, Entry]
     starts_of_b: tuple[int, ...]
+    starts_of_bias: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def pairs(self, parts: Parts) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -64,13 +67,15 @@ class Layout:
 
     def views(self, parts: Parts) -> dict[str, torch.Tensor]:
         """Return everything by PEFT's names, as views: ``<layer>.lora_A.weight`` [R, D],
-        ``<layer>.lora_B.weight`` [O, R], with DoRA ``<layer>.lora_magnitude_vector`` [O], and trained rows of
-        embedding and head [K, D]."""
+        ``<layer>.lora_B.weight`` [O, R], with DoRA ``<layer>.lora_magnitude_vector`` [O], trained biases
+        ``<layer>.base_layer.bias`` [O], and trained rows of embedding and head [K, D]."""
         found = {name: entry.of(parts) for name, entry in self.tokens.items()}
         for index, a_RD, b_RO in self.pairs(parts):
             found[f"{self.names[index]}.lora_A.weight"] = a_RD
             found[f"{self.names[index]}.lora_B.weight"] = b_RO.T
-        return found | {f"{self.names[index]}.{MAGNITUDE}": m.of(parts) for index, m in self.m.items()}
+        for kind, entries in ((MAGNITUDE, self.m), (BIAS, self.bias)):
+            found |= {f"{self.names[index]}.{kind}": entry.of(parts) for index, entry in entries.items()}
+        return found
 
     def tensors(self, parts: Parts) -> dict[str, torch.Tensor]:
         """Return `views` on the host."""
@@ -99,7 +104,11 @@ def lay_out(
     starts_of_b = tuple(ends)
     b = {site.index: take(site.part, ranks[site.index], site.d_out) for site in sites}
     m = {site.index: take(site.part, site.d_out) for site in sites if settings.use_dora}
-    return Layout({site.index: site.name for site in sites}, of_tokens, a, b, m, starts_of_b, tuple(ends))
+    starts_of_bias = tuple(ends)
+    biased = [site for site in sites if settings.trains_biases and site.has_bias]
+    bias = {site.index: take(site.part, site.d_out) for site in biased}
+    names = {site.index: site.name for site in sites}
+    return Layout(names, of_tokens, a, b, m, bias, starts_of_b, starts_of_bias, tuple(ends))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lora_search.files.atomic import TEMPORARY, explained_writing, write_file
 from lora_search.files.tensors import read_sealed, write_sealed
 from lora_search.trial import Pattern, TrialSettings
 
+BIAS = "base_layer.bias"
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # what the name of trained rows ends in
 PEFT_PREFIX, WEIGHTS_NAME = "base_model.model.", "adapter_model.safetensors"
 
@@ -102,6 +103,7 @@ def export_peft(
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        bias=settings.bias,
         trainable_token_indices=_token_indices(settings, state),
         base_model_name_or_path=base.path,
         revision=base.revision,
@@ -220,15 +222,40 @@ def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
             path.chmod(to.stat().st_mode & 0o666)  # safetensors makes its files private to the user
 
 
-def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
-    """Return the base with all these adapters, by name; the base itself if there are none."""
-    model = base
-    for name, folder in adapters.items():
-        if model is base:
-            model = _put_on(base, folder, name)
-        else:
-            model.load_adapter(str(folder), adapter_name=name)
-    return model
+class Tuned:
+    """A base with adapters, by name. PEFT loads their biases into the base itself, each over the last ones:
+    here the base keeps its own but for `using`. ``model`` is the base itself if there are no adapters."""
+
+    def __init__(self, base: Any, adapters: Mapping[str, Path]) -> None:
+        self.model = base
+        parameters = [p for name, p in base.named_parameters() if name.rpartition(".")[2] == "bias"]
+        self._own = [(p, p.detach().clone()) for p in parameters]
+        self._biases: dict[str | None, list[tuple[torch.Tensor, torch.Tensor]]] = {None: []}
+        for name, folder in adapters.items():
+            if self.model is base:
+                self.model = _put_on(base, folder, name)
+            else:
+                self.model.load_adapter(str(folder), adapter_name=name)
+            self.model.peft_config[name].bias = "none"  # PEFT allows one that is not
+            self._biases[name] = [(p, p.detach().clone()) for p, own in self._own if not torch.equal(p, own)]
+            _set(self._own)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[Any]:
+        """Give the model with one adapter, or as the bare base (None)."""
+        if name is not None:
+            self.model.set_adapter(name)
+        is_bare = name is None and isinstance(self.model, PeftModel)
+        _set(self._biases[name])
+        with self.model.disable_adapter() if is_bare else nullcontext():
+            yield self.model
+        _set(self._own)
+
+
+@torch.no_grad()
+def _set(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
 
 
 def _put_on(base: Any, adapter: Path, name: str) -> Any:
@@ -238,16 +265,6 @@ def _put_on(base: Any, adapter: Path, name: str) -> Any:
             "ignore", message="fan_in_fan_out is set to False"
         )  # PEFT sets it itself (GPT-2)
         return PeftModel.from_pretrained(base, str(adapter), adapter_name=name)
-
-
-@contextmanager
-def with_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Run a model from `load_adapters` with one adapter, or as the bare base (None)."""
-    if name is not None:
-        model.set_adapter(name)
-    bare = model.disable_adapter() if name is None and isinstance(model, PeftModel) else nullcontext()
-    with bare:
-        yield
 
 
 def _write_config(config: PeftLoraConfig, folder: Path) -> None:

@@ -137,6 +137,17 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
+def check_biases(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) -> None:
+    """Raise ModelError where lora.bias would train nothing: none of the layers that trials adapt has a
+    bias."""
+    layers = [layer for names in targets for layer in target_layers(model, names).values()]
+    if layers and all(layer.bias is None for layer in layers):
+        raise ModelError(
+            f"lora.bias: none of {in_words(targets[0])} of this {model.config.model_type} model has a bias. "
+            "Set lora.bias=none, or name layers that have one in lora.target_modules."
+        )
+
+
 def exact_targets(names: Sequence[str], module_names: Sequence[str]) -> list[str] | str:
     """Return the shortest target_modules with which PEFT selects exactly these layers: the last parts of
     their names, their full names, or a regular expression."""

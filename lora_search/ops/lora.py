@@ -207,6 +207,37 @@ class AddAdapters(torch.autograd.Function):
         return grad_outputs[0] if base is None else None, grad_x, grad_up, *(None,) * 6
 
 
+@dataclass(frozen=True)
+class Bias:
+    """One layer's trained bias of one slot, in place of the base's: views into the bank."""
+
+    own_O: torch.Tensor
+    base_O: torch.Tensor
+    grad_O: torch.Tensor
+
+
+class ReplaceBias(torch.autograd.Function):
+    """Puts each slot's own bias in place of the base's, which its tokens of y have."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y: torch.Tensor, biases: Mapping[int | None, Bias], plan: Plan
+    ) -> torch.Tensor:
+        y = y.clone()
+        y_TO = y.view(-1, y.shape[-1])
+        for bias, rows in parts_of(biases, plan):
+            y_TO[rows] += bias.own_O - bias.base_O
+        ctx.biases, ctx.plan = biases, plan  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        grad_TO = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        for bias, rows in parts_of(ctx.biases, ctx.plan):  # type: ignore[attr-defined]
+            bias.grad_O.add_(grad_TO[rows].sum(0, dtype=bias.grad_O.dtype))
+        return grad_outputs[0], None, None
+
+
 def _sum(
     ctx: FunctionCtx, y: torch.Tensor | None, x: torch.Tensor, base: Dense | None, added_TO: torch.Tensor
 ) -> torch.Tensor:

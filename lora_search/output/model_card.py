@@ -67,6 +67,7 @@ With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER
 --chat-template FOLDER/chat_template.jinja` (without it, vLLM takes the base's own template)
 """
 SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
+UNUSED: tuple[object, ...] = (None, False, "none", [], {})
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank; the first is its default
 
 
@@ -112,10 +113,10 @@ def model_card(
 
 
 def needs_merging(settings: Mapping[str, object]) -> bool:
-    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA or trained tokens, or layers
-    differ in rank or alpha."""
-    keys = (*PATTERNS, "lora.use_dora", "lora.trainable_token_indices")
-    return any(key.startswith(keys) and value for key, value in settings.items())
+    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA, trained tokens or biases, or
+    layers differ in rank or alpha."""
+    keys = (*PATTERNS, "lora.use_dora", "lora.trainable_token_indices", "lora.bias")
+    return any(key.startswith(keys) and value not in UNUSED for key, value in settings.items())
 
 
 def rank_option(settings: Mapping[str, object]) -> str:
@@ -128,8 +129,8 @@ def rank_option(settings: Mapping[str, object]) -> str:
 
 
 MERGE_FIRST = (
-    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern and have no DoRA: "
-    "serve the weights of `lora-search export merge=true`"
+    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern and have no DoRA, tokens or biases of an "
+    "adapter's own: serve the weights of `lora-search export merge=true`"
 )
 
 

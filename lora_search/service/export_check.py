@@ -11,7 +11,7 @@ from lora_search.data.store import lengths_of
 from lora_search.engine.engine import Engine
 from lora_search.engine.evaluation import ROUNDING
 from lora_search.errors import StudyError
-from lora_search.files.peft import load_adapters
+from lora_search.files.peft import Tuned
 from lora_search.files.row_scores import read_scores
 from lora_search.results.ranking import best_of
 from lora_search.service.plain_peft import plain_perplexity
@@ -50,8 +50,8 @@ def check_export(engine: Engine, row: TrialRow, folder: Path) -> list[str]:
     base = engine.model.language_model
     engine.bank.remove(base)
     base.set_attn_implementation("eager")
-    tuned = load_adapters(base, {"best": adapter})
-    found = plain_perplexity(tuned, [engine.splits.validation[number] for number in checked])
+    with Tuned(base, {"best": adapter}).using("best") as tuned:
+        found = plain_perplexity(tuned, [engine.splits.validation[number] for number in checked])
     said = f"{found:.6g} in plain PEFT, {expected:.6g} in the study"
     rows = f"the {len(checked)} shortest validation rows"
     if abs(found / expected - 1) <= ROUNDING[base.dtype]:

@@ -22,7 +22,7 @@ from lora_search.data.rows import Example
 from lora_search.data.serving import end_tokens
 from lora_search.data.templates import render
 from lora_search.errors import StudyError
-from lora_search.files.peft import load_adapters, merge_adapter, with_adapter
+from lora_search.files.peft import Tuned, merge_adapter
 from lora_search.model.loading import load_tokenizer, pin_model, place, resolve_model
 from lora_search.ops.device import keep_to_own_cores, pick_dtype
 from lora_search.output.shared_files import adapter_here
@@ -115,7 +115,7 @@ class Answerer:
         base = load_plain(config, commit)
         own = base.generation_config.to_diff_dict()
         self.ends = end_tokens(config.template, tokenizer, own)
-        self.model = load_adapters(base, {str(number): path for number, path in adapters.items()})
+        self.tuned = Tuned(base, {str(number): path for number, path in adapters.items()})
         self.tokenizer, self.template, self.max_new_tokens = tokenizer, config.template, max_new_tokens
         self.device = base.device
 
@@ -150,8 +150,8 @@ class Answerer:
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends, pad_token_id=pad
         )
-        with torch.no_grad(), with_adapter(self.model, None if trial is None else str(trial)):
-            out = self.model.generate(
+        with torch.no_grad(), self.tuned.using(None if trial is None else str(trial)) as model:
+            out = model.generate(
                 input_ids=padded, attention_mask=mask, generation_config=settings, streamer=streamer
             )
         return [str(self.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]

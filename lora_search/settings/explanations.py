@@ -114,14 +114,14 @@ def _unreadable(text: str, override: str) -> str:
 
 
 OF_PEFT = (
-    "bias", "lora_bias", "modules_to_save", "target_parameters", "loftq_config",
+    "lora_bias", "modules_to_save", "target_parameters", "loftq_config",
     "eva_config",
 )  # fmt: skip
 NOT_OFFERED = (
     "is an option of PEFT that is not offered: a trial trains A and B of the decoder's linear layers, with "
-    "lora.use_dora their magnitudes and with lora.trainable_token_indices rows of the embedding too, but no "
-    "biases, whole embeddings, heads or experts, and the base is shared. Leave it out; docs/options.md has "
-    "what can be set"
+    "lora.use_dora their magnitudes, with lora.bias=lora_only their biases and with "
+    "lora.trainable_token_indices rows of the embedding too, but no whole embeddings, heads or experts, and "
+    "the base is shared. Leave it out; docs/options.md has what can be set"
 )
 
 

@@ -34,6 +34,7 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
         warmup_steps=optim.warmup_steps, min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
         trainable_token_indices=tuple(lora.trainable_token_indices or ()),
         trainable_token_head=lora.trainable_token_head,
+        bias=lora.bias,  # type: ignore[arg-type]  # checked by LoraConfig
         lora_plus_ratio=optim.lora_plus_ratio, neftune_alpha=train.neftune_alpha,
         label_smoothing=train.label_smoothing,
     )  # fmt: skip

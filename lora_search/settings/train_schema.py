@@ -6,11 +6,15 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.rules import require, require_choice, require_range
-from lora_search.trial import STARTS, Schedule
+from lora_search.trial import STARTS, Bias, Schedule
 
 INITS = r"kaiming|gaussian|olora|pissa(_niter_[1-9]\d{0,2})?"
 INITS_SHOWN = "kaiming, gaussian, olora, pissa or pissa_niter_N, such as pissa_niter_16"
 INIT_REMEDY = "Write kaiming for PEFT's True; its others need a pass over the data, or a base for each trial"
+BIAS_REMEDY = (
+    "PEFT's all trains those of norms and of layers without adapters too, which all trials share: write "
+    "lora_only, with lora.target_modules=all-linear for more layers"
+)
 ALL_LINEAR = "all-linear"
 TRAIN_MOST = {  # anything larger is a typing error
     "epochs": 10_000, "evals_per_epoch": 10_000, "batch_size": 65_536, "gradient_accumulation_steps": 65_536,
@@ -26,7 +30,7 @@ MAX_TOKEN, MAX_TOKENS = (
 )  # more than some special tokens: train on the whole embedding elsewhere
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 MAX_STEPS = 1_000_000
-SCHEDULES = get_args(Schedule)
+SCHEDULES, BIASES = get_args(Schedule), get_args(Bias)
 MAX_SEED = 2**32 - 1  # trials draw 32 bits, and PyTorch accepts them
 
 
@@ -43,6 +47,7 @@ class LoraConfig:
     use_dora: bool = False  # DoRA: a trained magnitude for each output of an adapted layer
     trainable_token_indices: Any = None  # ids of tokens whose embeddings are trained too: [128002,128003]
     trainable_token_head: bool = False  # their rows of a head that is not tied to the embedding, too
+    bias: str = "none"  # lora_only: the biases of adapted layers that have one are trained too
     rank_pattern: Any = None  # other ranks, by the end of a layer's name: {q_proj: 32}
     alpha_pattern: Any = None
     init: str = "kaiming"  # of A, as PEFT's default; gaussian; of A and B: pissa, pissa_niter_16, olora
@@ -58,6 +63,7 @@ class LoraConfig:
             f"cannot be true with lora.init={self.init}",
         )
         require(fits, "lora.use_dora", True, rule, "Set one of the two, or search one by when(...)")
+        require(self.bias in BIASES, "lora.bias", self.bias, f"must be {' or '.join(BIASES)}", BIAS_REMEDY)
         _check_targets(self.target_modules)
         _check_layers(self.layers_to_transform)
         _check_ids(self.trainable_token_indices)

@@ -26,7 +26,7 @@ CHANGES = {
     "wsd": {"schedule": "wsd", "decay_ratio": 0.3},
 }
 
-NO_LAYERS = lay_out([], SETTINGS, {}, 1)
+ONE_PART = lay_out([], SETTINGS, {"rows": (10, 5)}, 1)
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.25}, {"warmup_steps": 5}])
@@ -55,7 +55,7 @@ def test_inverse_sqrt_without_warm_up_falls_slowly_as_in_transformers(tmp_path) 
 
 def test_a_slot_steps_as_torch_adamw_and_leaves_the_others_alone(tmp_path) -> None:  # type: ignore[no-untyped-def]
     settings = make_run(tmp_path, weight_decay=0.1, max_grad_norm=0.5).settings
-    rows = {slot: Row(NO_LAYERS, *([torch.randn(50)] for _ in range(3)), []) for slot in range(3)}
+    rows = {slot: Row(ONE_PART, *([torch.randn(50)] for _ in range(3)), []) for slot in range(3)}
     before = {slot: row.theta[0].clone() for slot, row in rows.items()}
     reference = before[1].clone().requires_grad_()
     ours = SlotAdamW(rows)

@@ -84,15 +84,15 @@ def plain_losses(model: torch.nn.Module, run: TrialRun, splits: Splits) -> list[
         model, torch.optim.AdamW, lr=s.lr, loraplus_lr_ratio=s.lora_plus_ratio, betas=(s.beta1, s.beta2),
         eps=s.eps, weight_decay=s.weight_decay, loraplus_weight_decay=s.weight_decay,
     )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["weight_decay"] = s.weight_decay
     per_epoch = -(-len(splits.train) // s.examples_per_step)
     recorded: list[float] = []
     for epoch in range(s.epochs):
         order = epoch_order(len(splits.train), 0, epoch)
         for start in range(0, len(order), s.examples_per_step):
             lr = learning_rate(s, len(recorded), s.epochs * per_epoch)
-            for group, ratio in zip(optimizer.param_groups, (1.0, 1.0, s.lora_plus_ratio, 1.0), strict=True):
+            for group, ratio in zip(
+                optimizer.param_groups, (1.0, 1.0, s.lora_plus_ratio, s.lora_plus_ratio), strict=True
+            ):
                 group["lr"] = lr * ratio
             rows = [splits.train[i] for i in order[start : start + s.examples_per_step]]
             loss = plain_loss(model, rows, s.label_smoothing)

@@ -13,6 +13,7 @@ from lora_search.errors import StudyError
 from lora_search.service.export_check import check_export
 from lora_search.trial import TrialRow
 from tests.conftest import make_run
+from tests.engine.test_architectures import make_model
 from tests.harness import build_engine, random_splits, train_all
 from tests.rows import make_row
 
@@ -35,12 +36,15 @@ def trained(
         {"init": "pissa"},
         {"trainable_token_indices": (7, 9)},
         {"rank_pattern": (("q_proj", 8),)},
+        {"bias": "lora_only"},
     ],
 )
 def test_what_was_exported_is_checked_in_one_line(
     tiny_llama: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    (line,) = check_export(*trained(tmp_path, tiny_llama, **changes), tmp_path)
+    base = Path(make_model(tmp_path / "model", "qwen2").path) if "bias" in changes else tiny_llama
+
+    (line,) = check_export(*trained(tmp_path, base, **changes), tmp_path)
 
     found, expected = re.search(
         r"5 shortest validation rows ([\d.]+) in plain PEFT, ([\d.]+) in the study", line

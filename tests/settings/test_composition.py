@@ -186,12 +186,10 @@ def test_the_help_shows_sweeps_groups_and_settings(own_folder: Path) -> None:
 BAD = [
     ("+x=1", "x: there is no such setting. See --help."),
     ("+foo.bar=1", "foo.bar: there is no such setting."),
-    ("+lora.modules_to_save=[lm_head]", "with lora.trainable_token_indices rows of the embedding too, but"),
-    (
-        "++lora.target_parameters=[experts]",
-        "no biases, whole embeddings, heads or experts, and the base is shared. Leave",
-    ),
-    ("lora.bias=all", "lora.bias: is an option of PEFT that"),
+    ("+lora.modules_to_save=[lm_head]", "lora.trainable_token_indices rows of the embedding too, but"),
+    ("++lora.target_parameters=[experts]", "no whole embeddings, heads or experts, and the base is shared. "),
+    ("+lora.lora_bias=true", "lora.lora_bias: is an option of PEFT that is not offered: a trial trains"),
+    ("lora.bias=all", "lora.bias: must be none or lora_only, got 'all'. PEFT's all trains those of norms"),
     ("++optim.foo=1", "optim.foo: there is no such setting. Did you mean optim.lr"),
     (
         "+data.columns.respond=a",

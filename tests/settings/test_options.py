@@ -40,6 +40,17 @@ def test_trained_tokens_are_given_searched_and_counted_in_the_room() -> None:
     assert trial_settings(compose("smoke", ["lora.trainable_token_indices=[7,9]"]), {}) == found[1]
 
 
+def test_biases_are_searched_and_counted_in_the_room() -> None:
+    config = compose("smoke", ["lora.bias=choice(none,lora_only)", "lora.target_modules=[q_proj]"])
+    space = parse_space(config)
+
+    found = [trial_settings(config, {"lora.bias": choice}) for choice in ("none", "lora_only")]
+
+    assert [settings.trains_biases for settings in found] == [False, True]
+    assert Room.of_space(config, space).biased == (("q_proj",),)
+    assert "bias" not in found[0].record()  # digests stay as they were
+
+
 @pytest.mark.parametrize(
     ("lora", "targets"),
     [
@@ -103,6 +114,7 @@ def test_settings_of_the_command_line_reach_the_trial() -> None:
         ("trainable_token_indices", ["<|im_end|>"]),
         ("trainable_token_indices", list(range(1025))),
         ("init", "eva"),
+        ("bias", "all"),
         ("init", "pissa_niter_0"),
     ],
 )
