@@ -4,6 +4,7 @@ Folders and database come first, then the rows, then settings that do not fit th
 Imports torch, so `sweep` imports this module only before training.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ from lora_search.engine.effect_checks import (
     check_rates,
     note_left_out,
     note_row_by_row,
+    note_untied,
     warn_of_few,
     warn_of_untrained,
 )
@@ -169,7 +171,7 @@ def read_inputs(
     study was started with. Raises ModelError if the base is incomplete or lacks a target layer."""
     source = resolve_model(config.model)
     model = pin_model(source, config.model, identity.commit if identity else None)
-    wanted = (room.targets, room.patterns, room.tokens, room.biased) if room else ((),)
+    wanted = (room.targets, room.patterns, room.tokens, room.biased, room.saved) if room else ((),)
     num_embeddings, width = check_outline(source, model, *wanted)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer, watch=watch)
@@ -233,9 +235,14 @@ def prepare_sweep(
     check_inputs(config, space, inputs, identity)
     base = load_base(inputs.source, inputs.model, config.engine)
     control = control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
-    for line in warn_of_untrained(base, control, room.tokens):
+    for line in warn_of_untrained(base, control, room.tokens, room.saved):
         progress.event(line)
-    for line in [*note_row_by_row(base.model), *note_left_out(base.model, room.targets)]:
+    notes = (
+        note_row_by_row(base.model),
+        note_left_out(base.model, room.targets),
+        note_untied(base, room.saved),
+    )
+    for line in itertools.chain(*notes):
         progress.event(line)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, room, base, inputs.splits, content)

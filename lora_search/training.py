@@ -62,7 +62,7 @@ def train(
     ]
     rows, source, room = load_rows(config.data), resolve_model(config.model), Room.of(chosen)
     model = pin_model(source, config.model)
-    wanted = (room.targets, room.patterns, room.tokens, room.biased)
+    wanted = (room.targets, room.patterns, room.tokens, room.biased, room.saved)
     num_embeddings, _ = check_outline(source, model, *wanted)
     tokenizer = load_tokenizer(source, model)
     splits = prepare(config, rows, tokenizer)

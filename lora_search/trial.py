@@ -13,6 +13,7 @@ import numpy as np
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
 Pattern = tuple[tuple[str, int | float], ...]  # (end of a layer's name, as PEFT matches it; value)
 PATTERN, LAYERS = "re:", "layers:"  # how target_modules writes a regular expression, and a limit to layers
+MODULES = ("embed_tokens", "lm_head")  # embedding and head, whatever a model calls them
 STARTS = ("pissa", "olora")  # how the names of initialisations begin whose product the base loses
 Bias = Literal["none", "lora_only"]
 EndReason = Literal["finished", "early_stopped", "diverged", "failed"]
@@ -46,6 +47,7 @@ class TrialSettings:
     use_dora: bool = False
     trainable_token_indices: tuple[int, ...] = ()
     trainable_token_head: bool = False  # these rows of a head that is not tied, too
+    modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: each slot's own copy is trained
     bias: Bias = "none"  # or those of adapted layers are trained
     warmup_steps: int | None = None  # in place of warmup_ratio
     min_lr_ratio: float = 0.0

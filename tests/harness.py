@@ -71,7 +71,7 @@ def engine_over(
 ) -> Engine:
     layers = target_layers(model, ("all-linear",))
     names = tuple(name for name, _ in model.named_modules())
-    bank = SlotBank(model, layers, slots, max_rank, model.dtype, trains_tokens=True)
+    bank = SlotBank(model, layers, slots, max_rank, model.dtype, trains_rows=True)
     record = BaseRecord(path=str(folder), module_names=names, digest=splits.data_hash)
     return Engine(
         PackedModel(model, bank),

@@ -190,6 +190,7 @@ def test_an_exported_adapter_has_what_vllm_asks_for_and_nothing_that_it_refuses(
     ("settings", "merging"),
     [({}, False), ({"lora.use_dora": False}, False), ({"lora.use_dora": True}, True),
      ({"lora.bias": "none"}, False), ({"lora.bias": "lora_only"}, True),
+     ({"lora.modules_to_save": []}, False), ({"lora.modules_to_save": ["lm_head"]}, True),
      ({"lora.rank_pattern": None}, False), ({"lora.rank_pattern.q_proj": 8}, True)],
 )  # fmt: skip
 def test_what_vllm_cannot_serve_is_merged_first(settings: dict[str, object], merging: bool) -> None:

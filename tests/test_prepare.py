@@ -14,7 +14,7 @@ from lora_search.data.order import DataAxis
 from lora_search.data.rows import Example, Splits
 from lora_search.data.store import used_tokens
 from lora_search.data.tokens import LENGTH
-from lora_search.engine.effect_checks import check_rates, warn_of_few, warn_of_untrained
+from lora_search.engine.effect_checks import check_rates, note_untied, warn_of_few, warn_of_untrained
 from lora_search.errors import ConfigError, LoraSearchError, ModelError
 from lora_search.model.loading import load_base, resolve_model
 from lora_search.model.tiny import CHATML, make_tiny_model, make_tiny_tokenizer
@@ -187,6 +187,11 @@ def test_trials_may_train_the_control_tokens_of_a_tied_base(tmp_path: Path) -> N
 
     assert warning.endswith(f"or train them: lora.trainable_token_indices=[{end},7]")
     assert warn_of_untrained(base, tokens, [((7, end), False), ((end,), False)]) == []
+    both = ("embed_tokens", "lm_head")
+    assert warn_of_untrained(base, tokens, [((), False)], [both, ("embed_tokens",)]) != []
+    assert warn_of_untrained(base, tokens, [((), False)], [both]) == []
+    assert note_untied(base, [()]) == []
+    assert "is tied to its embedding, and a copy of either is not" in note_untied(base, [(), both])[0]
 
 
 def test_learned_control_tokens_are_not_warned_about(tiny_llama: Path) -> None:

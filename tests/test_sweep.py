@@ -132,10 +132,13 @@ BAD_INPUT = [
         r"lora.target_modules: must be a list of layer names, all-linear or a regular expression",
     ),
     (["lora.target_modules=[query]"], "the model has no layer 'query'. There are: down_proj, gate_proj"),
-    (["lora.target_modules=[embed_tokens]"], "model.embed_tokens is a Embedding"),
+    (
+        ["lora.target_modules=[embed_tokens]"],
+        r"embed_tokens is a Embedding; .* lora.modules_to_save=\[embed_tokens\] trains the whole of it",
+    ),
     (
         ["lora.target_modules=[lm_head]"],
-        "lm_head is a Linear; adapters go on linear layers of the decoder only",
+        r"is a Linear; adapters go on linear layers of the decoder only. lora.modules_to_save=\[lm_head\] tr",
     ),
     (["space.lora.r=interval(64,8)"], "space.lora.r: low < high must hold"),
     (["space.lora.rank=choice(1,2)"], "space.lora.rank: is not a setting that can be searched"),

@@ -2,7 +2,7 @@
 
 A slot has a row (`row`) while a trial is in it: memory as the trial needs it, not as the largest would.
 
-Legend: S slots, R rank, D input width, O output width, K trained tokens.
+Legend: S slots, R rank, D input width, O output width, K rows of embedding or head.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_search.engine.row import Layout, Row, Site, lay_out
 from lora_search.engine.starts import Factors, Start, Subtract
-from lora_search.files.peft import BIAS, lora_scaling, plain_weight, with_start, without_start
+from lora_search.files.peft import is_of_base, lora_scaling, plain_weight, with_start, without_start
 from lora_search.model.embedding import Embedding
 from lora_search.ops.dora import Magnitude, Rescale
 from lora_search.ops.fused import GatedSilu
@@ -33,7 +33,7 @@ from lora_search.ops.lora import (
     SlotAdapter,
 )
 from lora_search.ops.products import products_for, tiles
-from lora_search.ops.tokens import Embed, Tokens
+from lora_search.ops.tokens import Embed, Tokens, Whole
 from lora_search.trial import TrialSettings
 
 BYTES_PER_PARAMETER = 16  # theta, gradient and two moments in float32
@@ -113,7 +113,7 @@ class SlotBank:
         max_rank: int,
         dtype: torch.dtype = torch.float32,
         products: Products | None = None,
-        trains_tokens: bool = False,
+        trains_rows: bool = False,
     ) -> None:
         self.names, self._bases = list(layers), list(layers.values())
         self.devices = list(dict.fromkeys(base.weight.device for base in self._bases))
@@ -132,7 +132,7 @@ class SlotBank:
             )
             for index, (name, base) in enumerate(layers.items())
         ]
-        self.embedding = Embedding(model) if trains_tokens else None
+        self.embedding = Embedding(model) if trains_rows else None
         self.factors = Factors(self._bases, max_rank)
         self.anchors = [torch.zeros(0, device=device, requires_grad=True) for device in self.devices]
         self.layers = [
@@ -147,19 +147,15 @@ class SlotBank:
         self.magnitudes: list[dict[int | None, Magnitude]] = [{} for _ in self.names]
         self.starts: list[dict[int | None, Start]] = [{} for _ in self.names]
         self.biases: list[dict[int | None, Bias]] = [{} for _ in self.names]
-        self.tokens: dict[int | None, Tokens] = {}
-        self._of_head: dict[int | None, Tokens] = {}  # rows that are not the embedding's
+        self.embeddings: dict[int | None, Tokens | Whole] = {}
+        self.tokens_of_head: dict[int | None, Tokens] = {}
+        self.heads: dict[int | None, Whole] = {}
         if self.embedding is not None:
             self._handle = self.embedding.module.register_forward_hook(self._embed)
         self.plans: list[Plan | None] = [None for _ in self.devices]
         for site, base in zip(self.sites, self._bases, strict=True):
             parent, _, child = site.name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(base, self, site.index, site.part))
-
-    @property
-    def tokens_of_head(self) -> dict[int | None, Tokens]:
-        """The rows of the head that slots train, its own or with the embedding."""
-        return self.tokens if self.embedding is not None and self.embedding.is_tied else self._of_head
 
     @property
     def factor_bytes(self) -> int:
@@ -184,20 +180,18 @@ class SlotBank:
 
     def _embed(self, _: nn.Module, inputs: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
         plan = self.plans[0]
-        if plan is None or self.embedding is None or self.tokens.keys().isdisjoint(plan.slots):
+        if plan is None or self.embedding is None or self.embeddings.keys().isdisjoint(plan.slots):
             return embedded
-        rest = self.embedding.scale, self.anchors[0], self.tokens, plan
+        rest = self.embedding.scale, self.anchors[0], self.embeddings, plan
         return cast(torch.Tensor, Embed.apply(embedded, inputs[0], *rest))  # type: ignore[no-untyped-call]
 
     def layout(self, settings: TrialSettings, names: Sequence[str]) -> Layout:
         """Return where a trial with adapters on the named layers would have its parameters."""
-        tokens: dict[str, tuple[int, int]] = {}
-        if self.embedding is not None and (count := len(settings.trainable_token_indices)):
-            names_of_rows = self.embedding.peft_names[: 1 + settings.trainable_token_head]
-            tokens = dict.fromkeys(names_of_rows, (count, self.embedding.width))
+        owned = self.embedding.owned(settings).values() if self.embedding is not None else ()
+        rows = {name: tuple(base_KD.shape) for name, base_KD in owned}
         wanted = set(names)
         sites = [site for site in self.sites if site.name in wanted]
-        return lay_out(sites, settings, tokens, len(self.devices))
+        return lay_out(sites, settings, rows, len(self.devices))
 
     def bytes_of(self, settings: TrialSettings, names: Sequence[str]) -> int:
         """Return the memory of a trial in a slot, on the device where it takes most: its row, and the
@@ -212,9 +206,8 @@ class SlotBank:
         self.make_room(slot, settings, names)
         row = self.rows[slot]
         if self.embedding is not None:
-            weights = self.embedding.module.weight, self.embedding.head.weight
-            for weight_VD, fresh in zip(weights, row.layout.tokens.values(), strict=False):
-                fresh.of(row.theta).copy_(weight_VD[list(settings.trainable_token_indices)])
+            for name, base_KD in self.embedding.owned(settings).values():
+                row.layout.rows[name].of(row.theta).copy_(base_KD)
         for index, bias in row.layout.bias.items():
             bias.of(row.theta).copy_(self._bases[index].bias)
         if row.start:
@@ -244,11 +237,26 @@ class SlotBank:
         for index, bias in layout.bias.items():
             base_O = self._bases[index].bias
             self.biases[index][slot] = Bias(bias.of(row.used), base_O, bias.of(row.grad))
-        for by_slot, rows in zip((self.tokens, self._of_head), layout.tokens.values(), strict=False):
-            ids_K = torch.tensor(settings.trainable_token_indices, device=self.devices[0])
-            by_slot[slot] = Tokens(ids_K, rows.of(row.used), rows.of(row.grad))
+        self._own_rows(slot, settings)
         for index, a_RD, b_RO in layout.pairs(row.start) if row.start else ():
             self.starts[index][slot] = Start(a_RD, b_RO, self.adapters[index][slot].scaling)
+
+    def _own_rows(self, slot: int, settings: TrialSettings) -> None:
+        """Tell embedding and head of the slot's rows."""
+        if self.embedding is None:
+            return
+        row, is_tied = self.rows[slot], self.embedding.is_tied
+        ids_K = torch.tensor(settings.trainable_token_indices, device=self.devices[0])
+        for place, (name, _) in self.embedding.owned(settings).items():
+            used, grad = (row.layout.rows[name].of(parts) for parts in (row.used, row.grad))
+            if settings.modules_to_save and place == 0:
+                self.embeddings[slot] = Whole(used, grad, self.embedding.module.padding_idx)
+            elif settings.modules_to_save:
+                self.heads[slot] = Whole(used, grad)
+            elif place == 0:
+                self.embeddings[slot] = Tokens(ids_K, used, grad)
+            if settings.trainable_token_indices and (place == 1 or is_tied):
+                self.tokens_of_head[slot] = Tokens(ids_K, used, grad)
 
     def _start(self, slot: int, settings: TrialSettings) -> None:
         """Set adapters and starts to the same factors, of PiSSA or OLoRA."""
@@ -273,14 +281,8 @@ class SlotBank:
     def release(self, slot: int) -> None:
         """Empty the slot and free its memory."""
         self.rows.pop(slot, None)
-        for by_slot in (
-            *self.adapters,
-            *self.magnitudes,
-            *self.starts,
-            *self.biases,
-            self.tokens,
-            self._of_head,
-        ):
+        of_layers = *self.adapters, *self.magnitudes, *self.starts, *self.biases
+        for by_slot in (*of_layers, self.embeddings, self.tokens_of_head, self.heads):
             by_slot.pop(slot, None)  # type: ignore[attr-defined]
         self._tabulate(slot)
 
@@ -299,8 +301,8 @@ class SlotBank:
         if row.start:
             start = [part_P.float() for part_P in row.start]
             state = with_start(state, row.layout.tensors(start))
-        return {  # on a CPU they are views of the row; PEFT keeps a bias in the base's dtype
-            name: tensor.to(self.dtype if name.endswith(BIAS) else tensor.dtype, copy=True)
+        return {  # on a CPU they are views of the row
+            name: tensor.to(self.dtype if is_of_base(name) else tensor.dtype, copy=True)
             for name, tensor in state.items()
         }
 

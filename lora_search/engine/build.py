@@ -1,9 +1,9 @@
 """Builds an engine of the right size for a sweep: adapted layers, number of slots, size of a pass."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from lora_search.engine.bank import SlotBank
 from lora_search.engine.digest import base_record
 from lora_search.engine.engine import Engine
 from lora_search.engine.packed_model import PackedModel
-from lora_search.model.embedding import check_tokens
+from lora_search.model.embedding import KEY, MODULES_KEY, check_modules, check_tokens
 from lora_search.model.loading import Base
 from lora_search.model.targets import check_biases, matches, target_layers
 from lora_search.ops.device import available_bytes, devices_of
@@ -26,10 +26,11 @@ from lora_search.trial import TrialSettings
 if TYPE_CHECKING:
     from lora_search.settings.space import Space
 
+T = TypeVar("T")
 ADAPTER_KEYS = (
     "lora.target_modules", "lora.layers_to_transform", "lora.r", "lora.rank_pattern", "lora.alpha_pattern",
     "lora.use_dora", "lora.init", "lora.trainable_token_indices",
-    "lora.trainable_token_head", "lora.bias",
+    "lora.trainable_token_head", "lora.modules_to_save", "lora.bias",
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class Room:
     trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
     those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits
     of PiSSA and OLoRA; ``extremes``: trials of which one is the largest; ``biased``: the targets of trials
-    that train biases."""
+    that train biases; ``saved``: the modules that trials have copies of."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -51,18 +52,24 @@ class Room:
     tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
     extremes: tuple[TrialSettings, ...] = ()
     biased: tuple[tuple[str, ...], ...] = ()
+    saved: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, trials: Sequence[TrialSettings]) -> "Room":
         """Return the size needed for exactly these trials."""
-        targets = tuple(dict.fromkeys(trial.target_modules for trial in trials))
-        max_rank, min_batch = max(map(_largest_rank, trials)), min(t.examples_per_step for t in trials)
-        has_dora = any(trial.use_dora for trial in trials)
-        starts = tuple(dict.fromkeys(trial.init for trial in trials if trial.has_start))
-        tokens = tuple(dict.fromkeys((t.trainable_token_indices, t.trainable_token_head) for t in trials))
-        biased = tuple(dict.fromkeys(trial.target_modules for trial in trials if trial.trains_biases))
-        rest = _patterns(trials), has_dora, starts, tokens, tuple(trials), biased
-        return cls(targets, max_rank, min_batch, len(trials), *rest)
+        return cls(
+            targets=_once(trial.target_modules for trial in trials),
+            max_rank=max(map(_largest_rank, trials)),
+            min_batch=min(trial.examples_per_step for trial in trials),
+            num_trials=len(trials),
+            patterns=_patterns(trials),
+            has_dora=any(trial.use_dora for trial in trials),
+            starts=_once(trial.init for trial in trials if trial.has_start),
+            tokens=_once((t.trainable_token_indices, t.trainable_token_head) for t in trials),
+            extremes=tuple(trials),
+            biased=_once(trial.target_modules for trial in trials if trial.trains_biases),
+            saved=_once(trial.modules_to_save for trial in trials),
+        )
 
     @classmethod
     def of_space(cls, config: SweepConfig, space: "Space") -> "Room":
@@ -81,18 +88,23 @@ class Room:
 def require_exact(config: SweepConfig, room: Room, device: torch.device) -> None:
     """Raise ConfigError for PiSSA and OLoRA over a 4-bit base, which PEFT refuses or packs once more; for
     DoRA over one on a CPU: bitsandbytes repacks its weights at the first forward, and neither PEFT nor we can
-    then unpack them, which their norms need; for trained tokens over several devices."""
+    then unpack them, which their norms need; for trained tokens and whole modules over several devices."""
     over, remedy = f"over model.quantization={config.model.quantization}", "Set model.quantization=null"
     is_plain = config.model.quantization is None
     rule = f"cannot be pissa or olora {over}, whose weights have no exact factors"
     fits = is_plain or not room.starts
     require(fits, "lora.init", ", ".join(room.starts), rule, f"{remedy}, or lora.init=kaiming")
-    devices, ids = config.engine.devices_per_worker, [list(ids) for ids, _ in room.tokens if ids]
+    devices = config.engine.devices_per_worker
     rule = f"cannot be trained with engine.devices_per_worker={devices}"
-    is_one = devices == 1 or not ids
-    require(is_one, "lora.trainable_token_indices", ids, rule, "Set engine.devices_per_worker=1")
+    for key, lists in ((KEY, [ids for ids, _ in room.tokens]), (MODULES_KEY, room.saved)):
+        wanted = [list(one) for one in lists if one]
+        require(devices == 1 or not wanted, key, wanted, rule, "Set engine.devices_per_worker=1")
     allowed = is_plain or not room.has_dora or device.type != "cpu"
     require(allowed, "lora.use_dora", True, f"cannot be true {over} on a CPU", f"{remedy}, or use a GPU")
+
+
+def _once(values: Iterable[T]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 def _largest_rank(trial: TrialSettings) -> int:
@@ -100,7 +112,7 @@ def _largest_rank(trial: TrialSettings) -> int:
 
 
 def _patterns(trials: Sequence[TrialSettings]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for t in trials for name, _ in (*t.rank_pattern, *t.alpha_pattern)))
+    return _once(name for t in trials for name, _ in (*t.rank_pattern, *t.alpha_pattern))
 
 
 def build_engine(
@@ -115,6 +127,8 @@ def build_engine(
     layers: dict[str, nn.Linear] = {}
     for wanted in room.tokens:
         check_tokens(base.model, *wanted)
+    for modules in room.saved:
+        check_modules(base.model, modules)
     check_biases(base.model, room.biased)
     record = base_record(config, base, splits, content)  # before adapters are added
     for targets in room.targets:
@@ -144,7 +158,7 @@ def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -
         slots,
         room.max_rank,
         base.dtype,
-        trains_tokens=any(ids for ids, _ in room.tokens),
+        trains_rows=any(ids for ids, _ in room.tokens) or any(room.saved),
     )
 
 
@@ -159,6 +173,7 @@ def largest_adapter(engine: Engine, room: Room) -> int:
 
 def _heaviest(config: SweepConfig, room: Room) -> TrialSettings:
     """Return a trial with all that may take memory in a pass of the room's trials."""
+    saved = max(room.saved, key=len, default=())
     ids, with_head = max(room.tokens, key=lambda one: len(one[0]) * (1 + one[1]), default=((), False))
     return replace(
         trial_settings(config, {}),
@@ -166,9 +181,10 @@ def _heaviest(config: SweepConfig, room: Room) -> TrialSettings:
         rank_pattern=(),
         use_dora=room.has_dora,
         init=next(iter(room.starts), "kaiming"),
-        trainable_token_indices=ids,
-        trainable_token_head=with_head,
+        trainable_token_indices=() if saved else ids,
+        trainable_token_head=with_head and not saved,
         bias="lora_only" if room.biased else "none",
+        modules_to_save=saved,
     )
 
 

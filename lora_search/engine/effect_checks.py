@@ -10,7 +10,7 @@ from lora_search.data.order import DataAxis
 from lora_search.engine.optim import learning_rate
 from lora_search.errors import ConfigError, ModelError
 from lora_search.files.peft import fault_in_peft
-from lora_search.model.embedding import Embedding, check_tokens
+from lora_search.model.embedding import Embedding, check_modules, check_tokens
 from lora_search.model.loading import Base, load_outline, untrained_ids
 from lora_search.model.packing_check import runs_row_by_row
 from lora_search.model.targets import (
@@ -23,7 +23,7 @@ from lora_search.model.targets import (
 )
 from lora_search.settings.schema import ALL_LINEAR, ModelConfig, SweepConfig
 from lora_search.settings.space import Space, corners
-from lora_search.trial import TrialSettings
+from lora_search.trial import MODULES, TrialSettings
 
 # Standard error of the paired difference between two settings over this many validation rows: it falls with
 # their square root. Measured with SmolLM2: 0.6 to 0.85 % over 20 rows, 0.24 to 0.34 % over 129.
@@ -42,6 +42,7 @@ def check_outline(
     patterns: Sequence[str] = (),
     tokens: Sequence[tuple[tuple[int, ...], bool]] = (),
     biased: Sequence[tuple[str, ...]] = (),
+    saved: Sequence[tuple[str, ...]] = (),
 ) -> tuple[int, int]:
     """Return the size of the base's vocabulary and its width. Raises ModelError, before weights are read, if
     the base is incomplete, a layer, token or bias that a trial may train does not exist, or a name in
@@ -52,6 +53,8 @@ def check_outline(
     for wanted in tokens:
         check_tokens(outline, *wanted)
     check_biases(outline, biased)
+    for modules in saved:
+        check_modules(outline, modules)
     check_patterns(patterns, [name for names in targets for name in target_layers(outline, names)])
     layers = (outline.get_input_embeddings(), outline.get_output_embeddings())
     shapes = [tuple(layer.weight.shape) for layer in layers if layer is not None]
@@ -129,11 +132,26 @@ def warn_of_few(num_validation: int) -> list[str]:
     ]
 
 
+def note_untied(base: Base, saved: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a line where copies of a tied embedding or head part."""
+    if not any(saved) or not Embedding(base.model).is_tied:
+        return []
+    return [
+        "lora.modules_to_save: the base's head is tied to its embedding, and a copy of either is not, as in "
+        "PEFT: merged weights have both"
+    ]
+
+
 def warn_of_untrained(
-    base: Base, tokens: Mapping[int, str], trained: Sequence[tuple[tuple[int, ...], bool]] = ()
+    base: Base,
+    tokens: Mapping[int, str],
+    trained: Sequence[tuple[tuple[int, ...], bool]] = (),
+    saved: Sequence[tuple[str, ...]] = (),
 ) -> list[str]:
     """Return a warning if the template writes control tokens that the base never learned. ``trained``: the
-    lists of tokens that trials may train."""
+    lists of tokens that trials may train; ``saved``: the modules that trials have copies of."""
+    if saved and all(len(names) == len(MODULES) for names in saved):
+        return []
     is_tied = Embedding(base.model).is_tied
     learnt = set.intersection(
         *(set(ids if is_tied or with_head else ()) for ids, with_head in trained or [((), False)])

@@ -95,10 +95,11 @@ def each_slot_its_rows(model: PackedModel, slots: Sequence[int | None], num_rows
 
     def set_logits(_: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
         for place, slot in enumerate(slots):
-            if slot in model.bank.tokens_of_head:
+            own = model.bank.heads.get(slot) or model.bank.tokens_of_head.get(slot)
+            if own is not None:
                 rows = slice(place * num_rows, (place + 1) * num_rows)
                 mine, hidden = (tensor[rows].flatten(0, 1) for tensor in (logits, inputs[0]))
-                model.bank.tokens_of_head[slot].set_logits(mine, hidden)
+                own.set_logits(mine, hidden)
 
     head = model.language_model.get_output_embeddings()
     handles = [

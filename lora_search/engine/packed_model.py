@@ -104,8 +104,24 @@ class PackedModel:
             smoothing_N = self._upload(smoothing.repeat_interleave(torch.tensor(counts)))
         ends = (0, *accumulate(counts))
         parts = [(pack.slot, slice(*bounds)) for pack, bounds in zip(packs, pairwise(ends), strict=True)]
+        if not self.bank.heads.keys().isdisjoint(slot for slot, _ in parts):
+            smoothings = [None] * len(packs) if smoothing_N is None else smoothing_N.split(counts)
+            pieces = zip(packs, hidden_ND.split(counts), target_N.split(counts), smoothings, strict=True)
+            return [self._alone(pack.slot, *piece) for pack, *piece in pieces]
         trained = [(tokens[slot], rows) for slot, rows in parts if slot in tokens]
         return list(self.head.nll(hidden_ND, target_N, smoothing_N, trained).split(counts))
+
+    def _alone(
+        self,
+        slot: int | None,
+        hidden_ND: torch.Tensor,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return one slot's NLL, by its own head if it has one."""
+        tokens = self.bank.tokens_of_head
+        trained = [(tokens[slot], slice(0, len(hidden_ND)))] if slot in tokens else []
+        return self.head.nll(hidden_ND, target_N, smoothing_N, trained, self.bank.heads.get(slot))
 
     def weighted_sum(self, nll_N: torch.Tensor, pack: SlotRows) -> torch.Tensor:
         """Return the sum over a slot's tokens, each times its row's weight."""

@@ -1,10 +1,10 @@
 """A slot's row: the parameters of the trial that is in the slot, as many as that trial has, and no more.
 
-A row has a flat part on each device of the base, beside its layers: rows of embedding and head for the tokens
-that the trial trains (in the first part), A of every layer that it adapts, then B transposed of every layer,
+A row has a flat part on each device of the base, beside its layers: rows of embedding and head that the trial
+trains, some or all (in the first part), A of every layer that it adapts, then B transposed of every layer,
 then magnitudes with DoRA, then trained biases. The optimizer works on parts, the layers on views into them.
 
-Legend: P parameters, R rank, D input width, O output width, K trained tokens.
+Legend: P parameters, R rank, D input width, O output width, K rows of embedding or head.
 """
 
 import math
@@ -47,11 +47,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a trial's parameters are: tokens by PEFT's names, the others by the layer's number. ``sizes``: of
-    the parts; ``starts_of_b``, ``starts_of_bias``: where the matrices B and the biases begin in each."""
+    """Where a trial's parameters are: rows of embedding and head by PEFT's names, the others by the layer's
+    number. ``sizes``: of the parts; ``starts_of_b``, ``starts_of_bias``: where the matrices B and the biases
+    begin in each."""
 
     names: Mapping[int, str]
-    tokens: Mapping[str, Entry]
+    rows: Mapping[str, Entry]
     a: Mapping[int, Entry]
     b: Mapping[int, Entry]
     m: Mapping[int, Entry]
@@ -69,7 +70,7 @@ class Layout:
         """Return everything by PEFT's names, as views: ``<layer>.lora_A.weight`` [R, D],
         ``<layer>.lora_B.weight`` [O, R], with DoRA ``<layer>.lora_magnitude_vector`` [O], trained biases
         ``<layer>.base_layer.bias`` [O], and trained rows of embedding and head [K, D]."""
-        found = {name: entry.of(parts) for name, entry in self.tokens.items()}
+        found = {name: entry.of(parts) for name, entry in self.rows.items()}
         for index, a_RD, b_RO in self.pairs(parts):
             found[f"{self.names[index]}.lora_A.weight"] = a_RD
             found[f"{self.names[index]}.lora_B.weight"] = b_RO.T
@@ -89,7 +90,7 @@ class Layout:
 
 
 def lay_out(
-    sites: Sequence[Site], settings: TrialSettings, tokens: Mapping[str, tuple[int, int]], num_parts: int
+    sites: Sequence[Site], settings: TrialSettings, rows: Mapping[str, tuple[int, ...]], num_parts: int
 ) -> Layout:
     """Return the layout of a trial with adapters on these layers and trained rows of these shapes."""
     ends = [0] * num_parts
@@ -99,7 +100,7 @@ def lay_out(
         return Entry(part, slice(start, ends[part]), shape)
 
     ranks = {site.index: lora_rank(settings, site.name) for site in sites}
-    of_tokens = {name: take(0, *shape) for name, shape in tokens.items()}
+    own = {name: take(0, *shape) for name, shape in rows.items()}
     a = {site.index: take(site.part, ranks[site.index], site.d_in) for site in sites}
     starts_of_b = tuple(ends)
     b = {site.index: take(site.part, ranks[site.index], site.d_out) for site in sites}
@@ -108,7 +109,7 @@ def lay_out(
     biased = [site for site in sites if settings.trains_biases and site.has_bias]
     bias = {site.index: take(site.part, site.d_out) for site in biased}
     names = {site.index: site.name for site in sites}
-    return Layout(names, of_tokens, a, b, m, bias, starts_of_b, starts_of_bias, tuple(ends))
+    return Layout(names, own, a, b, m, bias, starts_of_b, starts_of_bias, tuple(ends))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def export_peft(
         use_dora=settings.use_dora,
         bias=settings.bias,
         trainable_token_indices=_token_indices(settings, state),
+        modules_to_save=[n.removesuffix(".weight") for n in state if is_of_base(n) and not n.endswith(BIAS)]
+        or None,
         base_model_name_or_path=base.path,
         revision=base.revision,
         task_type="CAUSAL_LM",
@@ -113,6 +115,11 @@ def export_peft(
     _write_config(config, folder)
     weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
     write_sealed(folder / WEIGHTS_NAME, weights, note or {})
+
+
+def is_of_base(name: str) -> bool:
+    """Return whether PEFT keeps that tensor of an adapter in the base's dtype: a bias, a whole module."""
+    return ".lora_" not in name and not name.endswith(TOKEN_ROWS)
 
 
 def with_start(
@@ -215,7 +222,12 @@ def fault_in_peft(outline: Any, layers: Mapping[str, Any], targets: Sequence[str
 
 def merge_adapter(base: Any, adapter: Path, to: Path) -> None:
     """Write the base with the adapter merged into its weights, in the base's dtype, as safetensors."""
-    merged = _put_on(base, adapter, "default").merge_and_unload()
+    tuned = _put_on(base, adapter, "default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Input and output embeddings are no longer tied"
+        )  # it says so in config
+        merged = tuned.merge_and_unload()
     with explained_writing(to):
         merged.save_pretrained(to)
         for path in to.glob("*.safetensors"):
@@ -261,9 +273,8 @@ def _set(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def _put_on(base: Any, adapter: Path, name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft's calls
-        warnings.filterwarnings(
-            "ignore", message="fan_in_fan_out is set to False"
-        )  # PEFT sets it itself (GPT-2)
+        for said in ("fan_in_fan_out is set to False", "Model has `tie_word_embeddings=True` and a tied"):
+            warnings.filterwarnings("ignore", said)  # of PEFT: it sets the one itself, and unties the other
         return PeftModel.from_pretrained(base, str(adapter), adapter_name=name)
 
 

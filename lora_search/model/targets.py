@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lora_search.errors import ModelError
 from lora_search.files.peft import pattern_key, refused_by_peft, taken_by_experts
 from lora_search.settings.schema import ALL_LINEAR
-from lora_search.trial import LAYERS, PATTERN
+from lora_search.trial import LAYERS, MODULES, PATTERN
 
 
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
@@ -31,7 +31,7 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict
         elif target.startswith(LAYERS):
             _check_layers(target, linear)
         else:
-            _check_target(target, modules, linear)
+            _check_target(target, model, modules, linear)
         if _last(target) in taken or _takes(target, linear, taken):
             what = f"in PEFT {in_words([target])} of a {model.config.model_type} model means its experts"
             left = ", ".join(sorted({_last(name) for name in linear} - taken))
@@ -158,7 +158,9 @@ def exact_targets(names: Sequence[str], module_names: Sequence[str]) -> list[str
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]) -> None:
+def _check_target(
+    target: str, model: PreTrainedModel, modules: dict[str, nn.Module], linear: dict[str, nn.Linear]
+) -> None:
     found = [name for name in modules if matches(name, (target,))]
     if not found:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -174,7 +176,15 @@ def _check_target(target: str, modules: dict[str, nn.Module], linear: dict[str, 
         kind = type(modules[unfit]).__name__
         raise ModelError(
             f"lora.target_modules: {unfit} is a {kind}; adapters go on linear layers of the decoder only."
+            f"{_whole(model, modules[unfit])}"
         )
+
+
+def _whole(model: PreTrainedModel, module: nn.Module) -> str:
+    """Return what trains that module, where something does."""
+    own = dict(zip(MODULES, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True))
+    name = next((name for name, known in own.items() if known is module), None)
+    return f" lora.modules_to_save=[{name}] trains the whole of it." if name else ""
 
 
 def _check_layers(limit: str, linear: dict[str, nn.Linear]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from lora_search.ops.compiled import compiled
-from lora_search.ops.tokens import Parts, within
+from lora_search.ops.tokens import Parts, Whole, within
 
 CPU_ROWS = (256, 16)  # rows in one matmul, and in one softmax that stays in cache: 16 x 49k float32 are 3 MB
 CUDA_ROWS = (1024, 256)  # 1024 x 128k logits in bfloat16 are 263 MB
@@ -69,11 +69,12 @@ class Head:
         target_N: torch.Tensor,
         smoothing_N: torch.Tensor | None = None,
         trained: Parts = (),
+        own: Whole | None = None,
     ) -> torch.Tensor:
         """Return NLL per token [N], in float32, differentiable if autograd is on. ``smoothing_N``: each
         token's label smoothing, the share of the mean over all tokens of the vocabulary. ``trained``: rows of
-        the head that some slots train."""
-        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N, smoothing_N, trained)  # type: ignore[no-untyped-call]
+        the head that some slots train; ``own``: one slot's head in place of the base's."""
+        nll_N: torch.Tensor = CompletionNll.apply(hidden_ND, self, target_N, smoothing_N, trained, own)  # type: ignore[no-untyped-call]
         return nll_N
 
     def chunk(
@@ -82,28 +83,41 @@ class Head:
         target_N: torch.Tensor,
         smoothing_N: torch.Tensor | None,
         trained: Parts,
+        own: Whole | None,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Return NLL [N], its gradient [N, D], and that of trained rows' logits [N', K], for as many rows as
         the buffer holds."""
-        logits_NV = torch.mm(hidden_ND, self.weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
+        weight_VD = self.weight_VD if own is None else own.e_VD
+        nll_N, grad_NV = self.logits_gradient(hidden_ND, target_N, smoothing_N, trained, weight_VD, with_grad)
+        if not with_grad:
+            return nll_N, None, []
+        taken = [tokens.take(grad_NV[rows]) for tokens, rows in trained]
+        grad_ND = grad_NV @ weight_VD
+        for (tokens, rows), grad_NK in zip(trained, taken, strict=True):
+            grad_ND[rows].addmm_(grad_NK, tokens.e_KD)
+        return nll_N, grad_ND, taken
+
+    def logits_gradient(
+        self,
+        hidden_ND: torch.Tensor,
+        target_N: torch.Tensor,
+        smoothing_N: torch.Tensor | None,
+        trained: Parts,
+        weight_VD: torch.Tensor,
+        with_grad: bool = True,
+    ) -> Pair:
+        """Return NLL [N] and, in the buffer, its gradient by the logits."""
+        logits_NV = torch.mm(hidden_ND, weight_VD.T, out=self.logits_NV[: len(hidden_ND)])
         if self.bias_V is not None:
             logits_NV += self.bias_V
         for tokens, rows in trained:
             tokens.set_logits(logits_NV[rows], hidden_ND[rows])
         if self.fast is not None and smoothing_N is None and with_grad:
-            nll_N, grad_NV = self.fast(logits_NV, target_N)
-        else:
-            step, grad_NV = len(self.block_NV), logits_NV
-            parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
-            nll_N = torch.cat([self._block(*part, with_grad) for part in parts])
-        if not with_grad:
-            return nll_N, None, []
-        taken = [tokens.take(grad_NV[rows]) for tokens, rows in trained]
-        grad_ND = grad_NV @ self.weight_VD
-        for (tokens, rows), grad_NK in zip(trained, taken, strict=True):
-            grad_ND[rows].addmm_(grad_NK, tokens.e_KD)
-        return nll_N, grad_ND, taken
+            return self.fast(logits_NV, target_N)
+        step = len(self.block_NV)
+        parts = zip(logits_NV.split(step), target_N.split(step), _split(smoothing_N, step), strict=False)
+        return torch.cat([self._block(*part, with_grad) for part in parts]), logits_NV
 
     def _block(
         self,
@@ -138,7 +152,8 @@ class Head:
 
 class CompletionNll(torch.autograd.Function):
     """NLL per token [N] from hidden states [N, D]. A token's NLL depends on its own hidden state only, so its
-    gradient is computed chunk by chunk in the forward pass and scaled in the backward pass."""
+    gradient is computed chunk by chunk in the forward pass and scaled in the backward pass. The gradient of a
+    slot's own head [V, D] needs the scaled gradients of logits, which are computed again rather than kept."""
 
     @staticmethod
     def forward(
@@ -148,6 +163,7 @@ class CompletionNll(torch.autograd.Function):
         target_N: torch.Tensor,
         smoothing_N: torch.Tensor | None,
         trained: Parts,
+        own: Whole | None,
     ) -> torch.Tensor:
         with_grad, size = ctx.needs_input_grad[0], len(head.logits_NV)  # type: ignore[attr-defined]
         parts = zip(hidden_ND.split(size), target_N.split(size), _split(smoothing_N, size), strict=False)
@@ -155,25 +171,45 @@ class CompletionNll(torch.autograd.Function):
         for number, part in enumerate(parts):
             start = number * size
             mine = list(within(trained, start, start + size))
-            nll_N, grad_ND, grads_NK = head.chunk(*part, mine, with_grad)
+            nll_N, grad_ND, grads_NK = head.chunk(*part, mine, own, with_grad)
             nlls.append(nll_N)
             grads += [] if grad_ND is None else [grad_ND]
             for (tokens, rows), grad_NK in zip(mine, grads_NK, strict=False):
                 taken.append((tokens, slice(start + rows.start, start + rows.stop), grad_NK))
         if with_grad:
-            ctx.save_for_backward(torch.cat(grads), *([hidden_ND] if taken else []))
-        ctx.taken = taken  # type: ignore[attr-defined]
+            ctx.save_for_backward(torch.cat(grads), *([hidden_ND] if taken or own is not None else []))
+        ctx.taken, ctx.own, ctx.rest = taken, own, (head, target_N, smoothing_N)  # type: ignore[attr-defined]
         return torch.cat(nlls)
 
     @staticmethod
     def backward(
         ctx: FunctionCtx, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
         grad_ND, *hidden = ctx.saved_tensors  # type: ignore[attr-defined]
         by_N1 = grad_outputs[0][:, None].to(grad_ND.dtype)
         for tokens, rows, grad_NK in ctx.taken:  # type: ignore[attr-defined]
             tokens.grad_KD.add_((grad_NK * by_N1[rows]).T @ hidden[0][rows])
-        return grad_ND * by_N1, None, None, None, None
+        if ctx.own is not None:  # type: ignore[attr-defined]
+            _collect(ctx.own, hidden[0], by_N1, *ctx.rest)  # type: ignore[attr-defined]
+        return grad_ND * by_N1, None, None, None, None, None
+
+
+def _collect(
+    own: Whole,
+    hidden_ND: torch.Tensor,
+    by_N1: torch.Tensor,
+    head: Head,
+    target_N: torch.Tensor,
+    smoothing_N: torch.Tensor | None,
+) -> None:
+    """Add to the gradient of a slot's own head, chunk by chunk."""
+    size = len(head.logits_NV)
+    columns = (hidden_ND, target_N, by_N1)
+    for smoothing, hidden, target, by in zip(
+        _split(smoothing_N, size), *(x.split(size) for x in columns), strict=False
+    ):
+        _, grad_NV = head.logits_gradient(hidden, target, smoothing, (), own.e_VD)
+        own.collect_logits(grad_NV.mul_(by), hidden)
 
 
 def _split(smoothing_N: torch.Tensor | None, rows: int) -> Iterable[torch.Tensor | None]:

@@ -113,9 +113,9 @@ def model_card(
 
 
 def needs_merging(settings: Mapping[str, object]) -> bool:
-    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA, trained tokens or biases, or
-    layers differ in rank or alpha."""
-    keys = (*PATTERNS, "lora.use_dora", "lora.trainable_token_indices", "lora.bias")
+    """Return whether vLLM and llama.cpp cannot serve the adapter: it has DoRA, or trains more than A
+    and B, or layers differ in rank or alpha."""
+    keys = (*PATTERNS, "lora.use_dora", "lora.trainable_token_indices", "lora.modules_to_save", "lora.bias")
     return any(key.startswith(keys) and value not in UNUSED for key, value in settings.items())
 
 
@@ -129,8 +129,8 @@ def rank_option(settings: Mapping[str, object]) -> str:
 
 
 MERGE_FIRST = (
-    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern and have no DoRA, tokens or biases of an "
-    "adapter's own: serve the weights of `lora-search export merge=true`"
+    "vLLM and llama.cpp ignore rank_pattern and alpha_pattern and have no DoRA, nor tokens, modules or "
+    "biases of an adapter's own: serve the weights of `lora-search export merge=true`"
 )
 
 

@@ -14,7 +14,7 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 
 from lora_search.settings.grammar import quoted
 from lora_search.settings.schema import SweepConfig
-from lora_search.settings.train_schema import PATTERNS
+from lora_search.settings.train_schema import NOT_OFFERED_INITS, PATTERNS
 
 
 def explain(error: Exception, config_name: str, sweeps: Sequence[str]) -> str:
@@ -113,19 +113,19 @@ def _unreadable(text: str, override: str) -> str:
     return f"cannot be read by Hydra's grammar. Quote the value for Hydra and for the shell: {remedy}"
 
 
-OF_PEFT = (
-    "lora_bias", "modules_to_save", "target_parameters", "loftq_config",
-    "eva_config",
-)  # fmt: skip
+OF_PEFT = ("lora_bias", "target_parameters", "exclude_modules", "ensure_weight_tying", "layer_replication")
 NOT_OFFERED = (
     "is an option of PEFT that is not offered: a trial trains A and B of the decoder's linear layers, with "
-    "lora.use_dora their magnitudes, with lora.bias=lora_only their biases and with "
-    "lora.trainable_token_indices rows of the embedding too, but no whole embeddings, heads or experts, and "
-    "the base is shared. Leave it out; docs/options.md has what can be set"
+    "lora.use_dora their magnitudes, with lora.bias=lora_only their biases, and embedding and head with "
+    "lora.modules_to_save or rows of them with lora.trainable_token_indices, but no experts, and the base is "
+    "shared. Leave it out; docs/options.md has what can be set"
 )
 
 
 def unknown(key: str) -> str:
+    init = key.removeprefix("lora.").partition(".")[0].removesuffix("_config")
+    if key.startswith("lora.") and init in NOT_OFFERED_INITS:
+        return f"{key}: there is no such setting, as {init} {NOT_OFFERED_INITS[init]} (lora.init)."
     if key.startswith("lora.") and key.removeprefix("lora.").partition(".")[0] in OF_PEFT:
         return f"{key}: {NOT_OFFERED}."
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)

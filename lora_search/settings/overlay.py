@@ -10,7 +10,7 @@ from typing import Any, get_args
 from lora_search.errors import ConfigError
 from lora_search.settings.schema import ALL_LINEAR, LoraConfig, OptimConfig, SweepConfig, TrainConfig
 from lora_search.settings.train_schema import INIT_REMEDY
-from lora_search.trial import LAYERS, PATTERN, Pattern, TrialSettings, draw_seed
+from lora_search.trial import LAYERS, MODULES, PATTERN, Pattern, TrialSettings, draw_seed
 
 SECTIONS: dict[str, type] = {"lora": LoraConfig, "optim": OptimConfig, "train": TrainConfig}
 FIXED = ("train.evals_per_epoch", "train.loss_on")  # all trials are compared at the same rungs and tokens
@@ -34,6 +34,7 @@ def trial_settings(config: SweepConfig, params: Mapping[str, object]) -> TrialSe
         warmup_steps=optim.warmup_steps, min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
         trainable_token_indices=tuple(lora.trainable_token_indices or ()),
         trainable_token_head=lora.trainable_token_head,
+        modules_to_save=tuple(name for name in MODULES if name in (lora.modules_to_save or ())),
         bias=lora.bias,  # type: ignore[arg-type]  # checked by LoraConfig
         lora_plus_ratio=optim.lora_plus_ratio, neftune_alpha=train.neftune_alpha,
         label_smoothing=train.label_smoothing,

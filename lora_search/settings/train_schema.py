@@ -6,11 +6,19 @@ from typing import Any, get_args
 
 from lora_search.errors import ConfigError
 from lora_search.settings.rules import require, require_choice, require_range
-from lora_search.trial import STARTS, Bias, Schedule
+from lora_search.trial import MODULES, STARTS, Bias, Schedule
 
 INITS = r"kaiming|gaussian|olora|pissa(_niter_[1-9]\d{0,2})?"
 INITS_SHOWN = "kaiming, gaussian, olora, pissa or pissa_niter_N, such as pissa_niter_16"
-INIT_REMEDY = "Write kaiming for PEFT's True; its others need a pass over the data, or a base for each trial"
+INIT_REMEDY = "Write kaiming for PEFT's True; pissa and olora begin with factors of the base's weights"
+OF_DATA = (
+    "takes a pass over the data with the base for each trial. Use pissa, which begins with the weights' own"
+)
+NOT_OFFERED_INITS = {
+    **dict.fromkeys(("eva", "corda", "lora_ga"), OF_DATA),
+    "loftq": "quantizes the base anew for each trial, and all share one. Use pissa over a base that is not "
+    "quantized, or kaiming with model.quantization=nf4",
+}
 BIAS_REMEDY = (
     "PEFT's all trains those of norms and of layers without adapters too, which all trials share: write "
     "lora_only, with lora.target_modules=all-linear for more layers"
@@ -47,6 +55,7 @@ class LoraConfig:
     use_dora: bool = False  # DoRA: a trained magnitude for each output of an adapted layer
     trainable_token_indices: Any = None  # ids of tokens whose embeddings are trained too: [128002,128003]
     trainable_token_head: bool = False  # their rows of a head that is not tied to the embedding, too
+    modules_to_save: Any = None  # copies that are trained whole: [embed_tokens,lm_head], or one of them
     bias: str = "none"  # lora_only: the biases of adapted layers that have one are trained too
     rank_pattern: Any = None  # other ranks, by the end of a layer's name: {q_proj: 32}
     alpha_pattern: Any = None
@@ -57,7 +66,9 @@ class LoraConfig:
         self.alpha_for_rank(self.r)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)", "Try 0.05")
         is_init = re.fullmatch(INITS, self.init) is not None
-        require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", INIT_REMEDY)
+        reason = NOT_OFFERED_INITS.get(self.init)
+        remedy = f"{self.init} {reason}" if reason else INIT_REMEDY
+        require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", remedy)
         fits, rule = (
             not (self.use_dora and self.init.startswith(STARTS)),
             f"cannot be true with lora.init={self.init}",
@@ -78,6 +89,12 @@ class LoraConfig:
             rule,
             "Give their ids",
         )
+        _check_modules(self.modules_to_save)
+        fits, rule = not (has_ids and self.modules_to_save), "cannot be set with lora.trainable_token_indices"
+        remedy = (
+            "A whole embedding has the rows of all tokens: set one of the two, or search one by when(...)"
+        )
+        require(fits, "lora.modules_to_save", self.modules_to_save, rule, remedy)
         for key in ("rank_pattern", "alpha_pattern"):
             _check_pattern(f"lora.{key}", getattr(self, key))
         for name, r in (self.rank_pattern or {}).items():
@@ -134,6 +151,15 @@ def _check_ids(ids: object) -> None:
         (len(found or []) <= MAX_TOKENS, f"must be at most {MAX_TOKENS} ids"),
     ):
         require(holds, "lora.trainable_token_indices", ids, rule, "Write '[128002,128003]'; null trains none")
+
+
+def _check_modules(modules: object) -> None:
+    known = isinstance(modules, list) and set(map(str, modules)) <= set(MODULES)
+    rule = f"must be a list of {' and '.join(MODULES)}, as all other modules are shared by the trials"
+    remedy = "Write '[embed_tokens,lm_head]'; adapt linear layers by lora.target_modules"
+    require(modules is None or known, "lora.modules_to_save", modules, rule, remedy)
+    is_unique = not isinstance(modules, list) or len(set(modules)) == len(modules)
+    require(is_unique, "lora.modules_to_save", modules, "must name each module once", "Remove the repeated")
 
 
 def _check_pattern(key: str, pattern: object) -> None:

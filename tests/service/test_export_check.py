@@ -37,6 +37,7 @@ def trained(
         {"trainable_token_indices": (7, 9)},
         {"rank_pattern": (("q_proj", 8),)},
         {"bias": "lora_only"},
+        {"modules_to_save": ("embed_tokens", "lm_head")},
     ],
 )
 def test_what_was_exported_is_checked_in_one_line(

@@ -186,8 +186,16 @@ def test_the_help_shows_sweeps_groups_and_settings(own_folder: Path) -> None:
 BAD = [
     ("+x=1", "x: there is no such setting. See --help."),
     ("+foo.bar=1", "foo.bar: there is no such setting."),
-    ("+lora.modules_to_save=[lm_head]", "lora.trainable_token_indices rows of the embedding too, but"),
-    ("++lora.target_parameters=[experts]", "no whole embeddings, heads or experts, and the base is shared. "),
+    (
+        "++lora.target_parameters=[experts]",
+        "lora.trainable_token_indices, but no experts, and the base is sha",
+    ),
+    (
+        "+lora.loftq_config.loftq_bits=4",
+        "lora.loftq_config.loftq_bits: there is no such setting, as loftq quantizes the base anew for each",
+    ),
+    ("+lora.eva_config={}", "as eva takes a pass over the data with the base for each trial. Use pissa"),
+    ("+lora.ensure_weight_tying=true", "lora.ensure_weight_tying: is an option of PEFT that is not offered"),
     ("+lora.lora_bias=true", "lora.lora_bias: is an option of PEFT that is not offered: a trial trains"),
     ("lora.bias=all", "lora.bias: must be none or lora_only, got 'all'. PEFT's all trains those of norms"),
     ("++optim.foo=1", "optim.foo: there is no such setting. Did you mean optim.lr"),

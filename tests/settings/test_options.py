@@ -40,6 +40,25 @@ def test_trained_tokens_are_given_searched_and_counted_in_the_room() -> None:
     assert trial_settings(compose("smoke", ["lora.trainable_token_indices=[7,9]"]), {}) == found[1]
 
 
+def test_copies_of_modules_are_searched_and_counted_in_the_room() -> None:
+    both = ("embed_tokens", "lm_head")
+    config = compose("smoke", ["lora.modules_to_save=choice([],[lm_head],[lm_head,embed_tokens])"])
+    space = parse_space(config)
+    choices = space.distributions["lora.modules_to_save"].choices  # type: ignore[attr-defined]
+
+    found = [trial_settings(config, {"lora.modules_to_save": choice}) for choice in choices]
+
+    assert [settings.modules_to_save for settings in found] == [(), ("lm_head",), both]
+    assert Room.of_space(config, space).saved == ((), ("lm_head",), both)
+    assert "modules_to_save" not in found[0].record()  # digests stay as they were
+
+
+@pytest.mark.wrong_input
+def test_a_trial_trains_some_tokens_or_whole_modules() -> None:
+    with pytest.raises(ConfigError, match="^lora.modules_to_save: cannot be set with lora.trainable_token_"):
+        LoraConfig(modules_to_save=["lm_head"], trainable_token_indices=[7])
+
+
 def test_biases_are_searched_and_counted_in_the_room() -> None:
     config = compose("smoke", ["lora.bias=choice(none,lora_only)", "lora.target_modules=[q_proj]"])
     space = parse_space(config)
@@ -115,6 +134,9 @@ def test_settings_of_the_command_line_reach_the_trial() -> None:
         ("trainable_token_indices", list(range(1025))),
         ("init", "eva"),
         ("bias", "all"),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", ["norm"]),
+        ("modules_to_save", ["lm_head", "lm_head"]),
         ("init", "pissa_niter_0"),
     ],
 )
@@ -177,6 +199,19 @@ def test_a_setting_that_changes_some_trial_is_accepted(overrides: list[str]) -> 
             "must be of type str, got True. Write kaiming for PEFT's",
         ),
         ("lora.init=true", "must be kaiming, gaussian, olora, pissa or pissa_niter_N"),
+        (
+            "lora.init=eva",
+            "got 'eva'. eva takes a pass over the data with the base for each trial. Use pissa",
+        ),
+        (
+            "lora.init=choice(corda,pissa)",
+            "corda takes a pass over the data with the base for each trial. Use",
+        ),
+        (
+            "lora.init=loftq",
+            "loftq quantizes the base anew for each trial, and all share one. Use pissa over",
+        ),
+        ("lora.modules_to_save=[norm]", "as all other modules are shared by the trials, got ['norm']. Write"),
     ],
 )
 def test_the_bound_that_is_broken_is_named(text: str, told: str) -> None:
