@@ -112,6 +112,8 @@ def describe_search(config: SweepConfig, space: Space) -> list[str]:
     if not space.expressions:
         return ["searching nothing: one trial with the given settings"]
     lines = [f"searching {', '.join(f'{key} {text}' for key, text in space.expressions.items())}"]
+    if config.pruner.chooses:
+        lines.append(f"pruner={config.pruner.name} chooses new settings too: no sampler draws them")
     outside = space.outside(config)
     if outside and config.study.first_trial_is_default:
         given = ", ".join(f"{key}={value}" for key, value in outside.items())

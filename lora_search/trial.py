@@ -252,6 +252,7 @@ class TrialRow:
     ended: float | None = None
     worker: str = ""  # the process that trained it last
     metric: "AnswerScore | None" = None  # None: its answers were not scored
+    is_paused: bool = False  # counts as PRUNED and may go on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,20 @@ def write_own(storage: RDBStorage, study_id: int, key: str, value: object) -> No
             session.add(StudySystemAttributeModel(**row, value_json=json.dumps(value)))
 
 
+def write_latest(storage: RDBStorage, study_id: int, key: str, value: object) -> None:
+    """Set a system attribute that several workers write; of two that are the first at once, one does."""
+    with suppress(IntegrityError):
+        write_own(storage, study_id, key, value)
+
+
+def read_latest(storage: RDBStorage, study_id: int, key: str) -> Any:
+    """Return one system attribute of a study; None if there is none."""
+    row = StudySystemAttributeModel
+    with Session(storage.engine) as session:
+        text = session.query(row.value_json).filter_by(study_id=study_id, key=key).scalar()
+    return None if text is None else json.loads(text)
+
+
 class Turn:
     """Work on a study that any worker may do, on whichever machine, but only one at a time.
 

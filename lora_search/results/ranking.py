@@ -25,7 +25,7 @@ def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
     Without such trials, the best pruned one; None if nothing has been measured.
     """
     measured = [row for row in rows if row.state != "FAIL" and sortable(row.perplexity) < math.inf]
-    hopeful = [row for row in measured if row.state != "PRUNED"]
+    hopeful = [row for row in measured if row.state != "PRUNED" or row.is_paused]
     return min(hopeful or measured, key=merit, default=None)
 
 

@@ -7,8 +7,10 @@ nats, above 0.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,16 +22,19 @@ GROWTH = 1.2  # the process is fitted again once there are so many times as many
 FALL = 3.0  # standard deviations from the first rung to the last, where all is promised
 CLIP = 3.0  # where diverged values are cut: so many distances from best to median above the median
 JITTER = 1e-6
+MOST_CELLS = 500  # that the process is conditioned on: its cost grows with their cube
 
 
 @dataclass(frozen=True)
 class Curves:
     """Trials so far, by number. A promise, 0 to 1, is how good the settings should be by what is known
-    before. A value is nan where the bare base was measured."""
+    before. A value is nan where the bare base was measured, infinite where training diverged. Lengths are in
+    rungs; without them all trials have as many as the longest."""
 
     points: list[Sequence[float]] = field(default_factory=list)
     promises: list[float] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 class Cells(NamedTuple):
@@ -125,63 +130,164 @@ class Posterior:
         return found
 
 
+class Places(NamedTuple):
+    """Trials and new points, with the places that each has on its curve; K those of the longest trial. What
+    is promised falls with the share of the data."""
+
+    x_ID: Tensor
+    trained_I: Tensor  # rungs
+    length_I: Tensor
+    share_IK: Tensor
+    promised_IK: Tensor
+
+    def cells(self, who_C: Tensor) -> Cells:
+        """Return all places of some trials."""
+        who_N = who_C.repeat_interleave(self.share_IK.shape[1])
+        return Cells(self.x_ID[who_N], self.share_IK[who_C].flatten(), who_N)
+
+
+def places_of(
+    curves: Curves, new: Sequence[Sequence[float]], promises: Sequence[float], num_rungs: int
+) -> Places:
+    """Return trials, then new points; these have all rungs."""
+    values = [*curves.values, *([] for _ in new)]
+    lengths = [*(curves.lengths or [num_rungs] * len(curves.values)), *[num_rungs] * len(new)]
+    promise_I = torch.tensor([*curves.promises, *promises], dtype=torch.float64)
+    rungs_K, length_I = torch.arange(1, num_rungs + 1), torch.tensor(lengths)
+    share_IK = torch.log(rungs_K.double() / length_I[:, None])
+    fall_IK = FALL * (1 + share_IK / math.log(num_rungs)) if num_rungs > 1 else 0 * share_IK
+    return Places(
+        torch.tensor([*curves.points, *new], dtype=torch.float64),
+        torch.tensor([len(one) for one in values]),
+        length_I,
+        share_IK,
+        fall_IK * promise_I[:, None],
+    )
+
+
 class FreezeThaw:
-    """Chooses what trains next. ``num_rungs``: those of a full trial."""
+    """Chooses what trains next. ``num_rungs``: those of the longest trial."""
 
     def __init__(self, num_settings: int, num_rungs: int, seed: int) -> None:
         self.theta, self.num_fitted = prior(num_settings)[0], 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.share_K = torch.log(torch.arange(1, num_rungs + 1).double() / num_rungs)
-        self.fall_K = FALL * (1 - self.share_K / self.share_K[0])
+        self.num_rungs = num_rungs
+
+    @property
+    def fitted(self) -> list[float]:
+        """What `recall` needs to go on as if it were this object: how many values were fitted, and theta."""
+        return [float(self.num_fitted), *self.theta.tolist()]
+
+    def recall(self, fitted: Sequence[float]) -> None:
+        """Go on from what was fitted, unless it was for other settings."""
+        if len(fitted) == 1 + len(self.theta):
+            self.num_fitted, self.theta = int(fitted[0]), torch.tensor(fitted[1:], dtype=torch.float64)
 
     def choose(
-        self, curves: Curves, new: Sequence[Sequence[float]], promises: Sequence[float], slots: int
+        self,
+        curves: Curves,
+        new: Sequence[Sequence[float]],
+        promises: Sequence[float],
+        slots: int,
+        *,
+        able: Sequence[int] | None = None,
+        running: Sequence[int] = (),
+        worth: float = 0.0,
     ) -> list[int]:
         """Return what trains in each slot up to its next rung: the number of a trial or, counted on from
         these, the index of a new point. Until a trial has finished, the best keep half of the slots. There
-        must be two values, and no fewer candidates than slots."""
-        trained_I = torch.tensor([len(values) for values in curves.values] + [0] * len(new))
-        x_ID = torch.tensor([*curves.points, *new], dtype=torch.float64)
-        promise_I = torch.tensor([*curves.promises, *promises], dtype=torch.float64)
-        best, posterior = self._learn(curves, x_ID, promise_I)
-        open_C = (trained_I < len(self.share_K)).nonzero()[:, 0]
-        cost_CK = torch.arange(1, len(self.share_K) + 1) - trained_I[open_C, None]
-        fall_CK = self.fall_K * promise_I[open_C, None]
-        mean_CK, sd_CK = (one.view(cost_CK.shape) for one in posterior.marginal(self._cells(open_C, x_ID)))
-        gain_CK = improvement(best, mean_CK - fall_CK, sd_CK)
-        rate_C = (gain_CK / cost_CK.clamp_min(1) * (cost_CK > 0)).amax(1)
-        leading = (open_C[:, None] == torch.tensor(self._leaders(curves, slots // 2))[None]).any(1)
-        pool_P = (rate_C + 1e9 * leading).topk(min(POOL, len(rate_C))).indices
-        samples = posterior.samples(self._cells(open_C[pool_P], x_ID), self.generator)
-        y_PKS = samples.view(len(pool_P), len(self.share_K), SAMPLES) - fall_CK[pool_P, :, None]
-        y_PKS = y_PKS.masked_fill(cost_CK[pool_P, :, None] < 1, math.inf).cummin(1).values
-        first = [int(p) for p in leading[pool_P].nonzero()[:, 0]]
-        picks = share_out(best, y_PKS, cost_CK[pool_P].clamp_min(1), rate_C[pool_P], first, slots)
-        return [int(open_C[pool_P[pick]]) for pick in picks]
+        must be two values.
 
-    def _learn(self, curves: Curves, x_ID: Tensor, promise_I: Tensor) -> tuple[Tensor, Posterior]:
-        """Return the best value in standard units, and the process of how far values exceed the promise."""
-        rows = [(i, k, v) for i, values in enumerate(curves.values) for k, v in enumerate(values)]
-        told = [row for row in rows if not math.isnan(row[2])]
-        who_N, rung_N = (torch.tensor(column) for column in list(zip(*told, strict=True))[:2])
-        y_N = torch.tensor([value for _, _, value in told], dtype=torch.float64).log()
+        ``able``: the trials that can go on, all by default; ``running``: those that train in other slots.
+        ``worth``: once a trial has finished, nothing is chosen that is not expected to lower the best
+        perplexity by this share.
+        """
+        known = range(len(curves.values))
+        places = places_of(curves, new, promises, self.num_rungs)
+        best, share, posterior = self._learn(curves, places)
+        going = [n for n in (known if able is None else able) if places.trained_I[n] < places.length_I[n]]
+        open_C = torch.tensor([*running, *going, *range(len(known), len(places.x_ID))], dtype=torch.long)
+        if not len(open_C):
+            return []
+        cost_CK, gain_CK = gains(places, posterior, best, open_C)
+        rate_C = (gain_CK / cost_CK.clamp_min(1)).amax(1)
+        most = (len(running) + slots) // 2 if not has_finished(curves, places) else 0
+        is_seated_C = torch.arange(len(open_C)) < len(running)
+        leads_C = torch.isin(open_C, leaders(curves, [*running, *going], most)) & ~is_seated_C
+        pool_P = (rate_C + 1e9 * leads_C + 1e18 * is_seated_C).topk(min(POOL, len(rate_C))).indices
+        y_PKS = self._sampled(places, posterior, open_C[pool_P], cost_CK[pool_P])
+        seated, first = is_seated_C[pool_P].nonzero()[:, 0], leads_C[pool_P].nonzero()[:, 0]
+        picks = share_out(
+            best, y_PKS, cost_CK[pool_P].clamp_min(1), rate_C[pool_P], [*seated.tolist(), *first.tolist()],
+            min(len(seated) + slots, len(pool_P)),
+        )  # fmt: skip
+        chosen_C = pool_P[picks[len(seated) :]]
+        is_worth_C = (gain_CK.amax(1) * share >= worth) | (not has_finished(curves, places))
+        return [int(n) for n in open_C[chosen_C[is_worth_C[chosen_C]]]]
+
+    def _learn(self, curves: Curves, places: Places) -> tuple[Tensor, float, Posterior]:
+        """Return the best value in standard units, the share of the best perplexity that is one of them, and
+        the process of how far values exceed the promise."""
+        who, rung, nats = zip(*told_cells(curves), strict=True)
+        who_N, rung_N = torch.tensor(who), torch.tensor(rung)
+        y_N = torch.tensor(nats, dtype=torch.float64).log()
         y_N = y_N.clamp_max(y_N.median() + CLIP * (y_N.median() - y_N.min()).clamp_min(1e-3))
-        y_N = (y_N - y_N.mean()) / y_N.std().clamp_min(JITTER)
-        known = Cells(x_ID[who_N], self.share_K[rung_N], who_N)
-        more_N = y_N + self.fall_K[rung_N] * promise_I[who_N]
-        if len(told) >= GROWTH * self.num_fitted:
-            self.theta, self.num_fitted = fit(self.theta, known, more_N), len(told)
-        return y_N.min(), Posterior(self.theta, known, more_N)
+        sd = y_N.std().clamp_min(JITTER)
+        share = float(sd * y_N.min().exp())
+        y_N = (y_N - y_N.mean()) / sd
+        known = Cells(places.x_ID[who_N], places.share_IK[who_N, rung_N], who_N)
+        more_N = y_N + places.promised_IK[who_N, rung_N]
+        if len(y_N) >= GROWTH * self.num_fitted:
+            self.theta, self.num_fitted = fit(self.theta, known, more_N), len(y_N)
+        return y_N.min(), share, Posterior(self.theta, known, more_N)
 
-    def _cells(self, who_C: Tensor, x_ID: Tensor) -> Cells:
-        """Return all rungs of some trials."""
-        who_N = who_C.repeat_interleave(len(self.share_K))
-        return Cells(x_ID[who_N], self.share_K.repeat(len(who_C)), who_N)
+    def _sampled(self, places: Places, posterior: Posterior, who_P: Tensor, cost_PK: Tensor) -> Tensor:
+        """Return joint samples of the lowest value from now up to each rung, [P, K, S]."""
+        samples = posterior.samples(places.cells(who_P), self.generator)
+        y_PKS = samples.view(*cost_PK.shape, SAMPLES) - places.promised_IK[who_P, :, None]
+        return y_PKS.masked_fill(~is_ahead(places, who_P, cost_PK)[:, :, None], math.inf).cummin(1).values
 
-    def _leaders(self, curves: Curves, most: int) -> list[int]:
-        told = {i: [v for v in vs if not math.isnan(v)] for i, vs in enumerate(curves.values)}
-        most *= all(len(values) < len(self.share_K) for values in curves.values)
-        return sorted((i for i in told if told[i]), key=lambda i: min(told[i]))[:most]
+
+def gains(places: Places, posterior: Posterior, best: Tensor, who_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many rungs trials have to train to each place, and by how much they are expected to be below
+    the best there, [C, K]; 0 where they have been and beyond their end."""
+    cost_CK = torch.arange(1, places.share_IK.shape[1] + 1) - places.trained_I[who_C, None]
+    mean_CK, sd_CK = (one.view(cost_CK.shape) for one in posterior.marginal(places.cells(who_C)))
+    gain_CK = improvement(best, mean_CK - places.promised_IK[who_C], sd_CK)
+    return cost_CK, gain_CK * is_ahead(places, who_C, cost_CK)
+
+
+def is_ahead(places: Places, who_C: Tensor, cost_CK: Tensor) -> Tensor:
+    return (cost_CK > 0) & (places.trained_I[who_C, None] + cost_CK <= places.length_I[who_C, None])
+
+
+def has_finished(curves: Curves, places: Places) -> bool:
+    return any(len(vs) >= int(length) for vs, length in zip(curves.values, places.length_I, strict=False))
+
+
+def leaders(curves: Curves, among: Sequence[int], most: int) -> Tensor:
+    """Return the best of these trials, which have been measured."""
+    measured = {i: value for i in sorted(among) if (value := lowest(curves.values[i])) < math.inf}
+    return torch.tensor(sorted(measured, key=lambda i: measured[i])[:most], dtype=torch.long)
+
+
+def lowest(values: Sequence[float]) -> float:
+    return min((value for value in values if not math.isnan(value)), default=math.inf)
+
+
+def told_cells(curves: Curves) -> list[tuple[int, int, float]]:
+    """Return trial, rung - 1 and value of what was measured, at most MOST_CELLS: beyond that the whole curves
+    of the best trials, first and last values of the next best, and of an even share of the others."""
+    told = [[(i, k, v) for k, v in enumerate(vs) if not math.isnan(v)] for i, vs in enumerate(curves.values)]
+    told = [cells for cells in told if cells]
+    if sum(map(len, told)) <= MOST_CELLS:
+        return [cell for cells in told for cell in cells]
+    told.sort(key=lambda cells: min(value for _, _, value in cells))
+    lengths = list(accumulate(map(len, told)))
+    num_whole = bisect_right(lengths, MOST_CELLS // 2)
+    others = [[cells[0], cells[-1]][: len(cells)] for cells in told[num_whole:]]
+    stride = math.ceil(2 * len(others) / (MOST_CELLS // 2))
+    return sorted(cell for cells in [*told[:num_whole], *others[::stride]] for cell in cells)
 
 
 def share_out(

@@ -125,6 +125,13 @@ class Standings:
         return (-rung, best) if math.isfinite(best) else NOBODY
 
 
+class ThawPruner(pruners.BasePruner):
+    """Stops nothing when Optuna asks: the study pauses trials as `thawing` decides."""
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return False
+
+
 def stopped_by_optuna(study: Study, judged: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
     """Return the trials that one of Optuna's rules stops, once all reports of the pass are written.
 
@@ -146,6 +153,8 @@ def make_pruner(config: PrunerConfig, num_rungs: int) -> pruners.BasePruner:
     match config.name:
         case "asha":
             return RungPruner(first, config.factor)
+        case "freeze_thaw":
+            return ThawPruner()
         case "hyperband":
             return pruners.HyperbandPruner(first, num_rungs, config.factor)
         case "median":

@@ -75,6 +75,32 @@ class PerTrialSampler(samplers.BaseSampler):
         self._current.after_trial(study, trial, state, values)
 
 
+class Chosen(samplers.BaseSampler):
+    """Draws what a rule chooses; at random what that leaves open. ``choose`` gets the trial's number."""
+
+    def __init__(self, seed: int) -> None:
+        self.choose: Callable[[int], Mapping[str, object]] = lambda number: {}
+        self._seed, self._last = seed, (-1, dict[str, object]())
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, object]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> object:
+        if self._last[0] != trial.number:
+            self._last = trial.number, dict(self.choose(trial.number))
+        if param_name in self._last[1]:
+            return self._last[1][param_name]
+        random = samplers.RandomSampler(seed=draw_seed(self._seed, trial.number))
+        return random.sample_independent(study, trial, param_name, param_distribution)
+
+
 class Outlook(samplers.BaseSampler):
     """Shows a sampler a limited view of one study: all trials up to NUM_SPREAD, beyond that the best and an
     even share of the others, and the newest NUM_OPEN of the unfinished, so that a draw costs the same at any

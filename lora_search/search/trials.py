@@ -46,6 +46,7 @@ def trial_row(trial: FrozenTrial) -> TrialRow:
         began=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         worker=text_of(trial, "worker"),
+        is_paused=bool(trial.user_attrs.get(PAUSED)) and trial.datetime_complete is None,
     )
 
 

@@ -104,7 +104,7 @@ class PrunerConfig:
     resume_paused: bool = False  # asha: resume a stopped trial once it ranks among the top of its rung
 
     def __post_init__(self) -> None:
-        names = ("asha", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
+        names = ("asha", "freeze_thaw", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         require_choice("pruner.name", self.name, names)
         require_range("pruner.first_rung", self.first_rung, 1, 100_000)
         require_range("pruner.reduction_factor", self.factor, 2, 1000, "Try 2 or 3")
@@ -114,6 +114,11 @@ class PrunerConfig:
         fits = self.name == "asha" or not self.resume_paused
         require(fits, "pruner.resume_paused", self.resume_paused, rule, "Use pruner=asha")
         require_range("pruner.n_startup_trials", self.n_startup_trials, 0, 100_000)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the rule also chooses the settings of new trials, in place of the sampler."""
+        return self.name == "freeze_thaw"
 
     @property
     def factor(self) -> int:
@@ -139,7 +144,7 @@ class StudyConfig:
     first_trials: bool = True  # the next ones use learning rates that worked well for other models
     sample_answers: int = 3  # validation questions that base and best answer in the report
     choose_by: str = "perplexity"  # or metric: the winner has the best answers; pruning goes by perplexity
-    keep_gib: float = 1.0  # disk space for checkpoints of paused trials (pruner.resume_paused)
+    keep_gib: float | None = None  # disk space for paused trials' checkpoints; null: 1, with freeze_thaw 20
 
     def __post_init__(self) -> None:
         known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name)
@@ -155,7 +160,8 @@ class StudyConfig:
             ("heartbeat_seconds", 1, DAY), ("patience_seconds", 0, 365 * DAY), ("max_retries", 0, 1000),
             ("max_failures_in_a_row", 1, 100_000), ("keep_gib", 0, 1_000_000), ("sample_answers", 0, 20),
         ):  # fmt: skip
-            require_range(f"study.{key}", getattr(self, key), least, most)
+            if (value := getattr(self, key)) is not None:
+                require_range(f"study.{key}", value, least, most)
 
     def _check_limits(self) -> None:
         for key, most in (

@@ -62,7 +62,7 @@ class Draws:
         while duplicates < MAX_DUPLICATES_IN_A_ROW and not self.outdated:
             self.ledger.read()
             self._fail_strangers()
-            if not self._has_room():
+            if not self.has_room():
                 return None
             trial = self._ask()
             if trial is None or not self._sign(trial, worker):
@@ -140,8 +140,9 @@ class Draws:
                 trial.write({"worker": worker})
         return is_free or is_held_by(trial.seen, worker)
 
-    def _has_room(self) -> bool:
-        """Return whether one more trial may be drawn; enqueue an untried point if the sampler repeats."""
+    def has_room(self) -> bool:
+        """Return whether one more trial may be drawn; enqueue an untried point if the sampler repeats. Notes
+        it where the space is exhausted."""
         if self.ledger.count(*FINISHED, TrialState.RUNNING) >= self.config.study.most_trials:
             return False
         if self.ledger.count(TrialState.WAITING):

@@ -84,6 +84,11 @@ class Ledger:
             limits=tuple(limits),
         )
 
+    @property
+    def best_perplexity(self) -> float:
+        """That of the best COMPLETE trial; infinity without one."""
+        return self._best[0]
+
     def first_with(self, params: Mapping[str, object], before: int) -> int | None:
         """Return the first trial with these parameters that has not failed and either has a lower number or
         has begun: an enqueued trial may be claimed after a later one."""

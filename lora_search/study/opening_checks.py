@@ -10,8 +10,8 @@ from lora_search.database.storage import quieten_optuna
 from lora_search.database.stored_study import outline_of
 from lora_search.errors import ConfigError
 from lora_search.search.pruning import make_pruner
-from lora_search.search.sampling import make_sampler
-from lora_search.settings.schema import PrunerConfig, StudyConfig, SweepConfig
+from lora_search.search.sampling import Chosen, make_sampler
+from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, require
 from lora_search.settings.space import Space, largest
 from lora_search.study.budget import KEY, Interval, is_at_work
 from lora_search.study.identity import Identity
@@ -59,5 +59,10 @@ def check_study(
     """Return sampler and pruner. Raises ConfigError if they do not fit this space or these rungs."""
     quieten_optuna()
     num_rungs = largest(config, space, "train.epochs") * config.train.evals_per_epoch
+    if config.pruner.chooses:
+        name, rule = config.sampler.name, f"draws nothing beside pruner={config.pruner.name}"
+        remedy = "Leave sampler out: the rule chooses new settings itself"
+        require(name in (SamplerConfig().name, "random"), "sampler.name", name, rule, remedy)
+        return Chosen(config.seed), make_pruner(config.pruner, num_rungs)
     sampler = make_sampler(config.sampler, space.distributions, config.seed, space.parents)
     return sampler, make_pruner(config.pruner, num_rungs)

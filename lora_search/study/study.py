@@ -24,7 +24,7 @@ from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
 from lora_search.search.priors import first_points
 from lora_search.search.pruning import stopped_by_optuna
-from lora_search.search.sampling import Outlook
+from lora_search.search.sampling import Chosen, Outlook
 from lora_search.search.trials import FINISHED, is_bare, settled, trial_rows
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import StudyConfig, SweepConfig
@@ -37,7 +37,7 @@ from lora_search.study.held_trials import HeldTrials
 from lora_search.study.identity import Identity, give_identity, number_of
 from lora_search.study.ledger import Ledger
 from lora_search.study.opening_checks import check_adoptable, check_study
-from lora_search.study.pausing import Pauses, drop_checkpoint
+from lora_search.study.pausing import drop_checkpoint, make_pauses
 from lora_search.study.provenance import PEAK, attributes_of, describe, standing
 from lora_search.study.view import StudyView
 from lora_search.study.widening import take_changes
@@ -51,17 +51,9 @@ class SweepStudy:
     """The study as one worker uses it."""
 
     def __init__(
-        self,
-        config: SweepConfig,
-        space: Space,
-        storage: RDBStorage,
-        study: optuna.Study,
-        folder: Path,
-        identity: Identity,
-        *,
-        began: float | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+        self, config: SweepConfig, space: Space, storage: RDBStorage, study: optuna.Study, folder: Path,
+        identity: Identity, *, began: float | None = None, clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
         self.config, self.space, self.storage, self.study, self.folder = config, space, storage, study, folder
         self.table = TrialTable(storage, study.study_name)
         self.ledger = Ledger(Changes(storage, self.table.study_id).read, study.pruner)
@@ -79,24 +71,22 @@ class SweepStudy:
         epoch_tokens = number_of(attributes_of(study), "data.train_tokens")
         self.budget = Budget(config, self.account, self.ledger, epoch_tokens)
         self.draws = Draws(config, space, study, self.table, self.ledger)
-        pauses = Pauses(config.study, self.table, self.ledger, self.trials_folder)
-        self.pauses = pauses if config.pruner.resume_paused else None
+        self.num_slots = 1  # of this worker
+        self._at_rung: set[int] = set()  # held trials that have reached a rung since the last judgement
+        width = number_of(attributes_of(study), BASE_WIDTH)
+        self.pauses = make_pauses(config, space, self.table, self.ledger, self.trials_folder, width)
+        if isinstance(study.sampler, Chosen) and self.pauses is not None:
+            study.sampler.choose = self.pauses.new_point
         self._failures: list[str] = []  # reasons of this worker's failures since its last good trial
         self._last_heartbeat = self._last_reclaim = -math.inf
         self._last_beat = time.time()  # wall-clock time, which also counts while the machine sleeps
 
     @classmethod
     def open(
-        cls,
-        config: SweepConfig,
-        space: Space,
-        fingerprint: Mapping[str, str],
-        attributes: Mapping[str, str],
-        folder: Path,
-        *,
-        began: float | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> "SweepStudy":
+        cls, config: SweepConfig, space: Space, fingerprint: Mapping[str, str],
+        attributes: Mapping[str, str], folder: Path, *,
+        began: float | None = None, clock: Callable[[], float] = time.time,
+    ) -> "SweepStudy":  # fmt: skip
         """Create or continue the study. Raises FingerprintError if it was made with other settings.
 
         The budget counts this worker's time from ``began``, in epoch seconds of ``clock``.
@@ -142,6 +132,7 @@ class SweepStudy:
             runs.append(run)
         if self.pauses is not None and not runs and not self.held and self.budget.has_room(()):
             self.pauses.end()
+            self.draws.has_room()  # notes it where the space is exhausted
         return runs
 
     def report(self, measurements: Sequence[Measurement]) -> None:
@@ -149,6 +140,7 @@ class SweepStudy:
         numbers = dict.fromkeys(m.trial_number for m in measurements)
         news = {number: [m for m in measurements if m.trial_number == number] for number in numbers}
         for number, trained in self.trials.report(news).items():
+            self._at_rung.add(number)
             self.budget.reach(number, trained, len(self.held))
 
     def judge(self) -> list[Stop]:
@@ -161,6 +153,7 @@ class SweepStudy:
         taken = dict.fromkeys(held.keys() - {t.number for t in mine}, "taken over by another worker")
         judged = [t for t in mine if (t.last_step or 0) < self.held[t.number]]
         reasons = taken | self._losers(judged)
+        self._at_rung.clear()
         return [Stop(trial_number=number, reason=reasons[number]) for number in sorted(reasons)]
 
     def beyond_budget(self, at_rung: Sequence[int]) -> list[Stop]:
@@ -237,10 +230,8 @@ class SweepStudy:
     @property
     def is_finished(self) -> bool:
         """Whether no trial is left to claim: the total is reached, or the space is exhausted."""
-        if self.draws.exhausted:
-            return True
         self.ledger.read()
-        is_full = self.ledger.count(*FINISHED) >= self.config.study.most_trials
+        is_full = self.draws.exhausted or self.ledger.count(*FINISHED) >= self.config.study.most_trials
         return is_full and not any(t.state in FINISHED for t in self.ledger.open)  # none is paused
 
     def check_failures(self) -> None:
@@ -310,7 +301,8 @@ class SweepStudy:
             return None
         if self.pauses is not None:
             self.ledger.read()
-            self.pauses.promote()
+            if not self.pauses.promote(self.num_slots - len(self.held)):
+                return None
         while (number := self.draws.draw(self.worker)) is not None:
             if (run := self._take(number)) is not None:
                 return run
@@ -332,6 +324,9 @@ class SweepStudy:
         )
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
+        if self.pauses is not None and self.config.pruner.chooses:
+            at_rung = [trial for trial in judged if trial.number in self._at_rung]
+            return self.pauses.losers(at_rung, self.num_slots - len(self.held))
         if self.ledger.standings is not None:
             return self.ledger.standings.losers(judged)
         trained = [trial for trial in judged if not is_bare(trial)]

@@ -56,6 +56,7 @@ class Worker:
         check_interrupt: Callable[[], None],
     ) -> None:
         self.study, self.engine, self.tracker, self.progress = study, engine, tracker, progress
+        study.num_slots = len(engine.slots)
         self.check_interrupt = check_interrupt
         self.outbox = Outbox(study.config.study)
         self.summary: StudySummary | None = None

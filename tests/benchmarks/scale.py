@@ -36,7 +36,6 @@ from lora_search.study.study import SUMMARY_PER_TRIAL, SUMMARY_SECONDS, SweepStu
 from lora_search.trial import Measurement, Stop, StudySummary, TrialRun
 from lora_search.worker.worker import Worker
 from tests.benchmarks.crowd import crowd, others_report
-from tests.benchmarks.search import best_possible
 from tests.benchmarks.simulated import Engine, Silent, recorded_task, sweep
 from tests.benchmarks.study import SPACE, measurement
 from tests.servers import processes_of, real_postgres, sqlalchemy_uri
@@ -309,7 +308,7 @@ def simulate(workers: int, n_trials: int, prices: dict[str, Price], cores: int) 
             heapq.heappush(queue, (due, number))
     end = max(one.study.now for one in crews)
     idle = sum(one.study.idle for one in crews) / sum(one.study.now for one in crews)
-    goal = 1.01 * best_possible(task)
+    goal = 1.01 * task.best()
     best = next((when for when, value in hall.bests if value <= goal), math.inf)
     store = hall.store
     return (

@@ -26,7 +26,9 @@ from lora_search.trial import Measurement, TrialRun
 from lora_search.worker.command import Command, received
 from lora_search.worker.team import told_to_launcher
 from lora_search.worker.worker import work
-from tests.benchmarks.surrogate import Surrogate, Task, families
+from tests.benchmarks.families import families
+from tests.benchmarks.search import Task, seen
+from tests.benchmarks.surrogate import Surrogate
 
 RUNGS, SLOTS, NAME = 8, 4, "simulated"
 SPACE = {
@@ -49,6 +51,13 @@ def sweep(storage: str, n_trials: int, sampler: str = "tpe", pruner: str = "asha
 def recorded_task() -> Task:
     """Return curves as they were recorded of SmolLM2 on the construction FAQ."""
     return Surrogate(families("faq")[0]).task(0)
+
+
+def leave_checkpoint(run: TrialRun) -> None:
+    """Write what a trial can be resumed from."""
+    folder = Path(run.folder) / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state").write_bytes(b"x")
 
 
 @dataclass
@@ -83,7 +92,7 @@ class Engine:
         for run in runs:
             settings = run.settings
             point = dict(zip(KEYS, (settings.lr, settings.r, settings.batch_size), strict=True))
-            _, seen_K = self.task.seen(point, run.number)
+            _, seen_K = seen(self.task, point, [0, run.number])
             rung = max(run.perplexities, default=0)
             self.seated[run.number] = Seated(run, seen_K, rung, self.now() + self._seconds(run))
 
@@ -110,14 +119,15 @@ class Engine:
         one.rung, one.due = one.rung + 1, one.due + self._seconds(one.run)
         so_far = one.curve_K[: one.rung]
         best = min(so_far)
-        if one.rung == RUNGS:
+        leave_checkpoint(one.run)
+        if one.rung == len(one.curve_K):
             del self.seated[one.run.number]
         value = float(one.curve_K[one.rung - 1])
         return Measurement(
             trial_number=one.run.number, rung=one.rung, examples_seen=100 * one.rung,
             train_tokens=1000 * one.rung, train_seconds=1.0, tokens_per_second=1.0,
             validation_loss=math.log(value), perplexity=value, best_rung=1 + list(so_far).index(best),
-            best_perplexity=float(best), steps=(), ended="finished" if one.rung == RUNGS else None,
+            best_perplexity=float(best), steps=(), ended="finished" if one.rung == len(one.curve_K) else None,
         )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """A forecast against replays of recorded curves, and its arithmetic."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from optuna.pruners import MedianPruner, NopPruner
 
 from lora_search.search.forecast import Probe, Shape, forecast, shares_trained, trials_within
-from lora_search.search.pruning import RungPruner
+from lora_search.search.pruning import RungPruner, ThawPruner
 from tests.benchmarks.pruning import recorded_curves
 from tests.replay import replay
 
@@ -28,6 +30,14 @@ def test_the_range_that_pruning_leaves_holds_what_recorded_curves_train() -> Non
 def test_without_pruning_everything_is_trained_and_an_unknown_rule_has_a_wide_range() -> None:
     assert shares_trained(NopPruner(), SHAPE, seed=0) == (1.0, 1.0, 1.0)
     assert shares_trained(MedianPruner(), SHAPE, seed=0) == (1 / 8, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1.0), (10, 0.67), (14, 0.59), (1000, 0.42)])
+def test_freeze_thaw_trains_the_less_of_its_trials_the_more_there_are(count: int, expected: float) -> None:
+    least, mean, most = shares_trained(ThawPruner(), replace(SHAPE, num_trials=count), seed=0)
+
+    assert mean == pytest.approx(expected, abs=0.01)
+    assert least <= mean <= most
 
 
 def test_a_trial_takes_its_training_and_its_evaluations_and_workers_share_the_trials() -> None:

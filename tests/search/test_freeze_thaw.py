@@ -3,11 +3,23 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from lora_search.search.freeze_thaw import Cells, Curves, FreezeThaw, Posterior, cost, fit, improvement, prior
+from lora_search.search.freeze_thaw import (
+    MOST_CELLS,
+    Cells,
+    Curves,
+    FreezeThaw,
+    Posterior,
+    cost,
+    fit,
+    improvement,
+    prior,
+    told_cells,
+)
 
 NUM_RUNGS, SLOTS = 5, 4
 
@@ -125,3 +137,89 @@ def test_settings_that_promise_nothing_wait_for_those_that_promise_much() -> Non
     chosen = FreezeThaw(3, NUM_RUNGS, 0).choose(curves, new, [1.0] * 10 + [0.0] * 10, SLOTS)
 
     assert max(chosen) < 4 + 10
+
+
+def spread(num_trials: int, num_rungs: int) -> Curves:
+    """Trials whose values fall by the rung and are the better the lower their number."""
+    return trained(*([3.0 + 0.1 * i - 0.05 * k for k in range(num_rungs)] for i in range(num_trials)))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_trains_elsewhere_is_not_chosen_and_its_gain_is_not_sought_twice(place: int) -> None:
+    curves, new = trained([3.0, 2.9], [3.1, 3.0], []), [[0.1, 0.5, 0.1], [0.9, 0.5, 0.9]]
+    curves.points[:] = [[0.5, 0.5, 0.5], [0.45, 0.5, 0.5], new[place]]
+
+    chosen = FreezeThaw(3, NUM_RUNGS, 0).choose(curves, new, [1.0, 1.0], 1, able=[], running=[2])
+    all_of_them = FreezeThaw(3, NUM_RUNGS, 0).choose(curves, new, [1.0, 1.0], 4, able=[1], running=[0, 2])
+
+    assert chosen == [3 + (1 - place)]
+    assert sorted(all_of_them) == [1, 3, 4]
+
+
+def test_only_those_that_are_able_to_go_on() -> None:
+    curves = spread(6, 2)
+
+    chosen = FreezeThaw(3, NUM_RUNGS, 0).choose(curves, [], [], 4, able=[2, 5])
+
+    assert sorted(chosen) == [2, 5]
+
+
+def test_a_short_trial_has_finished_at_its_own_end() -> None:
+    curves = spread(3, 2)
+    curves.lengths.extend([2, NUM_RUNGS, NUM_RUNGS])
+
+    assert sorted(FreezeThaw(3, NUM_RUNGS, 0).choose(curves, [], [], 3)) == [1, 2]
+
+
+def test_with_a_finished_trial_nobody_goes_on_who_is_not_worth_it() -> None:
+    flat = [[2.0, 1.9, 1.9, 1.9, 1.9], [2.5, 2.45, 2.45, 2.45], [2.6, 2.55, 2.55, 2.55]]
+    close = [[2.0, 1.9, 1.9, 1.9, 1.9], [2.2, 2.0, 1.8], [2.6, 2.55, 2.55, 2.55]]
+
+    assert FreezeThaw(3, NUM_RUNGS, 0).choose(trained(*flat), [], [], 2, worth=0.001) == []
+    assert FreezeThaw(3, NUM_RUNGS, 0).choose(trained(*close), [], [], 2, worth=0.001) == [1]
+    unfinished = [values[:4] for values in flat]
+    assert FreezeThaw(3, NUM_RUNGS, 0).choose(trained(*unfinished), [], [], 2, worth=0.001) != []
+
+
+def test_a_diverged_trial_counts_as_bad_and_spoils_nothing() -> None:
+    curves = trained([3.0, 2.9], [3.1, 3.0], [3.05, math.inf], [2.95, math.inf])
+    curves.points[:] = [[0.1, 0.5, 0.5], [0.2, 0.5, 0.5], [0.8, 0.5, 0.5], [0.9, 0.5, 0.5]]
+    new = [[0.15, 0.5, 0.5], [0.85, 0.5, 0.5]]
+    rules = [FreezeThaw(3, NUM_RUNGS, seed) for seed in range(5)]
+
+    chosen = [rule.choose(curves, new, [0.5] * 2, 1, able=[]) for rule in rules]
+
+    assert chosen == [[4]] * 5
+    assert bool(rules[0].theta.isfinite().all())
+
+
+def test_what_was_fitted_is_all_that_a_decision_takes_from_those_before() -> None:
+    curves, new = spread(8, 3), np.random.default_rng(0).random((20, 3)).tolist()
+    first = FreezeThaw(3, NUM_RUNGS, 0)
+    first.choose(spread(5, 2), new, [1.0] * 20, SLOTS)
+    again, other = FreezeThaw(3, NUM_RUNGS, 7), FreezeThaw(3, NUM_RUNGS, 7)
+    again.recall(first.fitted)
+    other.recall(FreezeThaw(4, NUM_RUNGS, 0).fitted)  # of another space
+
+    chosen = again.choose(curves, new, [1.0] * 20, SLOTS)
+
+    first.generator.manual_seed(7)
+    assert chosen == first.choose(curves, new, [1.0] * 20, SLOTS)
+    assert again.fitted == first.fitted
+    assert other.num_fitted == 0
+
+
+def test_beyond_a_number_of_cells_the_best_keep_their_curves_and_others_first_and_last() -> None:
+    curves = spread(400, NUM_RUNGS)
+    curves.values[399] = [math.nan, 9.0]
+
+    cells = told_cells(curves)
+
+    rungs = [[k for i, k, _ in cells if i == number] for number in range(400)]
+    assert len(cells) <= MOST_CELLS
+    assert rungs[:40] == [list(range(NUM_RUNGS))] * 40
+    assert {tuple(found) for found in rungs[60:]} == {(), (0, NUM_RUNGS - 1)} | (
+        {(1,)} if rungs[399] else set()
+    )
+    assert sum(map(bool, rungs[60:])) > 80
+    assert len(told_cells(spread(20, NUM_RUNGS))) == 20 * NUM_RUNGS

@@ -136,7 +136,7 @@ def work_until_killed(folder: Path) -> None:
         *((sampler, "asha") for sampler in ("tpe", "gp", "random", "grid", "qmc", "cmaes")),
         *(
             ("random", pruner)
-            for pruner in ("hyperband", "median", "percentile", "patient", "wilcoxon", "none")
+            for pruner in ("freeze_thaw", "hyperband", "median", "percentile", "patient", "wilcoxon", "none")
         ),
         ("tpe", "hyperband"),
     ],
