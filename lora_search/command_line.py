@@ -9,19 +9,20 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_search.errors import ConfigError, InputError, LoraSearchError
 from lora_search.output.streams import exit_code, guarded_streams
 from lora_search.output.terminal import Progress
-from lora_search.results.ranking import best_of
+from lora_search.results.record import StudyRecord
 from lora_search.settings.composition import DEFAULT_SWEEP, compose_section, compose_study
 from lora_search.settings.explanations import known_keys
 from lora_search.settings.recorded import recorded_config
-from lora_search.settings.schema import StudyConfig, SweepConfig
+from lora_search.settings.schema import StudyConfig, SweepConfig, require
 from lora_search.settings.secrets import remember_all
+from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 from lora_search.worker.interrupts import EXIT_CODE
 
@@ -71,6 +72,24 @@ def find_study(arguments: argparse.Namespace) -> FoundStudy:
     return FoundStudy(study, Path(runs_dir))
 
 
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study that exists, with the settings that it recorded and what it has so far."""
+
+    view: StudyView
+    config: SweepConfig
+    record: StudyRecord
+
+
+def open_study(arguments: argparse.Namespace) -> OpenStudy:
+    """Return the study that a command line names. Raises as `find_study` does,
+    and ConfigError if it does not exist."""
+    found = find_study(arguments)
+    view = StudyView(found.config)
+    record = StudyRecord(view.rows(), view.attributes(), found.folder)
+    return OpenStudy(view, _recorded(arguments, found, record.attributes), record)
+
+
 def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, str]:
     """Return the command's own keys, given or at their defaults; remove them from the overrides. Raises
     InputError for a key that is nearly one of them."""
@@ -85,28 +104,25 @@ def take(arguments: argparse.Namespace, known: Mapping[str, str]) -> dict[str, s
     return {**known, **given}
 
 
-def chosen_trial(key: str, text: str, rows: Sequence[TrialRow]) -> TrialRow:
+def chosen_trial(key: str, text: str, record: StudyRecord) -> TrialRow:
     """Return the trial with that number, or the best if the text is empty. Raises ConfigError."""
     if not text:
-        best = best_of(rows)
-        if best is None:
+        if record.best is None:
             raise ConfigError(key, "none", "no trial is complete yet", "Run the sweep first.")
-        return best
-    found = [row for row in rows if str(row.number) == text and row.perplexity is not None]
-    if not found:
-        measured = ", ".join(str(row.number) for row in rows if row.perplexity is not None)
-        raise ConfigError(key, text, "must be a trial that has a perplexity", f"There are: {measured}.")
-    return found[0]
+        return record.best
+    measured = {str(row.number): row for row in record.rows if row.perplexity is not None}
+    there_are = f"There are: {', '.join(measured)}."
+    require(text in measured, key, text, "must be a trial that has a perplexity", there_are)
+    return measured[text]
 
 
 def whole_number(key: str, text: str) -> int:
     """Return the number that a key of a command's own was given. Raises ConfigError."""
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(key, text, "must be a whole number >= 1")
+    require(text.isdigit() and int(text) >= 1, key, text, "must be a whole number >= 1")
     return int(text)
 
 
-def recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
+def _recorded(arguments: argparse.Namespace, found: FoundStudy, attributes: Mapping[str, str]) -> SweepConfig:
     """Return the settings that the study recorded, with `engine` and `artifacts` keys of the command line."""
     config = recorded_config(attributes, found.config)
     typed = [key.partition("=")[0] for key in arguments.overrides]

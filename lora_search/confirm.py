@@ -5,6 +5,7 @@ Retrains the best trials with fresh seeds and compares them. Imports torch only 
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from lora_search.output.streams import greet
 
@@ -13,7 +14,7 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, recorded, run, study_parser, take, whole_number
+from lora_search.command_line import open_study, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
 from lora_search.output.shared_files import bring_files
 from lora_search.output.status_text import confirmed_table
@@ -22,8 +23,8 @@ from lora_search.output.tracking_study import track_confirmation
 from lora_search.page.report import write_report
 from lora_search.results.confirmation_text import verdicts
 from lora_search.results.ranking import base_of, ranked
+from lora_search.results.record import StudyRecord
 from lora_search.study.folder import own_folder
-from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
 OWN = {"confirm.top": "", "confirm.seeds": "3"}
@@ -45,31 +46,28 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
     own = take(arguments, OWN)
     seeds, text = whole_number("confirm.seeds", own["confirm.seeds"]), own["confirm.top"]
     top = whole_number("confirm.top", text) if text else None
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    rows, attributes = view.rows(), view.attributes()
+    study = open_study(arguments)
+    view, config, rows, folder = study.view, study.config, study.record.rows, study.record.folder
     trials = best_trials(rows, top, seeds)
-    base, config = base_of(attributes), recorded(arguments, found, attributes)
-    own_folder(found.config, found.folder)
-    bring_files(config, attributes, rows, found.folder, progress)
+    base_of(study.record.attributes)
+    own_folder(config.study, folder)
+    bring_files(config, study.record, progress)
 
     listed = ", ".join(map(str, trials))
-    progress.event(f"study {found.config.name}: trials {listed}, {seeds} fresh seeds each")
+    progress.event(f"study {config.study.name}: trials {listed}, {seeds} fresh seeds each")
 
     from lora_search.service import retraining
 
-    done = retraining.confirm(config, view, found.folder, trials, seeds, progress)
+    done = retraining.confirm(config, view, folder, trials, seeds, progress)
     progress.console.print(confirmed_table(done, rows))
     for sentence in verdicts(done, rows):
         progress.console.print(sentence, markup=False, soft_wrap=True)
-    path = found.folder / "report.html"
-    known = view.attributes()
-    write_report(rows, known, base, path)
-    progress.event(f"wrote {path}")
-    track_confirmation(config, rows, known, found.folder)
+    record = StudyRecord(rows, view.attributes(), folder)
+    progress.event(f"wrote {write_report(record)}")
+    track_confirmation(config, record)
 
 
-def best_trials(rows: list[TrialRow], asked: int | None, seeds: int) -> list[int]:
+def best_trials(rows: Sequence[TrialRow], asked: int | None, seeds: int) -> list[int]:
     """Return the best complete trials, TOP at most if no number is asked for. Raises ConfigError if there are
     too few."""
     if seeds < 2:

@@ -14,14 +14,14 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, recorded, run, study_parser
+from lora_search.command_line import open_study, run, study_parser
 from lora_search.errors import ConfigError, InputError, StudyError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.dashboard_note import remove_files
 from lora_search.output.shared_files import copies_of
 from lora_search.output.terminal import Progress
 from lora_search.study.folder import find_owned
-from lora_search.study.view import StudyView, delete_study
+from lora_search.study.view import delete_study
 
 
 def main() -> int:
@@ -35,25 +35,22 @@ def delete(arguments: argparse.Namespace, progress: Progress) -> None:
     """Ask, then delete copies, study and folder: what may fail first, so that the command can be repeated."""
     if not any(text.startswith("study.name=") for text in arguments.overrides):
         raise InputError("study.name: must be given to delete a study. Add study.name=NAME.")
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    find_owned(found.config, found.folder)
-    alive = sum(not is_dead for is_dead in view.workers().values())
+    study = open_study(arguments)
+    attributes, folder, name = study.record.attributes, study.record.folder, study.view.config.name
+    find_owned(study.view.config, folder)
+    alive = sum(not is_dead for is_dead in study.view.workers().values())
     if alive:
-        raise StudyError(f"study.name: {found.config.name!r} has {alive} running workers. Stop them first.")
-    num_trials = len(view.rows())
-    what = f"study {found.config.name!r} with {num_trials} trials and the folder {found.folder}"
-    if not arguments.yes and not agrees(found.config.name, what, progress):
-        raise ConfigError("study.name", found.config.name, "was not confirmed, so nothing is deleted")
-    attributes = view.attributes()
-    copies = copies_of(recorded(arguments, found, attributes), attributes)
-    if copies is not None:
+        raise StudyError(f"study.name: {name!r} has {alive} running workers. Stop them first.")
+    what = f"study {name!r} with {len(study.record.rows)} trials and the folder {folder}"
+    if not arguments.yes and not agrees(name, what, progress):
+        raise ConfigError("study.name", name, "was not confirmed, so nothing is deleted")
+    if (copies := copies_of(study.config, attributes)) is not None:
         copies.delete()
-    delete_study(found.config)
-    with explained_writing(found.folder):
-        remove_files(found.runs_dir, attributes.get("study_id", found.config.name))
-        if found.folder.is_dir():
-            shutil.rmtree(found.folder)
+    delete_study(study.view.config)
+    with explained_writing(folder):
+        remove_files(folder.parent, attributes.get("study_id", name))
+        if folder.is_dir():
+            shutil.rmtree(folder)
     progress.event(f"deleted {what}")
 
 

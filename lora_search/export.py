@@ -16,15 +16,12 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import chosen_trial, find_study, recorded, run, study_parser, take
+from lora_search.command_line import chosen_trial, open_study, run, study_parser, take
 from lora_search.files.atomic import write_file
 from lora_search.output.model_card import model_card, serving_lines
 from lora_search.output.shared_files import adapter_here, bring_files
 from lora_search.output.terminal import Progress
-from lora_search.results.certainty import certainty_of
 from lora_search.service.export_folder import check_target, copy_adapter, is_true, merge_to
-from lora_search.study.stored_results import read_test_score
-from lora_search.study.view import StudyView
 
 OWN = {"trial": "", "merge": "false", "to": ""}
 
@@ -41,16 +38,14 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
     """Write the folder and report its path."""
     own = take(arguments, OWN)
     is_merged = is_true("merge", own["merge"])
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    rows, attributes = view.rows(), view.attributes()
-    row = chosen_trial("trial", own["trial"], rows)
-    tokenizer, config = found.folder / "tokenizer", recorded(arguments, found, attributes)
+    study = open_study(arguments)
+    config, record = study.config, study.record
+    row, tokenizer = chosen_trial("trial", own["trial"], record), record.folder / "tokenizer"
     name = f"trial-{row.number}-merged" if is_merged else f"trial-{row.number}"
-    to = Path(own["to"]) if own["to"] else found.folder / "export" / name
+    to = Path(own["to"]) if own["to"] else record.folder / "export" / name
     check_target(to)
-    bring_files(config, attributes, rows, found.folder, progress, [row.number])
-    adapter = adapter_here(found.folder, row.number)
+    bring_files(config, record, progress, [row.number])
+    adapter = adapter_here(record.folder, row.number)
     if not tokenizer.is_dir():
         progress.event(f"warning: {tokenizer} does not exist: {to} gets no tokenizer and no chat template")
     merged = None
@@ -58,11 +53,9 @@ def export(arguments: argparse.Namespace, progress: Progress) -> None:
         merged = merge_to(config, adapter, tokenizer, to, row.perplexity or math.nan, progress)
     else:
         copy_adapter(adapter, tokenizer, to)
-    to_base = certainty_of(rows, found.folder).against_base.get(row.number)
-    card = model_card(row, attributes, to_base, read_test_score(attributes), merged)
-    write_file(to / "README.md", card.encode())
+    write_file(to / "README.md", model_card(row, record, merged).encode())
     progress.event(f"wrote {to}")
-    lines = serving_lines(row, attributes, to, is_merged=is_merged)
+    lines = serving_lines(row, record.attributes, to, is_merged=is_merged)
     progress.show("\n".join(["Serve or share it (docs/serving.md):", *(f"  {line}" for line in lines)]))
 
 

@@ -16,16 +16,7 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import (
-    FoundStudy,
-    chosen_trial,
-    find_study,
-    recorded,
-    run,
-    study_parser,
-    take,
-    whole_number,
-)
+from lora_search.command_line import chosen_trial, open_study, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError
 from lora_search.files.atomic import write_file
 from lora_search.output.model_card import model_card
@@ -33,12 +24,11 @@ from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.page.report import write_report
 from lora_search.results.ranking import base_of
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import line_of_final
 from lora_search.service.export_folder import check_target, copy_adapter, is_true, merge_to
-from lora_search.settings.schema import SweepConfig
 from lora_search.study.folder import own_folder
-from lora_search.study.stored_results import FinalAdapter, add_final, read_finals, read_test_score
-from lora_search.study.view import StudyView
+from lora_search.study.stored_results import FinalAdapter, add_final, read_finals
 
 OWN = {"rows": "train+validation", "seeds": "1", "trial": "", "merge": "false", "to": ""}
 SPLITS = {"train+validation": ("train", "validation"), "all": ("train", "validation", "test")}
@@ -63,31 +53,33 @@ def final(arguments: argparse.Namespace, progress: Progress) -> None:
         raise ConfigError("rows", own["rows"], f"must be one of {', '.join(SPLITS)}")
     if seeds > MOST_SEEDS:
         raise ConfigError("seeds", seeds, f"must be at most {MOST_SEEDS}")
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    attributes, rows = view.attributes(), view.rows()
-    row = chosen_trial("trial", own["trial"], rows)
+    study = open_study(arguments)
+    config, record, view = study.config, study.record, study.view
+    row = chosen_trial("trial", own["trial"], record)
     name = f"final-trial-{row.number}" + ("-all" if own["rows"] == "all" else "")
-    to = Path(own["to"]) if own["to"] else found.folder / "export" / (name + ("-merged" if is_merged else ""))
+    to = (
+        Path(own["to"]) if own["to"] else record.folder / "export" / (name + ("-merged" if is_merged else ""))
+    )
     check_target(to)
-    base_of(attributes)
-    own_folder(found.config, found.folder)
-    config = recorded(arguments, found, attributes)
-    bring_files(config, attributes, rows, found.folder, progress)
+    base_of(record.attributes)
+    own_folder(config.study, record.folder)
+    bring_files(config, record, progress)
     progress.event(
-        f"study {found.config.name}: the settings of trial {row.number}, up to rung {row.best_rung}"
+        f"study {config.study.name}: the settings of trial {row.number}, up to rung {row.best_rung}"
     )
 
     from lora_search.service import final as training
 
     settings = view.settings_of(row.number)
-    trained = training.train_final(config, row, settings, found.folder, SPLITS[own["rows"]], seeds, progress)
+    trained = training.train_final(config, row, settings, record.folder, SPLITS[own["rows"]], seeds, progress)
     for one in trained:
         place = to if seeds == 1 else to / f"seed-{one.seed}"
-        merged = export_one(
-            found, config, one.adapter, place, one.perplexity if is_merged else None, progress
-        )
-        record = FinalAdapter(
+        tokenizer, merged = record.folder / "tokenizer", None
+        if is_merged:
+            merged = merge_to(config, one.adapter, tokenizer, place, one.perplexity, progress)
+        else:
+            copy_adapter(one.adapter, tokenizer, place)
+        made = FinalAdapter(
             trial=row.number,
             rung=row.best_rung or 0,
             splits=SPLITS[own["rows"]],
@@ -97,30 +89,12 @@ def final(arguments: argparse.Namespace, progress: Progress) -> None:
             folder=str(place),
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        card = model_card(row, attributes, None, read_test_score(attributes), merged, record)
-        write_file(place / "README.md", card.encode())
-        add_final(found.config, read_finals(view.attributes()), record)
+        write_file(place / "README.md", model_card(row, record, merged, made).encode())
+        add_final(config.study, read_finals(view.attributes()), made)
         training.forget(one)
-        progress.event(line_of_final(record))
-    path = found.folder / "report.html"
-    write_report(view.rows(), view.attributes(), base_of(attributes), path)
-    progress.event(f"wrote {path}")
-
-
-def export_one(
-    found: FoundStudy,
-    config: SweepConfig,
-    adapter: Path,
-    to: Path,
-    expected: float | None,
-    progress: Progress,
-) -> tuple[float, str] | None:
-    """Write adapter and tokenizer, or merged weights where ``expected`` is their perplexity."""
-    tokenizer = found.folder / "tokenizer"
-    if expected is not None:
-        return merge_to(config, adapter, tokenizer, to, expected, progress)
-    copy_adapter(adapter, tokenizer, to)
-    return None
+        progress.event(line_of_final(made))
+    written = write_report(StudyRecord(view.rows(), view.attributes(), record.folder))
+    progress.event(f"wrote {written}")
 
 
 if __name__ == "__main__":

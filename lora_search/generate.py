@@ -18,21 +18,11 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import (
-    chosen_trial,
-    find_study,
-    recorded,
-    run,
-    study_parser,
-    take,
-    whole_number,
-)
+from lora_search.command_line import chosen_trial, open_study, run, study_parser, take, whole_number
 from lora_search.errors import ConfigError, DataError, InputError
 from lora_search.files.atomic import write_file
 from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
-from lora_search.study.identity import find_identity
-from lora_search.study.view import StudyView
 
 if TYPE_CHECKING:
     from lora_search.service.plain_peft import Answerer
@@ -55,19 +45,14 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
     own = take(arguments, OWN)
     questions = take_questions(arguments, own)
     limits = {key: whole_number(key, own[key]) for key in ("max_new_tokens", "batch_size")}
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    rows = view.rows()
-    numbers = [chosen_trial("trials", text, rows).number for text in own["trials"].split(",")]
-    attributes, identity = view.attributes(), find_identity(found.config)
-    config = recorded(arguments, found, attributes)
-    bring_files(config, attributes, rows, found.folder, progress, numbers)
+    study = open_study(arguments)
+    config, record = study.config, study.record
+    numbers = [chosen_trial("trials", text, record).number for text in own["trials"].split(",")]
+    bring_files(config, record, progress, numbers)
 
     from lora_search.service.plain_peft import open_answerer
 
-    answerer = open_answerer(
-        config, identity.commit if identity else None, found.folder, numbers, limits["max_new_tokens"]
-    )
+    answerer = open_answerer(config, record.folder, numbers, limits["max_new_tokens"])
     if own["answers"]:
         answer_file(answerer, questions, numbers, limits["batch_size"], Path(own["answers"]), progress)
     else:

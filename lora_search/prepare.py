@@ -49,7 +49,7 @@ from lora_search.output.terminal import Progress
 from lora_search.reading.load import load_rows
 from lora_search.reading.rows import Loaded
 from lora_search.results.formatting import show_seconds
-from lora_search.settings.schema import DataConfig, ModelConfig, SweepConfig, require
+from lora_search.settings.schema import ModelConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
 from lora_search.settings.space import Space, largest
 from lora_search.study.fingerprint import (
@@ -88,11 +88,6 @@ def check_places(config: SweepConfig) -> Identity | None:
     if config.artifacts.uri is not None:
         check_uri(config.artifacts.uri)
     return identity
-
-
-def commits_of(identity: Identity | None, config: DataConfig) -> dict[str, str]:
-    """Return the commits of hub data sets that the study was started with."""
-    return identity.commits_of(config) if identity is not None else {}
 
 
 def check_amount(config: SweepConfig, space: Space, num_train: int) -> None:
@@ -184,6 +179,13 @@ def read_inputs(
     return Inputs(source, model, tokenizer, splits, content, width)
 
 
+def open_engine(config: SweepConfig, room: Room, inputs: Inputs) -> Engine:
+    """Return the engine on these inputs, with the base loaded."""
+    base = load_base(inputs.source, inputs.model, config.engine)
+    content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
+    return build_engine(config, room, base, inputs.splits, content)[0]
+
+
 def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Identity | None) -> None:
     """Check rows and settings, and compare them with the study's first start, as far as that is possible
     before the model is loaded. Raises InputError or FingerprintError."""
@@ -227,7 +229,8 @@ def prepare_sweep(
         progress.event(line)
     identity = check_places(config)
     keep_rule(config.pruner, identity)
-    rows = load_rows(config.data, None, knows_rows, progress.watch, commits_of(identity, config.data))
+    commits = identity.commits_of(config.data) if identity is not None else {}
+    rows = load_rows(config.data, None, knows_rows, progress.watch, commits)
     for note in rows.notes:
         progress.event(note)
     progress.event(f"base model {config.model.path}: reading")

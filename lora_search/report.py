@@ -14,15 +14,13 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, recorded, run, study_parser
+from lora_search.command_line import open_study, run, study_parser
 from lora_search.files.atomic import write_file
 from lora_search.output.shared_files import bring_files
 from lora_search.output.terminal import Progress
 from lora_search.page.report import write_report
 from lora_search.page.text_report import report_facts, report_markdown
-from lora_search.results.ranking import base_of
 from lora_search.study.folder import own_folder
-from lora_search.study.study import SweepStudy
 
 
 def main() -> int:
@@ -35,18 +33,16 @@ def main() -> int:
 
 def report(arguments: argparse.Namespace, progress: Progress) -> None:
     """Write the report and print its path."""
-    found = find_study(arguments)
-    rows, attributes = SweepStudy.read(found.config)
-    own_folder(found.config, found.folder)
-    bring_files(recorded(arguments, found, attributes), attributes, rows, found.folder, progress)
-    path, base = found.folder / f"report.{arguments.format}", base_of(attributes)
+    study = open_study(arguments)
+    own_folder(study.config.study, study.record.folder)
+    bring_files(study.config, study.record, progress)
+    path = study.record.folder / f"report.{arguments.format}"
     if arguments.format == "html":
-        write_report(rows, attributes, base, path)
+        write_report(study.record)
     elif arguments.format == "json":
-        known = report_facts(rows, attributes, base, found.folder)
-        write_file(path, json.dumps(known, indent=2, allow_nan=False).encode())
+        write_file(path, json.dumps(report_facts(study.record), indent=2, allow_nan=False).encode())
     else:
-        write_file(path, report_markdown(rows, attributes, base, found.folder).encode())
+        write_file(path, report_markdown(study.record).encode())
     progress.event(f"wrote {path}")
 
 

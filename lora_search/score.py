@@ -13,14 +13,11 @@ if __name__ == "__main__":  # the imports below take a second or more
 
 # isort: split
 
-from lora_search.command_line import find_study, recorded, run, study_parser
+from lora_search.command_line import open_study, run, study_parser
 from lora_search.errors import InputError, StudyError
 from lora_search.output.shared_files import adapter_here, bring_files
 from lora_search.output.terminal import Progress
-from lora_search.results.ranking import best_of
 from lora_search.results.verdict import line_of_test
-from lora_search.study.stored_results import read_test_score
-from lora_search.study.view import StudyView
 
 
 def main() -> int:
@@ -32,28 +29,25 @@ def main() -> int:
 
 def score(arguments: argparse.Namespace, progress: Progress) -> None:
     """Score and print the result."""
-    found = find_study(arguments)
-    view = StudyView(found.config)
-    attributes = view.attributes()
-    rows = view.rows()
-    best, before = best_of(rows), read_test_score(attributes)
+    study = open_study(arguments)
+    config, record, view = study.config, study.record, study.view
+    best, before, name = record.best, record.test, config.study.name
     if best is None:
-        raise StudyError(f"study.name: {found.config.name!r} has no complete trial yet. Run the sweep first.")
+        raise StudyError(f"study.name: {name!r} has no complete trial yet. Run the sweep first.")
     if before is not None and not arguments.again:
         raise InputError(
-            f"score: {found.config.name} was scored at {before.scored_at} ({line_of_test(before)}). A second "
+            f"score: {name} was scored at {before.scored_at} ({line_of_test(before)}). A second "
             "look makes the test split a second validation split. Add --again to score anyway, counted."
         )
-    config = recorded(arguments, found, attributes)
-    bring_files(config, attributes, rows, found.folder, progress, [best.number])
-    adapter_here(found.folder, best.number)
+    bring_files(config, record, progress, [best.number])
+    adapter_here(record.folder, best.number)
 
     from lora_search.service.reopen import reopen
     from lora_search.service.scoring import score_test
 
     opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
     has_rows = bool(opened.splits.test)
-    found_score = score_test(opened.engine, view, best, found.folder, before) if has_rows else None
+    found_score = score_test(opened.engine, view, best, record.folder, before) if has_rows else None
     if found_score is None:
         raise StudyError(
             f"data.test_fraction: {len(opened.splits.test)} test rows give no score, or another command has "

@@ -181,11 +181,12 @@ def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, p
     from lora_search.output.conclusion import conclude
     from lora_search.output.dashboard_note import note_result
     from lora_search.output.tracking_study import track_study
+    from lora_search.results.record import StudyRecord
 
-    folder = Path(config.runs_dir) / config.study.name
-    conclude(*found, config, progress)
-    note_result(config.study, *found, folder)
-    track_study(config, *found, folder)
+    record = StudyRecord(*found, Path(config.runs_dir) / config.study.name)
+    conclude(record, config, progress)
+    note_result(config.study, record)
+    track_study(config, record)
 
 
 def _read_arguments() -> Namespace:

@@ -20,15 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_search.data.order import DataAxis
-from lora_search.data.preparation import prepare, write_pairs
-from lora_search.data.store import used_tokens
-from lora_search.data.tokens import check_vocabulary
-from lora_search.engine.build import Room, build_engine
-from lora_search.engine.digest import content_before_loading, content_of
-from lora_search.engine.effect_checks import check_effect, check_outline
+from lora_search.data.preparation import write_pairs
+from lora_search.engine.build import Room
+from lora_search.engine.effect_checks import check_effect
 from lora_search.engine.engine import Engine
 from lora_search.errors import ConfigError
-from lora_search.model.loading import load_base, load_tokenizer, pin_model, resolve_model
+from lora_search.prepare import open_engine, read_inputs
 from lora_search.reading.load import load_rows
 from lora_search.settings.overlay import searchable_keys, trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
@@ -60,20 +57,11 @@ def train(
         )
         for i, trial in enumerate(chosen)
     ]
-    rows, source, room = load_rows(config.data), resolve_model(config.model), Room.of(chosen)
-    model = pin_model(source, config.model)
-    wanted = (room.targets, room.patterns, room.tokens, room.biased, room.saved)
-    num_embeddings, _ = check_outline(source, model, *wanted)
-    tokenizer = load_tokenizer(source, model)
-    splits = prepare(config, rows, tokenizer)
-    check_vocabulary(config.model.path, used_tokens(splits.parts), tokenizer, num_embeddings)
-    check_effect(chosen, DataAxis(splits.train, config.seed))
-    write_pairs(splits, place / "data")
-    before = content_before_loading(config, source, model, tokenizer, splits)
-    base = load_base(source, model, config.engine)
-    content = content_of(before, base, model, tokenizer)
-    engine, _ = build_engine(config, room, base, splits, content)
-    yield from train_all(engine, runs, stop)
+    room = Room.of(chosen)
+    inputs = read_inputs(config, load_rows(config.data), None, room)
+    check_effect(chosen, DataAxis(inputs.splits.train, config.seed))
+    write_pairs(inputs.splits, place / "data")
+    yield from train_all(open_engine(config, room, inputs), runs, stop)
 
 
 def train_all(

@@ -16,8 +16,9 @@ FLOORS = [  # from the ground up; a room, or a module that stands in no room
     {"engine", "results"},
     {"page"},
     {"output"},
-    {"worker", "training"},
+    {"worker"},
     {"prepare", "inspection"},
+    {"training"},
     {"service"},
     {"command_line"},
     {

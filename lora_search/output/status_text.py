@@ -8,16 +8,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.leaderboard import leaderboard
+from lora_search.output.leaderboard import leaderboard, plain_table
 from lora_search.output.slot_table import slot_table
-from lora_search.results.certainty import certainty_of
-from lora_search.results.confirmation import Confirmation, read_confirmation
+from lora_search.results.confirmation import Confirmation
 from lora_search.results.confirmation_text import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity, show_seconds
 from lora_search.results.ranking import best_of, searched_keys
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import line_of_final, line_of_test
 from lora_search.settings.recorded import recorded_values
-from lora_search.study.stored_results import read_finals, read_test_score
+from lora_search.study.stored_results import read_finals
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -26,7 +26,7 @@ STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
 
 def studies_table(views: Sequence[StudyView]) -> Table:
     """Return a line per study: how many trials are in which state, and the best against the base."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("study", no_wrap=True)
     for name in ("trials", "complete", "pruned", "failed", "running", "best", "change"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -49,9 +49,7 @@ def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
 
 def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Table:
     """Return the results of each trial's fresh seeds, the best mean first."""
-    table = Table(
-        title="Confirmation", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
+    table = plain_table("Confirmation")
     for name in HEADS:
         table.add_column(name, justify="right")
     for cells in confirmed_cells(confirmation, rows):
@@ -77,8 +75,8 @@ def seconds_left(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> flo
 
 def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
     """Return one study: its line, running trials, leaderboard and test score."""
-    rows, attributes, slots = view.rows(), view.attributes(), view.slots()
-    workers = view.workers()
+    rows, attributes = view.rows(), view.attributes()
+    record, slots, workers = StudyRecord(rows, attributes, folder), view.slots(), view.workers()
     parts: list[RenderableType] = [studies_table([view]), ""]
     if workers:
         alive = sum(not is_dead for is_dead in workers.values())
@@ -87,16 +85,13 @@ def study_page(view: StudyView, folder: Path, width: int) -> RenderableType:
         parts.append(f"{alive} of {len(workers)} workers alive, {len(slots)} slots busy{then}")
         parts += [slot_table(slots, searched_keys(rows), width), ""]
     if "base_perplexity" in attributes:
-        base = float(attributes["base_perplexity"])
-        parts.append(leaderboard(rows, base, certainty_of(rows, folder), width))
-    test = read_test_score(attributes)
-    if test is not None:
-        parts.append(Text(line_of_test(test, best_of(rows))))
+        parts.append(leaderboard(record, width))
+    if record.test is not None:
+        parts.append(Text(line_of_test(record.test, record.best)))
     parts += [Text(line_of_final(final)) for final in read_finals(attributes)]
-    confirmation = read_confirmation(attributes)
-    if confirmation.repeats:
-        sentences = [Text(sentence) for sentence in verdicts(confirmation, rows)]
-        parts += ["", confirmed_table(confirmation, rows), *sentences]
+    if record.confirmation.repeats:
+        sentences = [Text(sentence) for sentence in verdicts(record.confirmation, rows)]
+        parts += ["", confirmed_table(record.confirmation, rows), *sentences]
     report = folder / "report.html"
     if os.path.exists(report):
         parts.append(Text(f"report: {report}", style="dim"))

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_search.output.tracking import (
@@ -23,17 +22,15 @@ from lora_search.output.tracking import (
     open_trial,
     wandb_errors,
 )
-from lora_search.results.certainty import Certainty, certainty_of
-from lora_search.results.confirmation import Confirmation, read_confirmation
 from lora_search.results.confirmation_text import verdicts
 from lora_search.results.importance import importances
-from lora_search.results.ranking import base_of, best_of, is_final, ranked, searched_keys
+from lora_search.results.ranking import ranked, searched_keys
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import metric_name, state_of
 from lora_search.settings.overlay import trial_seed, trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
 from lora_search.study.provenance import PEAK
-from lora_search.study.stored_results import read_test_score
 from lora_search.trial import TrialRow, TrialRun
 
 if TYPE_CHECKING:
@@ -52,6 +49,7 @@ HEADS = (
     "train_seconds",
 )
 MOST_TAGGED = 20  # of the trials tied with the best; the leaderboard says it of all
+REPEAT_HEADS = ("trial", "seed", "perplexity", "rung", "train_tokens", "train_seconds")
 DUEL_HEADS = ("leader", "other", "change_percent", "standard_error", "is_sure", "seeds", "rows")
 NOTES = """\
 Report: {report}
@@ -59,32 +57,22 @@ Dashboard: optuna-dashboard {storage}
 Again: {command}"""
 
 
-def track_study(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def track_study(config: SweepConfig, record: StudyRecord) -> None:
     """Write the base's and the study's run, tag the best trials. Nothing if tracking is off or the study is
     not finished."""
-    if is_final(rows, attributes):
-        _write((track_base, track_summary, tag_best), config, rows, attributes, folder)
+    if record.is_final:
+        _write((track_base, track_summary, tag_best), config, record)
 
 
-def track_confirmation(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def track_confirmation(config: SweepConfig, record: StudyRecord) -> None:
     """Write the confirmation's run, unless tracking is off."""
-    _write((track_repeats,), config, rows, attributes, folder)
+    _write((track_repeats,), config, record)
 
 
-Part = Callable[[SweepConfig, Sequence[TrialRow], Mapping[str, str], Path], None]
+Part = Callable[[SweepConfig, StudyRecord], None]
 
 
-def _write(
-    parts: Sequence[Part],
-    config: SweepConfig,
-    rows: Sequence[TrialRow],
-    attributes: Mapping[str, str],
-    folder: Path,
-) -> None:
+def _write(parts: Sequence[Part], config: SweepConfig, record: StudyRecord) -> None:
     if config.tracker.name == "none":
         return
     try:
@@ -93,100 +81,82 @@ def _write(
         return
     try:
         for part in parts:
-            part(config, rows, attributes, folder)
+            part(config, record)
         wandb.teardown()
     except wandb_errors() as error:
         logger.warning("W&B: the study's own runs are missing: %s", first_line(error))
 
 
-def track_base(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def track_base(config: SweepConfig, record: StudyRecord) -> None:
     """Draw the base model as a level line, as far as any trial has gone."""
-    base = base_of(attributes)
-    run = open_own(config, attributes, folder, "base")
+    base, run = record.base, open_own(config, record, "base")
     run.define_metric(STEP_METRIC)
     run.define_metric("*", step_metric=STEP_METRIC)
-    for examples in sorted({0, max((row.examples_seen for row in rows), default=0)}):
+    for examples in sorted({0, max((row.examples_seen for row in record.rows), default=0)}):
         run.log({STEP_METRIC: examples, PERPLEXITY: base, LOSS: math.log(base)}, step=examples)
     run.finish()
 
 
-def track_summary(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def track_summary(config: SweepConfig, record: StudyRecord) -> None:
     """Write the study's tables and figures, and where its files are."""
     import wandb
 
-    run = open_own(config, attributes, folder, "study")
-    columns, cells = leaderboard_cells(rows, certainty_of(rows, folder), base_of(attributes))
+    run = open_own(config, record, "study")
+    columns, cells = leaderboard_cells(record)
     tables: dict[str, Any] = {"leaderboard": wandb.Table(columns=columns, data=cells)}
-    if mattered := importances(rows):
+    if mattered := importances(record.rows):
         shown = [[one.key, one.share, one.low, one.high, one.p_value] for one in mattered]
         names = ["setting", "share", "low", "high", "p_value"]
         tables["importance"] = wandb.Table(columns=names, data=shown)
     run.log(tables)
-    run.summary.update(figures(rows, attributes))
-    if config.tracker.log_adapter and (folder / "best/adapter").is_dir():
+    run.summary.update(figures(record))
+    if config.tracker.log_adapter and (record.folder / "best/adapter").is_dir():
         artifact = wandb.Artifact(f"{config.study.name}-best", type="adapter")
-        artifact.add_dir(str(folder / "best/adapter"))
+        artifact.add_dir(str(record.folder / "best/adapter"))
         run.log_artifact(artifact)
     run.finish()
 
 
-def track_repeats(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def track_repeats(config: SweepConfig, record: StudyRecord) -> None:
     """Write each fresh seed's result, the comparisons, and the verdict in words."""
     import wandb
 
-    found = read_confirmation(attributes)
-    run = open_own(config, attributes, folder, "confirm")
-    heads, cells = confirmation_cells(found)
+    found, run = record.confirmation, open_own(config, record, "confirm")
+    cells = [[getattr(repeat, head) for head in REPEAT_HEADS] for repeat in found.repeats]
     duels = [
         [d.leader, d.other, 100 * d.change, 100 * d.change_error, d.is_sure, d.num_seeds, d.num_rows]
         for d in found.duels
     ]
     table = wandb.Table(columns=list(DUEL_HEADS), data=duels)
-    run.log({"repeats": wandb.Table(columns=heads, data=cells), "comparisons": table})
+    run.log({"repeats": wandb.Table(columns=list(REPEAT_HEADS), data=cells), "comparisons": table})
     means = {f"mean_perplexity/trial_{one.trial}": one.mean for one in found.fresh() if one.perplexities}
-    run.summary.update({"verdict": " ".join(verdicts(found, rows)), **means})
+    run.summary.update({"verdict": " ".join(verdicts(found, record.rows)), **means})
     run.finish()
 
 
-def confirmation_cells(found: Confirmation) -> tuple[list[str], list[list[object]]]:
-    """Return heads and rows of all retrainings, with unrounded numbers."""
-    heads = ["trial", "seed", "perplexity", "rung", "train_tokens", "train_seconds"]
-    return heads, [[getattr(repeat, head) for head in heads] for repeat in found.repeats]
-
-
-def tag_best(
-    config: SweepConfig, rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path
-) -> None:
+def tag_best(config: SweepConfig, record: StudyRecord) -> None:
     """Tag the best trial's run, and those of the trials tied with it. They were closed before the best was
     known, so each is continued under its own id: `wandb sync` joins such parts in order of time."""
-    best = best_of(rows)
+    best = record.best
     if best is None or best.state != "COMPLETE":
         return
-    tied = certainty_of(rows, folder).tied(ranked(rows))[:MOST_TAGGED]
+    tied = record.certainty.tied(ranked(record.rows))[:MOST_TAGGED]
     for row, tag in [(best, "best"), *((row, "tied") for row in tied)]:
-        run = continue_trial(config, row, attributes, folder, tag)
-        run.summary.update(result_of(row, base_of(attributes)))
+        run = continue_trial(config, row, record, tag)
+        run.summary.update(result_of(row, record.base))
         run.finish()
 
 
-def continue_trial(
-    config: SweepConfig, row: TrialRow, attributes: Mapping[str, str], folder: Path, tag: str
-) -> "Run":
+def continue_trial(config: SweepConfig, row: TrialRow, record: StudyRecord, tag: str) -> "Run":
     """Return the run of an ended trial, opened once more with the tag; it keeps the config that it had."""
     run = TrialRun(
         number=row.number,
         seed=trial_seed(config, row.params, row.number),
         settings=trial_settings(config, row.params),
-        folder=str(folder / "trials" / str(row.number)),
-        study_id=attributes.get("study_id", ""),
+        folder=str(record.folder / "trials" / str(row.number)),
+        study_id=record.attributes.get("study_id", ""),
     )
-    return open_trial(config, run, facts_of_sweep(config) | tracked_facts(attributes), [tag])
+    return open_trial(config, run, facts_of_sweep(config) | tracked_facts(record.attributes), [tag])
 
 
 def result_of(row: TrialRow, base: float) -> dict[str, object]:
@@ -206,8 +176,9 @@ def result_of(row: TrialRow, base: float) -> dict[str, object]:
     return found
 
 
-def open_own(config: SweepConfig, attributes: Mapping[str, str], folder: Path, kind: str) -> "Run":
+def open_own(config: SweepConfig, record: StudyRecord, kind: str) -> "Run":
     """Return a run of the study itself, in its folder."""
+    attributes, folder = record.attributes, record.folder
     notes = NOTES.format(
         report=folder / "report.html",
         storage=redact(config.study.storage),
@@ -224,18 +195,16 @@ def tracked_facts(attributes: Mapping[str, str]) -> dict[str, str]:
     return {"git_commit": attributes.get("git_commit", ""), **kept}
 
 
-def leaderboard_cells(
-    rows: Sequence[TrialRow], certainty: Certainty, base: float
-) -> tuple[list[str], list[list[object]]]:
+def leaderboard_cells(record: StudyRecord) -> tuple[list[str], list[list[object]]]:
     """Return heads and rows of the leaderboard, the base first, with unrounded numbers."""
+    rows, base = record.rows, record.base
     keys, metric = searched_keys(rows), metric_name(rows)
     answers = next((row.metric.base for row in rows if row.metric is not None), None)
     scored: list[object] = [answers] if metric else []
     cells: list[list[object]] = [["base", "", base, 0.0, 0, 0, 0, 0.0, *scored, *("" for _ in keys)]]
-    best = best_of(rows)
     for row in ranked(rows):
         change = None if row.perplexity is None else 100 * (row.perplexity / base - 1)
-        state = "best" if row is best else state_of(row, certainty)
+        state = "best" if row is record.best else state_of(row, record.certainty)
         result = [str(row.number), state, row.perplexity, change, len(row.perplexities), row.best_rung]
         values = [str(row.params.get(key, "")) for key in keys]
         scored = [row.metric.score if row.metric else None] if metric else []
@@ -243,9 +212,9 @@ def leaderboard_cells(
     return [*HEADS, *([metric] if metric else []), *keys], cells
 
 
-def figures(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> dict[str, object]:
+def figures(record: StudyRecord) -> dict[str, object]:
     """Return the results of the study."""
-    best, base, test = best_of(rows), base_of(attributes), read_test_score(attributes)
+    rows, attributes, best, base, test = record.rows, record.attributes, record.best, record.base, record.test
     found: dict[str, object] = {
         "base_perplexity": base,
         "trials": len(rows),

@@ -44,6 +44,12 @@ class Comparison:
         return math.exp(self.difference) * self.error
 
     @property
+    def interval(self) -> str:
+        """The 95 % interval of the change, in words."""
+        low, high = (100 * (self.change + sign * SURE * self.change_error) for sign in (-1, 1))
+        return f"95 % interval {low:+.1f} to {high:+.1f} %"
+
+    @property
     def rows_needed(self) -> int | None:
         """How many such rows would separate the two if the difference is real; None if it is 0."""
         if self.difference == 0 or self.error == 0:

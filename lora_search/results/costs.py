@@ -1,27 +1,27 @@
 """The cost of a search, the savings of pruning, and the forecast. Pure, except for the forecast's file."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_search.results.formatting import show_count, show_seconds
+from lora_search.results.record import StudyRecord
 from lora_search.settings.recorded import recorded_values
 from lora_search.study.provenance import PEAK
-from lora_search.trial import TrialRow
 
 
-def costs(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
+def costs(record: StudyRecord) -> dict[str, str]:
     """Return the known costs by name."""
+    rows, attributes = record.rows, record.attributes
     trained = sum(row.train_tokens for row in rows)
     found = {
         "wall time at work": _hours(attributes.get("hours over all starts")),
         "device time": _hours(attributes.get("worker hours")),
         "of it training": show_seconds(sum(row.train_seconds for row in rows)),
         "tokens trained": show_count(trained),
-        "tokens that pruning saved": _saved(rows, attributes, trained),
+        "tokens that pruning saved": _saved(record, trained),
         "peak memory": _memory(attributes.get(PEAK)),
         "price": attributes.get("cost", ""),
-        **compared(rows, attributes, folder),
+        **compared(record),
     }
     return {name: text for name, text in found.items() if text}
 
@@ -31,20 +31,20 @@ def forecast_file(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.plan.json"
 
 
-def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Path) -> dict[str, str]:
+def compared(record: StudyRecord) -> dict[str, str]:
     """Return the forecast with the actual figures; nothing without a forecast for this number of trials."""
-    n_trials = recorded_values(attributes).get("study.n_trials")
+    n_trials = recorded_values(record.attributes).get("study.n_trials")
     try:
-        kept = json.loads(forecast_file(folder).read_text(encoding="utf-8"))
+        kept = json.loads(forecast_file(record.folder).read_text(encoding="utf-8"))
         low, expected, high = (float(value) for value in kept["seconds"])
         tokens = float(kept["tokens"][1])
-        hours = float(attributes["hours over all starts"])
+        hours = float(record.attributes["hours over all starts"])
         is_same = kept["n_trials"] == n_trials
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     if not is_same or n_trials is None:
         return {}
-    trained = sum(row.train_tokens for row in rows)
+    trained = sum(row.train_tokens for row in record.rows)
     return {
         "forecast of time": f"{show_seconds(expected)} ({show_seconds(low)} to {show_seconds(high)}); "
         f"took {show_seconds(hours * 3600)}",
@@ -52,11 +52,11 @@ def compared(rows: Sequence[TrialRow], attributes: Mapping[str, str], folder: Pa
     }
 
 
-def tokens_saved(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> int:
+def tokens_saved(record: StudyRecord) -> int:
     """Return how many tokens the pruned trials would still have trained, at their own pace, to their end."""
-    settings = recorded_values(attributes)
+    settings = recorded_values(record.attributes)
     saved = 0.0
-    for row in rows:
+    for row in record.rows:
         if row.state != "PRUNED" or not row.perplexities:
             continue
         epochs, evals = (
@@ -68,13 +68,10 @@ def tokens_saved(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> int
     return round(saved)
 
 
-def _saved(rows: Sequence[TrialRow], attributes: Mapping[str, str], trained: int) -> str:
-    saved = tokens_saved(rows, attributes)
-    return (
-        f"{show_count(saved)} ({100 * saved / (saved + trained):.0f} % of what all would have taken)"
-        if saved
-        else ""
-    )
+def _saved(record: StudyRecord, trained: int) -> str:
+    saved = tokens_saved(record)
+    share = f"{100 * saved / max(1, saved + trained):.0f} % of what all would have taken"
+    return f"{show_count(saved)} ({share})" if saved else ""
 
 
 def _hours(text: str | None) -> str:

@@ -1,16 +1,11 @@
 """The findings of a report in words: certainty, possible improvements, facts about the study. Pure."""
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lora_search.errors import LoraSearchError
-from lora_search.results.certainty import SURE, Certainty
-from lora_search.results.formatting import (
-    show_count,
-    show_difference,
-    show_perplexity,
-    show_seconds,
-)
+from lora_search.results.formatting import show_count, show_difference, show_perplexity, show_seconds
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import line_of_final, line_of_test, metric_line, tied_line
 from lora_search.settings.overlay import decoded
 from lora_search.settings.range_ends import edge_notes
@@ -19,7 +14,7 @@ from lora_search.settings.schema import StudyConfig
 from lora_search.settings.space import parse_space
 from lora_search.study.budget import WORKED
 from lora_search.study.provenance import LENGTHS, PEAK
-from lora_search.study.stored_results import read_finals, read_test_score
+from lora_search.study.stored_results import read_finals
 from lora_search.trial import TrialRow
 
 HIDDEN = (  # the settings say the same; shown elsewhere
@@ -28,44 +23,46 @@ HIDDEN = (  # the settings say the same; shown elsewhere
 )  # fmt: skip
 
 
-def how_sure(
-    rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow | None
-) -> list[str]:
+def how_sure(record: StudyRecord) -> list[str]:
     """Return the evidence of the rows for and against the winner, one sentence each."""
+    best = record.best
     if best is None:
         return []
     said: list[str] = []
-    to_base = certainty.against_base.get(best.number)
+    to_base = record.certainty.against_base.get(best.number)
     if to_base is not None:
-        low, high = (100 * (to_base.change + sign * SURE * to_base.change_error) for sign in (-1, 1))
         said.append(
             f"Against the base model on the same {to_base.num_rows} validation rows: "
-            f"{show_difference(to_base.change, to_base.change_error)} (95 % interval {low:+.1f} to "
-            f"{high:+.1f} %). The trial was chosen on these rows, so this is a little too good."
+            f"{show_difference(to_base.change, to_base.change_error)} ({to_base.interval}). "
+            "The trial was chosen on these rows, so this is a little too good."
         )
-    said += over_default(rows, attributes, certainty, best)
-    test = read_test_score(attributes)
-    line = line_of_test(test, best) if test else ""
-    said.append(f"{line[0].upper()}{line[1:]}." if test else "The test split has not been scored.")
-    if answers := metric_line(rows):
+    said += over_default(record, best)
+    said.append(
+        _sentence(line_of_test(record.test, best)) if record.test else "The test split has not been scored."
+    )
+    if answers := metric_line(record.rows):
         said.append(f"{answers}.")
-    said += [f"{line[0].upper()}{line[1:]}." for line in map(line_of_final, read_finals(attributes))]
-    tied = tied_line(rows, certainty)
+    said += [_sentence(line_of_final(final)) for final in read_finals(record.attributes)]
+    tied = tied_line(record.rows, record.certainty)
     if tied:
-        said.append(f"{tied[0].upper()}{tied[1:]}.")
-    elif certainty.against_best:
+        said.append(_sentence(tied))
+    elif record.certainty.against_best:
         said.append("No other complete trial is within two standard errors of it.")
     else:
         said.append("This folder has no row scores, so ties are unknown.")
     return said
 
 
-def over_default(
-    rows: Sequence[TrialRow], attributes: Mapping[str, str], certainty: Certainty, best: TrialRow
-) -> list[str]:
+def _sentence(line: str) -> str:
+    return f"{line[0].upper()}{line[1:]}."
+
+
+def over_default(record: StudyRecord, best: TrialRow) -> list[str]:
     """Return the gain over the given settings, if a trial has trained those."""
-    settings = recorded_values(attributes, best.params)
-    given = [row for row in rows if all(decoded(v) == settings.get(key) for key, v in row.params.items())]
+    settings = recorded_values(record.attributes, best.params)
+    given = [
+        row for row in record.rows if all(decoded(v) == settings.get(key) for key, v in row.params.items())
+    ]
     default = next((row for row in given if row.perplexity is not None), None)
     if default is None or not default.params or not settings:
         return []
@@ -74,28 +71,26 @@ def over_default(
         return [f"The best are {name}: the search found none better."]
     until = f", pruned at rung {max(default.perplexities)}" if default.state == "PRUNED" else ""
     shown = show_perplexity(default.perplexity, 2)
-    to_best = certainty.against_best.get(default.number)
-    if to_best is None or best.perplexity is None or not default.perplexity:
-        return [f"{name[0].upper()}{name[1:]}{until}, came to {shown}."]
-    won = math.expm1(-to_best.difference)
-    error = math.exp(-to_best.difference) * to_best.error
-    return [f"Against {name}{until}, which came to {shown}: {show_difference(won, error)}."]
+    to_best = record.certainty.against_best.get(default.number)
+    if to_best is None:
+        return [_sentence(f"{name}{until}, came to {shown}")]
+    won = replace(to_best, difference=-to_best.difference)
+    return [f"Against {name}{until}, which came to {shown}: {show_difference(won.change, won.change_error)}."]
 
 
-def hints(
-    rows: Sequence[TrialRow], attributes: Mapping[str, str], best: TrialRow | None
-) -> list[tuple[str, str]]:
+def hints(record: StudyRecord) -> list[tuple[str, str]]:
     """Return what might help further, each with the override to type."""
+    best = record.best
     if best is None:
         return []
-    found, settings = edges(attributes, best), recorded_values(attributes)
+    found, settings = edges(record.attributes, best), recorded_values(record.attributes)
     if best.perplexities and best.best_rung == max(best.perplexities):
         epochs = best.params.get("train.epochs", settings.get("train.epochs"))
         more = 2 * epochs if isinstance(epochs, int) else "N"
         text = (
             "The best trial was still improving at its end: more epochs may help, in a study of another name."
         )
-        found.insert(0, (text, f"train.epochs={more} study.name={attributes.get('study', 'NAME')}-longer"))
+        found.insert(0, (text, f"train.epochs={more} study.name={record.name}-longer"))
     return found
 
 

@@ -22,10 +22,10 @@ from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.output.shared_files import bring_results
 from lora_search.output.terminal import Progress
 from lora_search.service.answer_metrics import Answer, named, score_answers
+from lora_search.service.reopen import identity_of
 from lora_search.service.scoring import adapter_of
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.answer_metric import Setup, Standing, read_standing, store_score, store_standing
-from lora_search.study.identity import find_identity
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -131,8 +131,8 @@ class Asker:
 
 def tokenizer_and_ends(engine: Engine, config: SweepConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Return the study's tokenizer, and the tokens that end an answer."""
-    source, identity = resolve_model(config.model), find_identity(config.study)
-    tokenizer = load_tokenizer(source, pin_model(source, config.model, identity.commit if identity else None))
+    source = resolve_model(config.model)
+    tokenizer = load_tokenizer(source, pin_model(source, config.model, identity_of(config).commit))
     own = engine.model.language_model.generation_config.to_diff_dict()
     return tokenizer, end_tokens(config.template, tokenizer, own)
 

@@ -7,7 +7,6 @@ from lora_search.errors import ConfigError
 from lora_search.files.atomic import explained_writing
 from lora_search.output.terminal import Progress
 from lora_search.settings.schema import SweepConfig
-from lora_search.study.identity import find_identity
 
 
 def check_target(to: Path) -> None:
@@ -39,14 +38,13 @@ def merge_to(
     ``expected``: the adapter's own perplexity on the validation rows.
     """
     from lora_search.service.plain_peft import merge
-    from lora_search.service.reopen import read_again
+    from lora_search.service.reopen import identity_of, read_again
 
     if config.model.quantization is not None:
         progress.event("the adapter was trained on the 4-bit base; it is merged into the unquantized base")
-    inputs, identity = read_again(config), find_identity(config.study)
-    commit = identity.commit if identity else None
     to.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge(config, commit, adapter, tokenizer, to, inputs.splits.validation, expected)
+    rows, commit = read_again(config).splits.validation, identity_of(config).commit
+    merged = merge(config, commit, adapter, tokenizer, to, rows, expected)
     progress.event(
         f"merged weights in plain transformers, {merged.dtype}: validation perplexity "
         f"{merged.perplexity:.4f}; the adapter's is {expected:.4f}"

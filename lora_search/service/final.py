@@ -12,16 +12,15 @@ from pathlib import Path
 from lora_search.data.rows import Splits
 from lora_search.data.serving import write_serving
 from lora_search.data.store import JoinedRows
-from lora_search.engine.build import Room, build_engine
-from lora_search.engine.digest import content_before_loading, content_of
+from lora_search.engine.build import Room
+from lora_search.engine.digest import content_before_loading
 from lora_search.errors import StudyError
 from lora_search.files.lock import alone
-from lora_search.model.loading import load_base
 from lora_search.output.terminal import Progress
-from lora_search.service.reopen import read_again
+from lora_search.prepare import open_engine
+from lora_search.service.reopen import identity_of, read_again
 from lora_search.settings.overlay import trial_seed
 from lora_search.settings.schema import SweepConfig
-from lora_search.study.identity import find_identity
 from lora_search.training import train_all
 from lora_search.trial import Measurement, TrialRow, TrialRun, TrialSettings, draw_seed
 
@@ -47,23 +46,19 @@ def train_final(
     fails or diverges, or another process does the same."""
     place = folder.resolve() / FOLDER
     with alone(place, "final"):
-        inputs, identity = read_again(config), find_identity(config.study)
+        inputs = read_again(config)
         splits = with_more(inputs.splits, names)
         progress.event(f"{len(splits.train)} rows to train on instead of {len(inputs.splits.train)}")
         wider = content_before_loading(config, inputs.source, inputs.model, inputs.tokenizer, splits)
-        base = load_base(inputs.source, inputs.model, config.engine)
-        if not (folder / "tokenizer").is_dir():  # a machine that never searched
-            generation = base.model.generation_config.to_diff_dict()
-            write_serving(folder / "tokenizer", inputs.tokenizer, config.template, generation)
-        content = content_of(wider, base, inputs.model, inputs.tokenizer)
         slots = config.engine.slots
         sized = replace(config.engine, slots=min(slots, seeds) if isinstance(slots, int) else slots)
-        room = Room.of([settings] * seeds)
-        engine, _ = build_engine(replace(config, engine=sized), room, base, splits, content)
-        study_id = identity.id if identity is not None and identity.id else ""
-        runs = runs_for(
-            config, row, settings, place / "-".join(["trial", str(row.number), *names]), study_id, seeds
-        )
+        room, more = Room.of([settings] * seeds), replace(inputs, splits=splits, content=wider)
+        engine = open_engine(replace(config, engine=sized), room, more)
+        if not (folder / "tokenizer").is_dir():  # a machine that never searched
+            generation = engine.model.language_model.generation_config.to_diff_dict()
+            write_serving(folder / "tokenizer", inputs.tokenizer, config.template, generation)
+        trained = place / "-".join(["trial", str(row.number), *names])
+        runs = runs_for(config, row, settings, trained, identity_of(config).id or "", seeds)
         ends = {m.trial_number: m for m in follow(runs, train_all(engine, runs), progress)}
     return [
         Trained(number + 1, Path(run.folder) / "adapter", len(splits.train), ends[number].perplexity)

@@ -28,6 +28,7 @@ from lora_search.ops.device import keep_to_own_cores, pick_dtype
 from lora_search.output.shared_files import adapter_here
 from lora_search.output.streams import clean
 from lora_search.reading.rows import Row
+from lora_search.service.reopen import identity_of
 from lora_search.settings.schema import SweepConfig
 
 EXACT = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of a merged model's perplexity
@@ -157,12 +158,10 @@ class Answerer:
         return [str(self.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
 
 
-def open_answerer(
-    config: SweepConfig, commit: str | None, folder: Path, trials: Sequence[int], max_new_tokens: int
-) -> Answerer:
+def open_answerer(config: SweepConfig, folder: Path, trials: Sequence[int], max_new_tokens: int) -> Answerer:
     """Return the study's base with the adapters of these trials. Raises StudyError if one is missing."""
     adapters = {number: adapter_here(folder, number) for number in trials}
-    source = resolve_model(config.model)
+    source, commit = resolve_model(config.model), identity_of(config).commit
     tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
     return Answerer(config, commit, tokenizer, adapters, max_new_tokens)
 

@@ -8,17 +8,16 @@ run at its last rung. Imports torch.
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_search.engine.engine import Engine
-from lora_search.errors import LoraSearchError, StudyError
+from lora_search.errors import StudyError
 from lora_search.files.artifacts import Artifacts
 from lora_search.files.lock import alone
 from lora_search.files.row_scores import VALIDATION, read_scores
-from lora_search.output.shared_files import copies_of
+from lora_search.output.shared_files import copies_of, told
 from lora_search.output.terminal import Progress
 from lora_search.results.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
 from lora_search.service.comparisons import duels_of
@@ -103,7 +102,7 @@ class Holder:
         known = [repeat for repeat in self.confirmation.repeats if repeat.perplexity is not None]
         lacking = [scores_of(repeat) for repeat in known if self.scores(repeat) is None]
         if self.copies is not None and lacking:
-            with self._told():
+            with told(self.progress):
                 self.copies.bring(lacking, self.folder)
 
     def find(self, plan: Plan) -> Repeat | None:
@@ -120,7 +119,7 @@ class Holder:
         repeats = tuple(sorted([*others, repeat], key=lambda r: (r.trial, r.seed)))
         self.confirmation = replace(self.confirmation, repeats=repeats, confirmed_at="")
         if self.copies is not None and repeat.perplexity is not None:
-            with self._told():
+            with told(self.progress):
                 self.copies.share(scores_of(repeat), self.folder)
         store_confirmation(self.config, self.confirmation)
 
@@ -141,13 +140,6 @@ class Holder:
         duels = tuple(duels_of(leader, scores))
         self.confirmation = replace(self.confirmation, duels=duels, confirmed_at=now)
         store_confirmation(self.config, self.confirmation)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except LoraSearchError as error:
-            self.progress.event(str(error))
 
 
 def scores_of(repeat: Repeat) -> str:

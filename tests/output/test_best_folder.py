@@ -12,6 +12,7 @@ import pytest
 from hypothesis import Phase, example, given, settings, strategies
 
 from lora_search.output.best_folder import export_best, retrain_command
+from lora_search.results.record import StudyRecord
 from lora_search.settings.composition import compose
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.space import parse_space
@@ -46,7 +47,7 @@ def test_the_best_adapter_is_copied_file_by_file(tmp_path: Path) -> None:
     for row in ROWS[:6]:
         write_adapter(tmp_path, row.number)
 
-    folder = export_best(ROWS, ATTRIBUTES, tmp_path)
+    folder = export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     assert folder == tmp_path / "best"
     assert sorted(path.name for path in folder.rglob("*")) == [
@@ -57,7 +58,7 @@ def test_the_best_adapter_is_copied_file_by_file(tmp_path: Path) -> None:
 
 def test_settings_hold_the_sweeps_settings_with_the_trials_laid_over(tmp_path: Path) -> None:
     write_adapter(tmp_path, BEST.number)
-    folder = export_best(ROWS, ATTRIBUTES, tmp_path)
+    folder = export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     assert folder is not None
     stored = json.loads((folder / "settings.json").read_text())
@@ -73,11 +74,11 @@ def test_settings_hold_the_sweeps_settings_with_the_trials_laid_over(tmp_path: P
 
 def test_a_new_best_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     write_adapter(tmp_path, BEST.number)
-    export_best(ROWS, ATTRIBUTES, tmp_path)
+    export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
     (tmp_path / "best" / "adapter" / "of_the_old_one").touch()
     write_adapter(tmp_path, 16)
 
-    folder = export_best([*ROWS, make_row(16, best=7.5)], ATTRIBUTES, tmp_path)
+    folder = export_best(StudyRecord([*ROWS, make_row(16, best=7.5)], ATTRIBUTES, tmp_path))
 
     assert folder is not None
     assert json.loads((folder / "settings.json").read_text())["trial"] == 16
@@ -93,13 +94,15 @@ def test_what_an_interrupted_export_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "best.new" / "adapter").mkdir(parents=True)
     (tmp_path / "best.old").mkdir()
 
-    export_best(ROWS, ATTRIBUTES, tmp_path)
+    export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trials"]
 
 
 def test_without_a_complete_trial_nothing_is_written(tmp_path: Path) -> None:
-    assert export_best([make_row(0, "PRUNED", 9.0), make_row(1, "FAIL", None)], ATTRIBUTES, tmp_path) is None
+    rows = [make_row(0, "PRUNED", 9.0), make_row(1, "FAIL", None)]
+
+    assert export_best(StudyRecord(rows, ATTRIBUTES, tmp_path)) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -107,10 +110,10 @@ def test_an_adapter_on_another_machine_is_said_and_keeps_the_older_best(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_adapter(tmp_path, BEST.number)
-    export_best(ROWS, ATTRIBUTES, tmp_path)
+    export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     with caplog.at_level(logging.WARNING):
-        folder = export_best([*ROWS, make_row(16, best=7.5)], ATTRIBUTES, tmp_path)
+        folder = export_best(StudyRecord([*ROWS, make_row(16, best=7.5)], ATTRIBUTES, tmp_path))
 
     assert folder is None
     assert "trials/16/adapter: the best trial's adapter is not here" in caplog.text
@@ -174,7 +177,7 @@ def test_without_a_recorded_command_the_sweeps_name_is_used() -> None:
 
 def test_the_loading_code_is_python_that_names_this_adapter(tmp_path: Path) -> None:
     write_adapter(tmp_path, BEST.number)
-    folder = export_best(ROWS, ATTRIBUTES, tmp_path)
+    folder = export_best(StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     assert folder is not None
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "reproduce.md").read_text(), re.DOTALL)

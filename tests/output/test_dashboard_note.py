@@ -17,6 +17,7 @@ from optuna_dashboard import get_note, save_note
 
 from lora_search.database.storage import quieten_optuna
 from lora_search.output.dashboard_note import attach_files, remove_files, write_note, write_plot, write_result
+from lora_search.results.record import StudyRecord
 from lora_search.settings.composition import compose
 from lora_search.settings.space import parse_space
 from lora_search.study.provenance import attributes_of, describe
@@ -79,7 +80,7 @@ def test_the_result_takes_the_place_of_an_older_one_and_leaves_what_people_wrote
     save_note(study, "# Ours\n\nAsk Kim.")
 
     for _ in range(2):
-        write_result(study, ROWS, ATTRIBUTES, tmp_path)
+        write_result(study, StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     note = get_note(study)
     assert note.startswith("# Ours\n\nAsk Kim.\n")
@@ -89,7 +90,7 @@ def test_the_result_takes_the_place_of_an_older_one_and_leaves_what_people_wrote
 
 
 def test_each_of_the_best_trials_says_how_it_ended(study: optuna.Study, tmp_path: Path) -> None:
-    write_result(study, ROWS, ATTRIBUTES, tmp_path)
+    write_result(study, StudyRecord(ROWS, ATTRIBUTES, tmp_path))
 
     attrs = study._storage.get_study_system_attrs(study._study_id)
     notes = {n: attrs.get(f"dashboard:{study.trials[n]._trial_id}:note_str:0", "") for n in range(len(ROWS))}
@@ -99,7 +100,7 @@ def test_each_of_the_best_trials_says_how_it_ended(study: optuna.Study, tmp_path
 
 def test_the_plot_has_the_base_as_a_reference_and_every_number_of_the_study(study: optuna.Study) -> None:
     for _ in range(2):
-        write_plot(study, ROWS, BASE_PERPLEXITY)
+        write_plot(study, StudyRecord(ROWS, ATTRIBUTES, Path("faq")))
 
     with served(study) as address:
         plots = json.loads(fetched(f"{address}/api/studies/0"))["plotly_graph_objects"]
@@ -119,9 +120,9 @@ def test_curves_adapter_and_report_are_the_study_s_files(study: optuna.Study, tm
     (folder / "best/adapter/adapter_model.safetensors").write_bytes(b"older")
     (folder / "report.html").write_text("<h1>faq</h1>")
 
-    attach_files(study, ROWS, ATTRIBUTES, folder)
+    attach_files(study, StudyRecord(ROWS, ATTRIBUTES, folder))
     (folder / "best/adapter/adapter_model.safetensors").write_bytes(b"weights")
-    attach_files(study, ROWS, ATTRIBUTES, folder)
+    attach_files(study, StudyRecord(ROWS, ATTRIBUTES, folder))
 
     with served(study, tmp_path / "runs/.dashboard") as address:
         found = json.loads(fetched(f"{address}/api/studies/0"))["artifacts"]
@@ -139,7 +140,7 @@ def test_curves_adapter_and_report_are_the_study_s_files(study: optuna.Study, tm
 
 def test_each_of_the_best_trials_has_its_curve_as_a_picture(study: optuna.Study, tmp_path: Path) -> None:
     for _ in range(2):
-        attach_files(study, ROWS, ATTRIBUTES, tmp_path / "runs/faq")
+        attach_files(study, StudyRecord(ROWS, ATTRIBUTES, tmp_path / "runs/faq"))
 
     with served(study, tmp_path / "runs/.dashboard") as address:
         found = json.loads(fetched(f"{address}/api/studies/0"))

@@ -1,18 +1,29 @@
 """The leaderboard fits a terminal, breaks no word, and says who is tied."""
 
 import io
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from lora_search.output.leaderboard import leaderboard
 from lora_search.results.certainty import Certainty, Comparison
+from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import split_keys
 from lora_search.trial import TrialRow
-from tests.rows import BASE_PERPLEXITY, BEST, ROWS, make_row
+from tests.rows import ATTRIBUTES, BEST, ROWS, make_row
 
 UNKNOWN = Certainty()
+
+
+@dataclass(frozen=True)
+class Told(StudyRecord):
+    """A record whose certainty is given, not read from the row scores."""
+
+    certainty: Certainty = UNKNOWN
+
+
 KEYS = [
     "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.use_rslora", "optim.lr",
     "optim.weight_decay", "optim.warmup_ratio", "optim.schedule", "train.batch_size",
@@ -25,7 +36,7 @@ def drawn(
 ) -> list[str]:
     """Return the lines as a terminal of that width shows them."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(leaderboard(rows, BASE_PERPLEXITY, certainty, width, limit))
+    console.print(leaderboard(Told(rows, ATTRIBUTES, Path("faq"), certainty), width, limit))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 

@@ -17,8 +17,8 @@ from lora_search.output.leaderboard import leaderboard
 from lora_search.output.terminal import Progress
 from lora_search.page.charts import learning_curves, parameter_chart
 from lora_search.page.report import write_report
-from lora_search.results.certainty import certainty_of
 from lora_search.results.ranking import best_of
+from lora_search.results.record import StudyRecord
 from lora_search.search.trials import PAUSED, PROGRESS, settled, trial_rows
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.view import StudyView
@@ -60,20 +60,19 @@ def row_of(state: str, curve: Mapping[int, float]) -> TrialRow:
 
 def text_of_board(row: TrialRow, folder: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(leaderboard([row], BASE_PERPLEXITY, certainty_of([row], folder), 200))
+    console.print(leaderboard(StudyRecord([row], ATTRIBUTES, folder), 200))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def page(row: TrialRow, folder: Path) -> str:
-    write_report([row], ATTRIBUTES, BASE_PERPLEXITY, folder / "report.html")
-    return (folder / "report.html").read_text()
+    return write_report(StudyRecord([row], ATTRIBUTES, folder)).read_text()
 
 
 def concluded(row: TrialRow, folder: Path) -> str:
     lines = io.StringIO()
     config = SweepConfig(study=StudyConfig(name="faq"), runs_dir=str(folder), space=SPACE)
-    conclude([row], ATTRIBUTES, config, Progress(Console(file=lines, width=200)))
+    conclude(StudyRecord([row], ATTRIBUTES, folder / "faq"), config, Progress(Console(file=lines, width=200)))
     return lines.getvalue()
 
 
@@ -83,7 +82,7 @@ def charts(row: TrialRow, folder: Path) -> str:
 
 
 def exported(row: TrialRow, folder: Path) -> str:
-    return str(export_best([row], ATTRIBUTES, folder))
+    return str(export_best(StudyRecord([row], ATTRIBUTES, folder)))
 
 
 VIEWS = [text_of_board, page, concluded, charts, exported]

@@ -12,6 +12,7 @@ from lora_search.files.row_scores import write_scores
 from lora_search.output.tracking import Tracker, make_tracker
 from lora_search.output.tracking_study import track_confirmation, track_study
 from lora_search.results.confirmation import Confirmation, Duel, Repeat
+from lora_search.results.record import StudyRecord
 from lora_search.settings.overlay import trial_settings
 from lora_search.trial import AnswerScore, RowScores
 from tests.output.test_tracking import (
@@ -33,7 +34,7 @@ KNOWN = {**ATTRIBUTES, "study_id": "abc", "settings": json.dumps({"seed": 3}), "
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Path]:
     """The .wandb files of a study that is through, by the kind of run."""
-    track_study(settings(), ENDED, KNOWN, tmp_path)
+    track_study(settings(), StudyRecord(ENDED, KNOWN, tmp_path))
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     return {next(r.run.job_type for r in read_records(f) if r.HasField("run")): f for f in files}
 
@@ -89,7 +90,7 @@ def test_the_best_adapter_goes_along_when_it_is_asked_for(tmp_path: Path) -> Non
     config = settings()
     config.tracker.log_adapter = True
 
-    track_study(config, ENDED, KNOWN, tmp_path)
+    track_study(config, StudyRecord(ENDED, KNOWN, tmp_path))
 
     records = [r for f in tmp_path.glob("wandb/offline-run-*/*.wandb") for r in read_records(f)]
     (artifact,) = [r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "adapter"]
@@ -98,8 +99,8 @@ def test_the_best_adapter_goes_along_when_it_is_asked_for(tmp_path: Path) -> Non
 
 
 def test_a_study_that_goes_on_or_is_not_tracked_writes_nothing(tmp_path: Path) -> None:
-    track_study(settings(), ROWS, KNOWN, tmp_path)
-    track_study(settings("none"), ENDED, KNOWN, tmp_path)
+    track_study(settings(), StudyRecord(ROWS, KNOWN, tmp_path))
+    track_study(settings("none"), StudyRecord(ENDED, KNOWN, tmp_path))
 
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +152,7 @@ def test_best_and_tied_trials_are_tagged_and_keep_their_numbers(tmp_path: Path) 
         nll = tokens * math.log(BEST.perplexity or 0) + shift + noise
         write_scores(tmp_path / f"trials/{row.number}", RowScores(nll, tokens), row.best_rung or 0)
 
-    track_study(settings(), [*ENDED[:3], far, near, *ENDED[5:]], KNOWN, tmp_path)
+    track_study(settings(), StudyRecord([*ENDED[:3], far, near, *ENDED[5:]], KNOWN, tmp_path))
 
     files = {path.parts[-4]: path for path in tmp_path.glob("trials/*/wandb/offline-run-*/*.wandb")}
     runs = {number: next(r.run for r in read_records(f) if r.HasField("run")) for number, f in files.items()}
@@ -172,7 +173,7 @@ def test_the_scores_of_answers_are_in_leaderboard_and_summary(tmp_path: Path) ->
 
     rows = [replace(row, metric=scored(row.number)) if row.state == "COMPLETE" else row for row in ENDED]
 
-    track_study(settings(), rows, KNOWN, tmp_path)
+    track_study(settings(), StudyRecord(rows, KNOWN, tmp_path))
 
     (run,) = [f for f in tmp_path.glob("wandb/*/*.wandb") if "study" in f.name]
     (table,) = run.parent.glob("files/media/table/leaderboard_*.table.json")
@@ -206,7 +207,7 @@ def test_a_confirmation_has_a_run_with_every_seed_and_its_verdict(tmp_path: Path
     stored = Confirmation(repeats=tuple(repeats), duels=(duel,), confirmed_at="2026-11-26T12:00:00+00:00")
     known = {**KNOWN, "confirmation": json.dumps(asdict(stored))}
 
-    track_confirmation(settings(), ENDED, known, tmp_path)
+    track_confirmation(settings(), StudyRecord(ENDED, known, tmp_path))
 
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     tables = run.parent / "files/media/table"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from lora_search.page.report import write_report
+from lora_search.results.record import StudyRecord
 from lora_search.results.samples import Sample, write_samples
 from lora_search.trial import TrialRow
 from tests.page.browser import CHROMIUM, chromium, look_at
-from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, HOSTILE, ROWS
+from tests.rows import ATTRIBUTES, HOSTILE, ROWS
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "command": "python -m lora_search.sweep -cn construction_faq " + "data.path=a_long_path/" * 12,
     }
     write_samples(folder, rows[5], 96, [Sample("What? " * 30, "Yes.", HOSTILE, "Word" * 80)])
-    write_report(rows, attributes, BASE_PERPLEXITY, folder / "report.html")
+    write_report(StudyRecord(rows, attributes, folder))
     return folder / "report.html"
 
 

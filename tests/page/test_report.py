@@ -15,11 +15,12 @@ from lora_search.files.row_scores import BASE, write_scores
 from lora_search.page.report import write_report
 from lora_search.page.text_report import report_markdown
 from lora_search.results.findings import edges, facts, share_saved
+from lora_search.results.record import StudyRecord
 from lora_search.results.samples import Sample, write_samples
 from lora_search.settings.composition import compose
 from lora_search.settings.schema import as_dict
 from lora_search.trial import RowScores, TrialRow
-from tests.rows import ATTRIBUTES, BASE_PERPLEXITY, BEST, HOSTILE, ROWS, make_row
+from tests.rows import ATTRIBUTES, BEST, HOSTILE, ROWS, make_row
 
 
 class Page(HTMLParser):
@@ -60,8 +61,8 @@ class Page(HTMLParser):
 
 
 def report(tmp_path: Path, rows: list[TrialRow], attributes: dict[str, str] | None = None) -> Page:
-    path = tmp_path / "faq" / "report.html"
-    write_report(rows, ATTRIBUTES if attributes is None else attributes, BASE_PERPLEXITY, path)
+    known = ATTRIBUTES if attributes is None else attributes
+    path = write_report(StudyRecord(rows, known, tmp_path / "faq"))
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -104,7 +105,7 @@ def test_it_answers_in_the_order_in_which_it_is_asked(tmp_path: Path) -> None:
     )
     rows = [replace(row, began=1020.0, ended=1055.0) for row in ROWS]
     page = report(tmp_path, rows, {**ATTRIBUTES, "worked": "[[1000.0, 1200.0]]"})
-    markdown = report_markdown(ROWS, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "faq")
+    markdown = report_markdown(StudyRecord(ROWS, ATTRIBUTES, tmp_path / "faq"))
 
     html = (tmp_path / "faq" / "report.html").read_text()
     shown = re.findall("<h2>(.*?)</h2>", html)
@@ -243,9 +244,9 @@ def test_facts_are_grouped_and_the_fingerprint_is_left_out() -> None:
 def test_what_was_recovered_is_told_with_its_trial(tmp_path: Path) -> None:
     rows = [replace(ROWS[0], recovery="rung-00003.safetensors is damaged: resumed from rung 2"), *ROWS[1:]]
 
-    write_report(rows, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "report.html")
-    write_report(ROWS, ATTRIBUTES, BASE_PERPLEXITY, tmp_path / "calm.html")
+    write_report(StudyRecord(rows, ATTRIBUTES, tmp_path))
+    write_report(StudyRecord(ROWS, ATTRIBUTES, tmp_path / "calm"))
 
     told = Page((tmp_path / "report.html").read_text()).text
     assert "trial 0: rung-00003.safetensors is damaged: resumed from rung 2" in told
-    assert "What was recovered" not in Page((tmp_path / "calm.html").read_text()).text
+    assert "What was recovered" not in Page((tmp_path / "calm" / "report.html").read_text()).text

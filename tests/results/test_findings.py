@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_search.results.certainty import certainty_of
 from lora_search.results.findings import over_default
+from lora_search.results.record import StudyRecord
 from tests.rows import BEST
 
 
@@ -18,7 +18,7 @@ def test_settings_as_given_are_recognised_in_a_searched_mapping(
     best = replace(BEST, params={"lora.rank_pattern": '{"q_proj": 8}'})
     attributes = {"settings": json.dumps({"lora": {"rank_pattern": given}})}
 
-    said = over_default([best], attributes, certainty_of([best], tmp_path), best)
+    said = over_default(StudyRecord([best], attributes, tmp_path), best)
 
     name = f"the settings as they were given, trial {best.number}"
     assert said == ([f"The best are {name}: the search found none better."] if len(given) == 1 else [])
