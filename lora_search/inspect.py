@@ -33,6 +33,7 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     """Report the source and lengths of the rows, and show the first ones."""
     config = compose(arguments.sweep, arguments.overrides, arguments.config_dir)
 
+    from lora_search.data.rows import Pair
     from lora_search.data.store import knows_rows, lengths_before_cuts  # these import torch
     from lora_search.prepare import describe_rows, read_inputs
     from lora_search.reading.load import load_rows
@@ -43,9 +44,9 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     lengths = lengths_before_cuts(splits.train).tolist()
     lines = [*loaded.notes, *describe_rows(config, splits)]
     pairs = list(zip(splits.pairs["train"][: arguments.rows], splits.train[: arguments.rows], strict=True))
-    rows = [shown_row(p.prompt, p.completion, p.masked, len(e.input_ids)) for p, e in pairs]
     if config.train.loss_on == ALL_TOKENS:
-        rows = [shown_row("", p.prompt + p.completion, (), len(e.input_ids)) for p, e in pairs]
+        pairs = [(Pair("", pair.prompt + pair.completion), example) for pair, example in pairs]
+    rows = [shown_row(pair, len(example.input_ids)) for pair, example in pairs]
     for line in lines:
         progress.event(line)
     print_plain = progress.console.print

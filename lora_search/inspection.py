@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from lora_search.data.rows import Pair
+
 BARS = 12
 WIDTH = 40
 LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -23,10 +25,9 @@ class ShownRow:
     num_tokens: int
 
 
-def shown_row(prompt: str, completion: str, masked: Sequence[tuple[int, int]], num_tokens: int) -> ShownRow:
-    bounds = [0, *(bound for part in masked for bound in part), len(completion)]
-    parts = [completion[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-    return ShownRow(((prompt, False), *((part, i % 2 == 0) for i, part in enumerate(parts))), num_tokens)
+def shown_row(pair: Pair, num_tokens: int) -> ShownRow:
+    learnt = ((part, i % 2 == 0) for i, part in enumerate(pair.parts))
+    return ShownRow(((pair.prompt, False), *learnt), num_tokens)
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_search.data.rows import Pair
 from lora_search.inspect import main
 from lora_search.inspection import cut_table, histogram, page, shown_row
 from lora_search.settings.schema import DataConfig, EngineConfig, ModelConfig, SweepConfig, TrainConfig
@@ -76,7 +77,7 @@ def test_the_histogram_counts_every_row_and_the_table_what_is_cut() -> None:
 
 
 def test_a_page_marks_what_is_learnt() -> None:
-    row = shown_row("Ask & ", "one|two|three", [(3, 8)], 9)
+    row = shown_row(Pair("Ask & ", "one|two|three", ((3, 8),)), 9)
 
     assert "Ask &amp; <mark>one</mark>|two|<mark>three</mark>" in page("T", [], [9], [row])
 

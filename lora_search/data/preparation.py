@@ -64,13 +64,9 @@ WRITTEN = ".written.json"  # beside the rows as the model sees them: of which co
 
 
 def prepare(
-    config: SweepConfig,
-    loaded: Loaded,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path | None = None,
-    watch: Watch = unwatched,
+    config: SweepConfig, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, watch: Watch = unwatched
 ) -> Splits:
-    """Return the splits, tokenized once and later read from the store; write the pairs to the folder."""
+    """Return the splits, tokenized once and later read from the store."""
     digest = loaded.digest or _rows_digest(loaded.rows)
     stored = stored_folder() / store_key(config, digest, tokenizer)
     found = _stored(stored)
@@ -80,10 +76,7 @@ def prepare(
         found = _stored(stored)
         assert found is not None
     keep_within_limit(stored)
-    splits = _cut(config, *found, tokenizer)
-    if folder is not None:
-        write_pairs(splits, folder, watch)
-    return splits
+    return _cut(config, *found, tokenizer)
 
 
 def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | None:
@@ -211,13 +204,10 @@ def pairs_text(pairs: Sequence[Pair]) -> str:
 
 
 def _line(pair: Pair) -> str:
-    return f"{json.dumps(_written(pair), ensure_ascii=False)}\n"
-
-
-def _written(pair: Pair) -> dict[str, object]:
-    """Return prompt and completion, and the characters of the completion without loss."""
-    texts: dict[str, object] = {"prompt": pair.prompt, "completion": pair.completion}
-    return {**texts, "masked": pair.masked} if pair.masked else texts
+    """Return prompt and completion as JSON, and the characters of the completion without loss."""
+    masked = {"masked": pair.masked} if pair.masked else {}
+    texts = {"prompt": pair.prompt, "completion": pair.completion, **masked}
+    return f"{json.dumps(texts, ensure_ascii=False)}\n"
 
 
 def write_pairs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,12 @@ class Pair:
     prompt: str
     completion: str
     masked: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def parts(self) -> list[str]:
+        """The completion, cut where it passes from one role to another: every other part is learnt."""
+        bounds = [0, *chain.from_iterable(self.masked), len(self.completion)]
+        return [self.completion[a:b] for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,7 @@ class Example:
     @property
     def learnt(self) -> tuple[tuple[int, int], ...]:
         """Return the spans with loss."""
-        if not self.masked:
-            return ((self.num_prompt_tokens, len(self.input_ids)),)
-        bounds = [
-            self.num_prompt_tokens,
-            *(bound for part in self.masked for bound in part),
-            len(self.input_ids),
-        ]
+        bounds = [self.num_prompt_tokens, *chain.from_iterable(self.masked), len(self.input_ids)]
         return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
 

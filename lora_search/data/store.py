@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -134,21 +135,11 @@ def write_items(items: Iterable[Item], path: Path) -> None:
         source=text, prompt=text, completion=text, masked_text=numbers, input_ids=numbers, masked=numbers,
         length=number, num_prompt=number, times=number, weight=datasets.Value("float64"),
     )  # fmt: skip
+    left = iter(items)
     with ArrowWriter(features=features, path=str(path)) as writer:
-        for batch in _batched(items):
+        while batch := list(islice(left, ROWS_PER_BATCH)):
             writer.write_table(_table(batch))
         writer.finalize()
-
-
-def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == ROWS_PER_BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _table(batch: Sequence[Item]) -> Any:
@@ -182,8 +173,28 @@ def _lists(rows: Sequence[Sequence[int]]) -> Any:
     return pa.ListArray.from_arrays(pa.array(starts), pa.array(values))
 
 
-class StoredRows(Sequence[R]):
-    """Rows of a split in order; ``make`` creates each on access."""
+class LazyRows(Sequence[R]):
+    """Rows that are created on access, by `_row`."""
+
+    @abstractmethod
+    def _row(self, index: int) -> R: ...
+
+    @overload
+    def __getitem__(self, index: int) -> R: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[R, ...]: ...
+    def __getitem__(self, index: int | slice) -> R | tuple[R, ...]:
+        places = range(len(self))[index]
+        return tuple(map(self._row, places)) if isinstance(places, range) else self._row(places)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class StoredRows(LazyRows[R]):
+    """Rows of a split in order; ``make`` creates each."""
 
     def __init__(self, items: StoredItems, indices: Numbers, make: Callable[[int], R], most: int) -> None:
         self.items, self.indices, self.make = items, indices, make
@@ -196,25 +207,12 @@ class StoredRows(Sequence[R]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> R: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[R, ...]: ...
-    def __getitem__(self, index: int | slice) -> R | tuple[R, ...]:
-        if isinstance(index, slice):
-            return tuple(self.make(int(i)) for i in self.indices[index])
+    def _row(self, index: int) -> R:
         return self.make(int(self.indices[index]))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
-
-class JoinedRows(Sequence[Example]):
-    """The rows of several splits, one after the other, each created on access."""
+class JoinedRows(LazyRows[Example]):
+    """The rows of several splits, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
         self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
@@ -223,15 +221,7 @@ class JoinedRows(Sequence[Example]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
-    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _row(self, index: int) -> Example:
         number = int(np.searchsorted(self.starts, index, "right")) - 1
         return self.parts[number][index - int(self.starts[number])]
 

@@ -132,15 +132,9 @@ def _example(pair: Pair, whole: list[int], beginnings: Sequence[Beginning], toke
     """
     ends = [len(beginning) for beginning in beginnings]
     if not all(beginning.begins(whole) for beginning in beginnings):
-        parts = [whole[: beginnings[0].num_shared] + beginnings[0].rest, *tokens.of(_parts(pair))]
+        parts = [whole[: beginnings[0].num_shared] + beginnings[0].rest, *tokens.of(pair.parts)]
         whole, ends = list(chain.from_iterable(parts)), list(accumulate(map(len, parts)))
     return Example(tuple(whole), ends[0], tuple(zip(ends[1::2], ends[2::2], strict=False)))
-
-
-def _parts(pair: Pair) -> list[str]:
-    """Return the completion, cut at the boundaries between roles."""
-    bounds = [0, *(bound for part in pair.masked for bound in part), len(pair.completion)]
-    return [pair.completion[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def choose_max_length(config: DataConfig, lengths: Numbers, tokenizer: PreTrainedTokenizerBase) -> int:

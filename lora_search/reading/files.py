@@ -10,13 +10,13 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from io import TextIOWrapper
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from lora_search.errors import DataError
 from lora_search.reading.encodings import Checked, DataFile, check_text, digest_of, open_bytes, unpacked_head
-from lora_search.reading.rows import Complaint, Record
+from lora_search.reading.rows import Complaint, Record, numbered
 
 TABLES = (".csv", ".tsv", ".txt")
 TEXTS = (".jsonl", ".ndjson", ".json", *TABLES)
@@ -165,9 +165,7 @@ def _json(file: DataFile, encoding: str) -> Iterator[Record]:
         said = f"{error} is there twice" if isinstance(error, _RepeatedKeyError) else str(error)
         raise file.error(f"cannot be read: {said}. Fix the JSON.") from None
     rows = _rows_of(content, file) if isinstance(content, dict) else content
-    rows = rows if isinstance(rows, list) else [rows]
-    for number, row in enumerate(rows, start=1):
-        yield Record(f"row {number} of {file.name}", f"{file.name}:{number}", row)
+    yield from numbered(rows if isinstance(rows, list) else [rows], file.name)
 
 
 def _rows_of(content: dict[str, Any], file: DataFile) -> list[object]:
@@ -284,13 +282,10 @@ def _parquet(file: DataFile) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=BATCH):
-                for content in batch.to_pylist():
-                    number += 1
-                    yield Record(f"row {number} of {file.name}", f"{file.name}:{number}", content)
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=BATCH))
+            yield from numbered(chain.from_iterable(batches), file.name)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).strip().splitlines()[0].rstrip(".")
         raise file.error(f"cannot be read: {said}. Check that it is complete.") from None

@@ -10,11 +10,12 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lora_search.errors import DataError
-from lora_search.reading.rows import Record
+from lora_search.reading.rows import Record, numbered
 from lora_search.settings.data_schema import DataConfig
 from lora_search.settings.secrets import redact
 
@@ -125,11 +126,8 @@ def _not_there(path: str, key: str, said: str) -> str:
 
 def table_records(table: Any, name: str) -> Iterator[Record]:
     """Yield the rows of a table, a thousand at a time."""
-    number = 0
-    for batch in table.data.to_reader(max_chunksize=BATCH) if table._indices is None else [table.to_list()]:
-        for content in batch if isinstance(batch, list) else batch.to_pylist():
-            number += 1
-            yield Record(f"row {number} of {name}", f"{name}:{number}", content)
+    batches = (batch.to_pylist() for batch in table.data.to_reader(max_chunksize=BATCH))
+    yield from numbered(chain.from_iterable(batches) if table._indices is None else table.to_list(), name)
 
 
 def fetch(url: str, key: str) -> Path:

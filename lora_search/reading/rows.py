@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,12 @@ class Record:
     place: str  # "line 17 of faq.jsonl", for messages
     source: str  # "faq.jsonl:17"
     content: Any  # the parsed entry, or a Complaint
+
+
+def numbered(contents: Iterable[Any], name: str) -> Iterator[Record]:
+    """Yield the rows of a file or table as records with their places."""
+    for number, content in enumerate(contents, start=1):
+        yield Record(f"row {number} of {name}", f"{name}:{number}", content)
 
 
 @dataclass(frozen=True, slots=True)

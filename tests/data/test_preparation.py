@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from lora_search.data.order import epoch_order
-from lora_search.data.preparation import prepare
+from lora_search.data.preparation import prepare, write_pairs
 from lora_search.data.rows import Splits
 from lora_search.data.splitting import split
 from lora_search.errors import ConfigError, DataError
@@ -39,7 +39,9 @@ def prepared(
     config: SweepConfig | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Splits:
-    return prepare(config or settings(), Loaded(rows), tokenizer or make_tiny_tokenizer(), folder)
+    splits = prepare(config or settings(), Loaded(rows), tokenizer or make_tiny_tokenizer())
+    write_pairs(splits, folder)
+    return splits
 
 
 def written(folder: Path, name: str) -> list[dict[str, str]]:
@@ -335,7 +337,7 @@ def test_counts_carry_what_was_read_and_the_sizes(tmp_path: Path) -> None:
     )
     config = settings(path=str(path))
 
-    splits = prepare(config, load_rows(config.data), make_tiny_tokenizer(), tmp_path / "data")
+    splits = prepare(config, load_rows(config.data), make_tiny_tokenizer())
 
     assert splits.counts["rows read"] == 60
     assert splits.counts["train"] + splits.counts["validation"] + splits.counts["test"] == 60
