@@ -12,7 +12,7 @@ from optuna.storages._rdb.models import TrialModel
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from lora_search.database.storage import KEY, RESTORE
+from lora_search.database.storage import KEY, RESTORE, file_of
 from lora_search.database.trial_table import TrialTable
 from lora_search.errors import StudyError
 
@@ -25,8 +25,7 @@ class Losses:
     def __init__(self, table: TrialTable) -> None:
         self._engine, self._table = table.storage.engine, table
         url = self._engine.url
-        is_file = url.get_backend_name() == "sqlite" and "uri" not in url.query
-        self._path = Path(url.database) if is_file and url.database not in (None, "", ":memory:") else None
+        self._path = None if "uri" in url.query else file_of(url)
         self._inode = _inode(self._path) if self._path else None
         self._counted_at = -math.inf
 

@@ -71,11 +71,9 @@ def open_storage(config: StudyConfig) -> RDBStorage:
     quieten_optuna()
     check_storage(config)
     url = _parse(config.storage)
-    if url.get_backend_name() == "sqlite":
-        _make_folder(url)
+    _make_folder(url)
     with explained_errors(config):
-        if url.get_backend_name() == "sqlite":
-            _make_file(url)
+        _make_file(url)
         storage = _open(config, url)
         if url.get_backend_name() == "sqlite":
             _share_sqlite(storage)
@@ -118,14 +116,15 @@ def _explained_url(config: StudyConfig) -> Iterator[None]:
 
 
 def _check_file(config: StudyConfig, url: URL) -> None:
-    if url.database in (None, "", ":memory:"):
+    file = file_of(url)
+    if file is None:
         rule = "must name a file, so that the study is kept"
         raise ConfigError(KEY, config.storage, rule, "Try sqlite:///runs/lora_search.db")
     if "uri" in url.query:
         return
-    if os.path.exists(url.database):
-        check_sqlite_file(Path(url.database))
-    refusal = refused_writing(Path(url.database).parent)
+    if os.path.exists(file):
+        check_sqlite_file(file)
+    refusal = refused_writing(file.parent)
     if refusal is not None:
         rule = f"must be in a writable folder ({refusal})"
         raise ConfigError(KEY, config.storage, rule, "Give another folder.")
@@ -165,8 +164,8 @@ def locked_from_the_start(seconds: int = BUSY_AT_WORK_SECONDS) -> Iterator[None]
 
 def require_database(config: StudyConfig) -> None:
     """Raise ConfigError if the SQLite file does not exist, so that reading a study never creates one."""
-    url = _parse(config.storage)
-    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+    file = database_file(config)
+    if file is not None and not file.exists():
         raise ConfigError(
             KEY, redact(config.storage), "must be a database that exists", "Run the sweep first."
         )
@@ -174,7 +173,11 @@ def require_database(config: StudyConfig) -> None:
 
 def database_file(config: StudyConfig) -> Path | None:
     """Return the SQLite file of study.storage; None for another database."""
-    url = _parse(config.storage)
+    return file_of(_parse(config.storage))
+
+
+def file_of(url: URL) -> Path | None:
+    """Return the SQLite file that a URL names; None for another database, or one in memory."""
     is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
     return Path(str(url.database)) if is_file else None
 
@@ -204,22 +207,22 @@ def _parse(text: str) -> URL:
 
 
 def _make_folder(url: URL) -> None:
-    if not url.database or url.database == ":memory:":
-        return
+    file = file_of(url)
     try:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StudyError(f"{KEY}: the folder of {url.database} cannot be created: {error.strerror}") from None
+        raise StudyError(f"{KEY}: the folder of {file} cannot be created: {error.strerror}") from None
 
 
 def _make_file(url: URL) -> None:
-    """Create a new SQLite file with all its tables in one step.
+    """Create a new SQLite file, if that is the database, with all its tables in one step.
 
     SQLite commits each CREATE by itself. After a kill between a table and its unique index, every start would
     create another study of the same name.
     """
-    path = Path(url.database or ":memory:")
-    if url.database in (None, "", ":memory:") or "uri" in url.query or path.exists():
+    path = file_of(url)
+    if path is None or "uri" in url.query or path.exists():
         return
     fresh = path.with_name(f"{path.name}.{worker_name(os.getpid()).replace('/', '-')}.new")
     engine = create_engine(url.set(database=str(fresh)))

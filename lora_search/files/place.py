@@ -39,7 +39,12 @@ class Place:
     def __init__(self, uri: str) -> None:
         """Raises ConfigError if no file system supports the URI."""
         self.uri = uri
-        self.files, self.root = _connect(uri)
+        try:
+            self.files, root = fsspec.core.url_to_fs(uri)
+        except Exception as error:  # noqa: BLE001  (each file system raises its own)
+            rule = f"must be a URI that fsspec opens ({cause_of(error)})"
+            raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
+        self.root = root.rstrip("/")
 
     def names(self, path: str) -> list[str]:
         """Return the names below a folder; empty if the folder does not exist."""
@@ -65,7 +70,7 @@ class Place:
 
     def write(self, path: str, content: bytes) -> None:
         """Write one object: whole, or not at all under its name."""
-        if _is_object_store(self.files):
+        if _is_object_store(self.files):  # which has no folders: making one would create a bucket
             self.files.pipe_file(path, content)
             return
         folder = path.rsplit("/", 1)[0]
@@ -93,13 +98,12 @@ class Place:
 
 def check_uri(uri: str) -> None:
     """Raise ConfigError unless files can be written, read and removed there."""
-    files, root = _connect(uri)
-    probe, text = f"{root}/.probe-{uuid.uuid4().hex}", b"lora_search"
+    place = Place(uri)
+    probe, text = f"{place.root}/.probe-{uuid.uuid4().hex}", b"lora_search"
     try:
-        _make_folder(files, root)
-        files.pipe_file(probe, text)
-        found = files.cat_file(probe)
-        files.rm_file(probe)
+        place.write(probe, text)
+        found = place.content(probe)
+        place.remove(probe)
     except Exception as error:  # noqa: BLE001  (each file system raises its own)
         rule = f"must be a place that can be written to and read ({cause_of(error)})"
         raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
@@ -109,22 +113,6 @@ def check_uri(uri: str) -> None:
 def cause_of(error: BaseException) -> str:
     """Return the first line of a file system's error, or its type."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _connect(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI and the path in it. Raises ConfigError."""
-    try:
-        files, root = fsspec.core.url_to_fs(uri)
-    except Exception as error:  # noqa: BLE001  (each file system raises its own)
-        rule = f"must be a URI that fsspec opens ({cause_of(error)})"
-        raise ConfigError("artifacts.uri", redact(uri), rule, REMEDY) from None
-    return files, root.rstrip("/")
-
-
-def _make_folder(files: Any, path: str) -> None:
-    """Create a folder, if the file system has folders; in an object store this would create a bucket."""
-    if not _is_object_store(files):
-        files.makedirs(path, exist_ok=True)
 
 
 def _is_object_store(files: Any) -> bool:

@@ -93,7 +93,7 @@ def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perple
     measured = [row for row in measured if math.isfinite(row.perplexity or math.nan)]
     y = value_axis([row.perplexity for row in measured if row.perplexity], base_perplexity, LOW)
     values = [row.params[key] for row in measured]
-    x, places = setting_axis(values)
+    x, places = setting_axis(values, LEFT, NARROW - RIGHT)
     marks = base_line(y, base_perplexity, NARROW)
     pairs = sorted(zip(measured, places, strict=True), key=lambda pair: pair[0] is best)
     marks += all_marks(
@@ -103,15 +103,15 @@ def parameter_chart(rows: Sequence[TrialRow], best: TrialRow | None, base_perple
     return chart(NARROW, LOW, label, x, y, (key, "perplexity"), marks)
 
 
-def setting_axis(values: Sequence[object]) -> tuple[Axis, list[float]]:
-    """Return the axis of a searched setting, and where on it each value is."""
-    start, end = float(LEFT), float(NARROW - RIGHT)
+def setting_axis(values: Sequence[object], start: float, end: float) -> tuple[Axis, list[float]]:
+    """Return the axis of a searched setting, and where on it each value is: categories one unit apart."""
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if numbers and len(numbers) == len(values) and len(set(numbers)) > MAX_CATEGORIES:
         spread = max(numbers) / min(numbers) if min(numbers) > 0 else 0.0
         return axis_over(numbers, start, end, is_log=spread > LOG_RATIO), numbers
     names = list(dict.fromkeys(show_value(value) for value in sorted(values, key=choice_order)))
-    return named_axis(names or ["-"], start, end), [float(names.index(show_value(v))) for v in values]
+    axis = Axis(-0.5, max(1, len(names)) - 0.5, start, end, names=tuple(names) or ("-",))
+    return axis, [float(names.index(show_value(value))) for value in values]
 
 
 def curve_of(row: TrialRow, base_perplexity: float) -> list[tuple[int, float]]:
@@ -168,11 +168,6 @@ def axis_over(
         return Axis(low / room, high * room, start, end, is_log=True)
     room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return Axis(0.0 if from_zero else low - room, high + room, start, end)
-
-
-def named_axis(names: Sequence[str], start: float, end: float) -> Axis:
-    """Return an axis of categories."""
-    return Axis(-0.5, len(names) - 0.5, start, end, names=tuple(names))
 
 
 def chart(

@@ -5,17 +5,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from lora_search.page.charts import (
-    LOG_RATIO,
-    MAX_CATEGORIES,
     NARROW,
     WIDE,
     Axis,
-    axis_over,
-    choice_order,
     describe,
     is_finite,
     kind_of,
     mark,
+    setting_axis,
     svg,
     value_axis,
 )
@@ -95,20 +92,12 @@ def _setting_axis(
     values: Sequence[object], height: float
 ) -> tuple[dict[str, float], list[tuple[float, str]]]:
     """Return where each value is drawn, and what is written at the axis."""
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     present = [value for value in values if value != ABSENT]
-    if len(numbers) == len(present) and len(set(numbers)) > MAX_CATEGORIES:
-        is_log = min(numbers) > 0 and max(numbers) / min(numbers) > LOG_RATIO
-        foot = height if len(present) == len(values) else height - 24
-        axis = axis_over(numbers, foot, 14.0, is_log=is_log)
-        places = {show_value(v): axis.at(n) for v, n in zip(present, numbers, strict=True)}
-        places |= {ABSENT: height} if foot < height else {}
-        absent = [(height, ABSENT)] if foot < height else []
-        return places, [*absent, *((axis.at(v), name) for v, name in axis.ticks())]
-    names = list(dict.fromkeys(show_value(value) for value in sorted(values, key=choice_order)))
-    room = (height - 14.0) / (len(names) + 1)
-    places = {name: height - room * (i + 1) for i, name in enumerate(names)}
-    return places, [(at, name) for name, at in places.items()]
+    absent = {ABSENT: height} if len(present) < len(values) else {}
+    axis, places = setting_axis(present, height - 24 if absent else height, 14.0)
+    found = {show_value(value): axis.at(place) for value, place in zip(present, places, strict=True)}
+    marks = [(axis.at(value), name) for value, name in axis.ticks()] if present else []
+    return found | absent, [*((at, name) for name, at in absent.items()), *marks]
 
 
 def importance_chart(found: Sequence[Importance]) -> str:

@@ -32,10 +32,8 @@ MAX_NORM = 1_000_000  # a larger gradient norm means that the trial has diverged
 PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")  # mappings with keys of the user's own
 ALL_TOKENS = "all_tokens"
 MAX_LAYERS = 10_000
-MAX_TOKEN, MAX_TOKENS = (
-    10_000_000,
-    1024,
-)  # more than some special tokens: train on the whole embedding elsewhere
+MAX_TOKEN = 10_000_000
+MAX_TOKENS = 1024  # more than some special tokens: train on the whole embedding elsewhere
 MAX_RANK = 4096  # the width of an 8B model: a rank above a layer's width adds nothing
 MAX_STEPS = 1_000_000
 SCHEDULES, BIASES = get_args(Schedule), get_args(Bias)
@@ -69,10 +67,8 @@ class LoraConfig:
         reason = NOT_OFFERED_INITS.get(self.init)
         remedy = f"{self.init} {reason}" if reason else INIT_REMEDY
         require(is_init, "lora.init", self.init, f"must be {INITS_SHOWN}", remedy)
-        fits, rule = (
-            not (self.use_dora and self.init.startswith(STARTS)),
-            f"cannot be true with lora.init={self.init}",
-        )
+        fits = not (self.use_dora and self.init.startswith(STARTS))
+        rule = f"cannot be true with lora.init={self.init}"
         require(fits, "lora.use_dora", True, rule, "Set one of the two, or search one by when(...)")
         require(self.bias in BIASES, "lora.bias", self.bias, f"must be {' or '.join(BIASES)}", BIAS_REMEDY)
         _check_targets(self.target_modules)
@@ -82,13 +78,8 @@ class LoraConfig:
             bool(self.trainable_token_indices),
             "must be false without lora.trainable_token_indices",
         )
-        require(
-            has_ids or not self.trainable_token_head,
-            "lora.trainable_token_head",
-            True,
-            rule,
-            "Give their ids",
-        )
+        fits = has_ids or not self.trainable_token_head
+        require(fits, "lora.trainable_token_head", True, rule, "Give their ids")
         _check_modules(self.modules_to_save)
         fits, rule = not (has_ids and self.modules_to_save), "cannot be set with lora.trainable_token_indices"
         remedy = (
@@ -200,39 +191,25 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.lr < 1, "optim.lr", self.lr, "must be between 0 and 1", "LoRA learns well around 2e-4"
-        )
-        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "must be in [0, 1)")
-        require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "must be in [0, 1)")
-        require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must be in [0, 1)")
-        require(0 < self.eps < 1, "optim.eps", self.eps, "must be between 0 and 1")
+        for name, holds, rule, remedy in (
+            ("lr", 0 < self.lr < 1, "must be between 0 and 1", "LoRA learns well around 2e-4"),
+            ("weight_decay", 0 <= self.weight_decay < 1, "must be in [0, 1)", ""),
+            ("beta1", 0 <= self.beta1 < 1, "must be in [0, 1)", ""),
+            ("beta2", 0 <= self.beta2 < 1, "must be in [0, 1)", ""),
+            ("eps", 0 < self.eps < 1, "must be between 0 and 1", ""),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be in [0, 1]", "Try 0.1"),
+            ("decay_ratio", 0 < self.decay_ratio <= 1, "must be in (0, 1]", "Try 0.2"),
+            ("lora_plus_ratio", 0 < self.lora_plus_ratio <= 1000, "must be above 0 and at most 1000",
+             "Try 4 or 16"),
+            ("warmup_ratio", 0 <= self.warmup_ratio <= 1, "must be in [0, 1]", ""),
+            ("max_grad_norm", 0 < self.max_grad_norm <= MAX_NORM, f"must be above 0 and at most {MAX_NORM:,}",
+             f"Try 1.0; {MAX_NORM:,} clips nothing"),
+        ):  # fmt: skip
+            require(holds, f"optim.{name}", getattr(self, name), rule, remedy)
         require_choice("optim.schedule", self.schedule, SCHEDULES)
         if self.warmup_steps is not None:
             remedy = "null: optim.warmup_ratio decides"
             require_range("optim.warmup_steps", self.warmup_steps, 0, MAX_STEPS, remedy)
-        require(
-            0 <= self.min_lr_ratio <= 1,
-            "optim.min_lr_ratio",
-            self.min_lr_ratio,
-            "must be in [0, 1]",
-            "Try 0.1",
-        )
-        require(
-            0 < self.decay_ratio <= 1, "optim.decay_ratio", self.decay_ratio, "must be in (0, 1]", "Try 0.2"
-        )
-        ratio = self.lora_plus_ratio
-        require(
-            0 < ratio <= 1000,
-            "optim.lora_plus_ratio",
-            ratio,
-            "must be above 0 and at most 1000",
-            "Try 4 or 16",
-        )
-        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
-        rule = f"must be above 0 and at most {MAX_NORM:,}"
-        remedy = f"Try 1.0; {MAX_NORM:,} clips nothing"
-        require(0 < self.max_grad_norm <= MAX_NORM, "optim.max_grad_norm", self.max_grad_norm, rule, remedy)
 
 
 @dataclass(kw_only=True)

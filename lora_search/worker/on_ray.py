@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.errors import ConfigError, InputError
+from lora_search.failures import first_line
 from lora_search.settings.rules import require_devices
 from lora_search.settings.schema import LauncherConfig, SweepConfig, require
 from lora_search.settings.secrets import redact
@@ -192,7 +193,7 @@ def connect(ray: Any, config: LauncherConfig) -> None:
                 configure_logging=False,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        rule = f"must be a Ray cluster that answers ({redact(str(error).strip().splitlines()[0])})"
+        rule = f"must be a Ray cluster that answers ({first_line(error)})"
         remedy = "Start one with ray start --head, or leave launcher.address out"
         raise ConfigError("launcher.address", config.address, rule, remedy) from None
 
