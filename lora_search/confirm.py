@@ -15,7 +15,6 @@ if __name__ == "__main__":  # the imports below take a second or more
 # isort: split
 
 from lora_search.command_line import open_study, run, study_parser, take, whole_number
-from lora_search.errors import ConfigError
 from lora_search.output.shared_files import bring_files
 from lora_search.output.status_text import confirmed_table
 from lora_search.output.terminal import Progress
@@ -24,6 +23,7 @@ from lora_search.page.report import write_report
 from lora_search.results.confirmation_text import verdicts
 from lora_search.results.ranking import base_of, ranked
 from lora_search.results.record import StudyRecord
+from lora_search.settings.rules import require
 from lora_search.study.folder import own_folder
 from lora_search.trial import TrialRow
 
@@ -70,21 +70,19 @@ def confirm(arguments: argparse.Namespace, progress: Progress) -> None:
 def best_trials(rows: Sequence[TrialRow], asked: int | None, seeds: int) -> list[int]:
     """Return the best complete trials, TOP at most if no number is asked for. Raises ConfigError if there are
     too few."""
-    if seeds < 2:
-        remedy = "One seed has no spread: give 2 or more"
-        raise ConfigError("confirm.seeds", seeds, "must be at least 2", remedy)
+    require(
+        seeds >= 2, "confirm.seeds", seeds, "must be at least 2", "One seed has no spread: give 2 or more"
+    )
     complete = [row.number for row in ranked(rows) if row.state == "COMPLETE"]
     top = min(TOP, max(1, len(complete))) if asked is None else asked
-    if not complete:
-        rule = "must be at most the number of complete trials, and no trial is complete yet"
-        raise ConfigError("confirm.top", top, rule, "Run the sweep first.")
-    if top > len(complete):
-        rule = f"must be at most the number of complete trials, {len(complete)}"
-        raise ConfigError(
-            "confirm.top", top, rule, f"Give confirm.top={len(complete)}, or continue the sweep."
-        )
-    if top * seeds > MOST_RUNS:
-        raise ConfigError("confirm.top x confirm.seeds", top * seeds, f"must be at most {MOST_RUNS}")
+    rule = "must be at most the number of complete trials"
+    require(
+        bool(complete), "confirm.top", top, f"{rule}, and no trial is complete yet", "Run the sweep first."
+    )
+    remedy = f"Give confirm.top={len(complete)}, or continue the sweep."
+    require(top <= len(complete), "confirm.top", top, f"{rule}, {len(complete)}", remedy)
+    runs = top * seeds
+    require(runs <= MOST_RUNS, "confirm.top x confirm.seeds", runs, f"must be at most {MOST_RUNS}")
     return complete[:top]
 
 

@@ -113,12 +113,10 @@ def _tokens_per_second(engine: "Engine") -> float:
 def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     """Return the engine that the sweep would use."""
     from lora_search.data.store import knows_rows
-    from lora_search.engine.build import Room, build_engine, require_exact
-    from lora_search.engine.digest import content_of
-    from lora_search.model.loading import load_base
+    from lora_search.engine.build import Room, require_exact
     from lora_search.model.placement import describe_split
     from lora_search.ops.device import pick_devices
-    from lora_search.prepare import check_inputs, describe_rows, read_inputs
+    from lora_search.prepare import check_inputs, describe_rows, open_engine, read_inputs
     from lora_search.reading.load import load_rows
 
     room = Room.of_space(config, space)
@@ -128,11 +126,9 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     for line in describe_rows(config, inputs.splits):
         progress.event(line)
     check_inputs(config, space, inputs, None)
-    base = load_base(inputs.source, inputs.model, config.engine)
-    if split := describe_split(base.model):
+    engine, sizes = open_engine(config, room, inputs)
+    if split := describe_split(engine.model.language_model):
         progress.event(f"base model on {split}: they compute one after the other")
-    content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
-    engine, sizes = build_engine(config, room, base, inputs.splits, content)
     size = sizes or f"{len(engine.slots)} slots, {engine.tokens_per_pass} tokens per pass"
     progress.event(f"engine: {size}")
     return engine

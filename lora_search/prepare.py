@@ -179,11 +179,11 @@ def read_inputs(
     return Inputs(source, model, tokenizer, splits, content, width)
 
 
-def open_engine(config: SweepConfig, room: Room, inputs: Inputs) -> Engine:
-    """Return the engine on these inputs, with the base loaded."""
+def open_engine(config: SweepConfig, room: Room, inputs: Inputs) -> tuple[Engine, str]:
+    """Return the engine on these inputs, with the base loaded, and how its size was chosen."""
     base = load_base(inputs.source, inputs.model, config.engine)
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
-    return build_engine(config, room, base, inputs.splits, content)[0]
+    return build_engine(config, room, base, inputs.splits, content)
 
 
 def check_inputs(config: SweepConfig, space: Space, inputs: Inputs, identity: Identity | None) -> None:

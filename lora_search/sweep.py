@@ -49,7 +49,7 @@ def main(interrupts: Interrupts | None = None) -> int:
     """Run the sweep that the command line names; return the exit code."""
     with guarded_streams() as out:
         remember_all([*received().overrides, *sys.argv[1:]], os.environ)
-        arguments = _read_arguments()
+        arguments = get_args_parser().parse_intermixed_args()  # options may come between the settings
         code = _answer(arguments, Progress(), interrupts or Interrupts())
         return exit_code(code, out) if _only_informs(arguments) else code  # a sweep's output may be lost
 
@@ -187,12 +187,6 @@ def _finish(found: tuple[list[TrialRow], dict[str, str]], config: SweepConfig, p
     conclude(record, config, progress)
     note_result(config.study, record)
     track_study(config, record)
-
-
-def _read_arguments() -> Namespace:
-    """Return the arguments; options may come between the settings."""
-    arguments: Namespace = get_args_parser().parse_intermixed_args()
-    return arguments
 
 
 def _refuse_unsupported(arguments: Namespace) -> None:

@@ -61,7 +61,8 @@ def train(
     inputs = read_inputs(config, load_rows(config.data), None, room)
     check_effect(chosen, DataAxis(inputs.splits.train, config.seed))
     write_pairs(inputs.splits, place / "data")
-    yield from train_all(open_engine(config, room, inputs), runs, stop)
+    engine, _ = open_engine(config, room, inputs)
+    yield from train_all(engine, runs, stop)
 
 
 def train_all(

@@ -24,6 +24,7 @@ from lora_search.data.thinking import (
     without_thinking,
 )
 from lora_search.errors import ConfigError
+from lora_search.failures import first_line
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
@@ -146,8 +147,7 @@ class _Asker:
                 add_generation_prompt=ask,
             )
         except FAULTS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise self._fault(f"refuses the conversation: {reason}") from None
+            raise self._fault(f"refuses the conversation: {first_line(error)}") from None
         return str(text)
 
     def asked(self, turns: Turns, index: int) -> str:

@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ from lora_search.data.thinking import (
     without_thinking,
 )
 from lora_search.errors import ConfigError
+from lora_search.failures import first_line
 from lora_search.reading.rows import Row
 from lora_search.settings.schema import TemplateConfig
 
@@ -72,7 +73,6 @@ class Renderer:
         self.template, self.tokenizer = template, tokenizer
         self.counts: Counter[str] = Counter()
         self._frames: dict[tuple[str, ...], Frame] = {}
-        self._dated: str | None = None
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.specials = (*tokenizer.all_special_tokens, *added)
 
@@ -96,9 +96,6 @@ class Renderer:
 
     def _chats(self, chats: Sequence[Sequence[Message]], sources: Sequence[str]) -> list[Pair]:
         """Render chats; those without a system message get the system prompt of the settings."""
-        if not self.tokenizer.chat_template:
-            rule = "needs a tokenizer with a chat template"
-            raise ConfigError("template.name", "chat", rule, "Use template=inst.")
         if (text := self.template.system_prompt) is not None:
             system = {"role": "system", "content": text}
             chats = [chat if chat[0]["role"] == "system" else [system, *chat] for chat in chats]
@@ -211,9 +208,11 @@ class Renderer:
         except FAULTS:  # of any of them: each by itself says which
             return [self._apply(chat, add_generation_prompt=add_generation_prompt) for chat in chats]
 
+    @cached_property
+    def _dated(self) -> str:
+        return dated_template(self.tokenizer)
+
     def _rendered(self, chats: Sequence[Sequence[Message]], add_generation_prompt: bool) -> list[str]:
-        if self._dated is None:
-            self._dated = dated_template(self.tokenizer)
         if len(chats) > 1 and (texts := self._rendered_at_once(chats, add_generation_prompt)) is not None:
             return texts
         return self._rendered_by_library(chats, add_generation_prompt)
@@ -250,8 +249,7 @@ class Renderer:
         try:
             (text,) = self._rendered([messages], add_generation_prompt)
         except FAULTS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            rule = f"the model's template refuses: {reason}"
+            rule = f"the model's template refuses: {first_line(error)}"
             if self.template.system_prompt is None:
                 raise ConfigError("template.name", "chat", rule, "Use template=inst.") from None
             key, remedy = "template.system_prompt", "Set template.system_prompt=null."

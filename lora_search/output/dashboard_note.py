@@ -12,14 +12,14 @@ import mimetypes
 import shlex
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import optuna
 from optuna.artifacts import ArtifactMeta, FileSystemArtifactStore
 from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
-from optuna.storages import BaseStorage
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from lora_search.database.storage import explained_errors, open_storage
@@ -128,7 +128,8 @@ def write_result(study: optuna.Study, record: StudyRecord) -> None:
         text = (
             f"**{state}**, perplexity {show_perplexity(row.perplexity)} ({show_change(base, row.perplexity)})"
         )
-        trial = NotedTrial(study, study._storage, ids[row.number])
+        # As save_note needs it: optuna.Trial would ask the sampler.
+        trial = SimpleNamespace(study=study, storage=study._storage, _trial_id=ids[row.number])
         if text not in get_note(trial):
             save_note(trial, f"{text}\n\n{row.reason}".rstrip())
 
@@ -138,31 +139,18 @@ def trial_ids(study: optuna.Study) -> dict[int, int]:
     return {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A plotly figure as save_plotly_graph_object needs it; the plotly package is not needed to draw one."""
-
-    data: list[dict[str, object]]
-    layout: dict[str, object]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
 def write_plot(study: optuna.Study, record: StudyRecord) -> None:
     """Draw the curves of the best trials with the base as a dashed line, in place of an older plot."""
     base, shown = record.base, _measured(record)[:MOST_CURVES]
-    lines: list[dict[str, object]] = []
-    for row in shown[::-1]:  # the best is drawn last, over the others
-        is_best = row is record.best
-        lines.append(
-            {
-                "x": [0, *row.perplexities],
-                "y": [base, *row.perplexities.values()],
-                "name": f"trial {row.number}{', best' if is_best else ''} ({row.state.lower()})",
-                "line": {"width": 4 if is_best else 1.5},
-            }
-        )
+    lines: list[dict[str, object]] = [
+        {
+            "x": [0, *row.perplexities],
+            "y": [base, *row.perplexities.values()],
+            "name": f"trial {row.number}{', best' if row is record.best else ''} ({row.state.lower()})",
+            "line": {"width": 4 if row is record.best else 1.5},
+        }
+        for row in shown[::-1]  # the best is drawn last, over the others
+    ]
     longest = max((max(row.perplexities) for row in shown), default=1)
     reference = {"x": [0, longest], "y": [base, base], "name": BASE_NAME, "mode": "lines"}
     lines.append({**reference, "line": {"dash": "dash", "color": "gray"}})
@@ -171,7 +159,8 @@ def write_plot(study: optuna.Study, record: StudyRecord) -> None:
         "xaxis": {"title": {"text": "rung"}},
         "yaxis": {"title": {"text": "validation perplexity"}, "type": "log"},
     }
-    figure = Figure(lines, {"title": {"text": f"Learning curves{whose}"}, **axes})
+    picture = {"data": lines, "layout": {"title": {"text": f"Learning curves{whose}"}, **axes}}
+    figure = SimpleNamespace(to_json=lambda: json.dumps(picture))  # without the plotly package
     save_plotly_graph_object(study, figure, graph_object_id="learning-curves")
 
 
@@ -239,12 +228,3 @@ def remove_files(runs_dir: Path, study_id: str) -> None:
         path.unlink(missing_ok=True)
     if place.is_dir() and not any(place.iterdir()):
         place.rmdir()
-
-
-@dataclass(frozen=True)
-class NotedTrial:
-    """A finished trial as save_note needs it. optuna.Trial would ask the sampler."""
-
-    study: optuna.Study
-    storage: BaseStorage
-    _trial_id: int

@@ -24,7 +24,8 @@ def forecast_lines(
     adapter_bytes: int,
 ) -> list[str]:
     """Return the forecast, one line per question."""
-    passes = found.trial_tokens / max(1, _tokens_per_pass(config, found))
+    size = config.engine.tokens_per_pass
+    passes = found.trial_tokens / size if isinstance(size, int) else 1.0
     price = config.study.price_per_hour
     trials = "a budget alone ends it" if config.study.n_trials is None else f"{shape.num_trials} trials"
     disk = adapter_bytes * (shape.num_trials * KEPT_ADAPTERS + shape.num_slots * CHECKPOINT) / 2**20
@@ -50,16 +51,10 @@ def forecast_lines(
     return lines + _budget_lines(config, shape, probe, found, share)
 
 
-def _tokens_per_pass(config: SweepConfig, found: Forecast) -> float:
-    size = config.engine.tokens_per_pass
-    return float(size) if isinstance(size, int) else found.trial_tokens
-
-
 def _driver(found: Forecast) -> str:
-    training = f"training is {found.training_share:.0%} of the time"
-    if found.training_share >= 0.5:
-        return f"{training}: fewer train.epochs or data.max_train_examples save most"
-    return f"{training}: fewer train.evals_per_epoch or data.max_validation_examples save most"
+    training, evaluation = "train.epochs or data.max_train", "train.evals_per_epoch or data.max_validation"
+    what = training if found.training_share >= 0.5 else evaluation
+    return f"training is {found.training_share:.0%} of the time: fewer {what}_examples save most"
 
 
 def _budget_lines(

@@ -13,7 +13,7 @@ from lora_search.output.slot_table import slot_table
 from lora_search.results.confirmation import Confirmation
 from lora_search.results.confirmation_text import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity, show_seconds
-from lora_search.results.ranking import best_of, searched_keys
+from lora_search.results.ranking import FINISHED, best_of, searched_keys
 from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import line_of_final, line_of_test
 from lora_search.settings.recorded import recorded_values
@@ -37,14 +37,10 @@ def studies_table(views: Sequence[StudyView]) -> Table:
         counts = [str(states.count(state)) for state in STATES[:4]]
         change = show_change(base, best.perplexity) if best else "-"
         shown = show_perplexity(best.perplexity if best else None)
-        table.add_row(Text(view.config.name), of_total(rows, attributes), *counts, shown, change)
+        finished = sum(state in FINISHED for state in states)
+        of_all = f"{finished}/{recorded_values(attributes).get('study.n_trials', '?')}"
+        table.add_row(Text(view.config.name), of_all, *counts, shown, change)
     return table
-
-
-def of_total(rows: Sequence[TrialRow], attributes: dict[str, str]) -> str:
-    """Return finished and requested trials: 7/12."""
-    finished = sum(row.state in ("COMPLETE", "PRUNED") for row in rows)
-    return f"{finished}/{recorded_values(attributes).get('study.n_trials', '?')}"
 
 
 def confirmed_table(confirmation: Confirmation, rows: Sequence[TrialRow]) -> Table:

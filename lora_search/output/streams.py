@@ -28,11 +28,6 @@ def greet(command: str) -> None:
     to_terminal(f"lora-search {command} ...")
 
 
-def take_back_greeting() -> None:
-    """Clear the line for what the command has to say."""
-    to_terminal("\r\x1b[K")
-
-
 def to_terminal(text: str) -> None:
     """Write to standard error where that is a terminal."""
     with suppress(OSError, ValueError):
@@ -110,7 +105,7 @@ def guarded_streams() -> Iterator[Outlet]:
     An exception that nobody expected is a bug: its traceback goes to standard error, secrets left out.
     """
     open_missing_streams()
-    take_back_greeting()
+    to_terminal("\r\x1b[K")  # instead of the greeting
     before = sys.stdout, sys.stderr
     out, err = Outlet(sys.stdout), Outlet(sys.stderr, is_plain=True)
     sys.stdout, sys.stderr = out, err

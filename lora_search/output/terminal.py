@@ -273,13 +273,10 @@ def status_line(
     if seconds_left is not None:
         parts.append(f"about {show_seconds(seconds_left)} left")
     running = [
-        f"trial {slot.trial_number} {rung_of(slot)} {show_perplexity(slot.perplexity)}" for slot in slots
+        f"trial {s.trial_number} rung {s.rung}/{s.settings.num_rungs} {show_perplexity(s.perplexity)}"
+        for s in slots
     ]
     return " | ".join([", ".join(parts), *running])
-
-
-def rung_of(slot: SlotView) -> str:
-    return f"rung {slot.rung}/{slot.settings.num_rungs}"
 
 
 def next_steps(config: SweepConfig, folder: Path, best: str, go_on: str | None = None) -> str:

@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lora_search.errors import ConfigError
+from lora_search.failures import first_line
 from lora_search.settings.overlay import trial_settings
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.secrets import redact
@@ -34,8 +35,9 @@ FINISH_TIMEOUT_SECONDS = 30.0  # online: a dead network holds up the other trial
 OPENING_TIMEOUT_SECONDS = 30.0  # nor than this: a worker that is silent for longer loses its trials
 
 
-class Tracker(Protocol):
-    """Receives the curves of every trial. `log` and `finish` never raise because of the tracking service."""
+class Tracker:
+    """Receives the curves of every trial; this one drops them. `log` and `finish` never raise because of the
+    tracking service."""
 
     def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None:
         """Hear where every trial starts, and what is said in all of their runs."""
@@ -53,18 +55,8 @@ class Tracker(Protocol):
         """Close what is still open; the sweep ends or was interrupted."""
 
 
-class NoTracker:
+class NoTracker(Tracker):
     """tracker=none."""
-
-    def begin(self, base_perplexity: float, facts: Mapping[str, str]) -> None: ...
-
-    def start(self, run: TrialRun) -> None: ...
-
-    def log(self, measurement: Measurement) -> None: ...
-
-    def finish(self, trial_number: int, state: str, reason: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def make_tracker(config: SweepConfig, extra: Mapping[str, object]) -> Tracker:
@@ -74,7 +66,7 @@ def make_tracker(config: SweepConfig, extra: Mapping[str, object]) -> Tracker:
     return WandbTracker(config, extra)
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One W&B run per trial, all of them live at once in this process."""
 
     def __init__(self, config: SweepConfig, extra: Mapping[str, object]) -> None:
@@ -229,10 +221,6 @@ def open_trial(
 def facts_of_sweep(config: SweepConfig) -> dict[str, object]:
     """Return the facts of a sweep for the config of each of its runs, without secrets."""
     return {"model": redact(config.model.path), "data": redact(config.data.name), "seed": config.seed}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_whole(path: Path) -> bool:

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_search.failures import first_line
 from lora_search.output.tracking import (
     LOSS,
     PERPLEXITY,
     STEP_METRIC,
     facts_of_sweep,
-    first_line,
     open_run,
     open_trial,
     wandb_errors,

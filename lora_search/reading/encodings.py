@@ -181,14 +181,10 @@ def _guess(sample: bytes) -> str | None:
     """Return the most likely code page: common letters decide between Latin ones, the library otherwise."""
     latin = max(LATIN, key=lambda name: _plausible(sample, name))
     found = [match.encoding for match in from_bytes(sample, cp_isolation=CODE_PAGES)]
-    if _is_sparse(sample) and _plausible(sample, latin) > 0.9 or not found or found[0] in LATIN:
+    is_sparse = sum(byte > 127 for byte in sample) < 0.15 * len(sample)  # as in languages with Latin script
+    if is_sparse and _plausible(sample, latin) > 0.9 or not found or found[0] in LATIN:
         return latin if _plausible(sample, latin) > 0.5 else next(iter(found), None)
     return found[0]
-
-
-def _is_sparse(sample: bytes) -> bool:
-    """Return whether few bytes are not ASCII, as in languages with Latin script."""
-    return sum(byte > 127 for byte in sample) < 0.15 * len(sample)
 
 
 def _plausible(sample: bytes, encoding: str) -> float:

@@ -60,7 +60,8 @@ class Lanes:
 def lanes_of(rows: Sequence[TrialRow], attributes: Mapping[str, str]) -> Lanes | None:
     """Return the lanes; None if no trial has times."""
     timed = [(row.began, row) for row in rows if row.began is not None]
-    worked = spans_of(attributes)
+    stored = json.loads(attributes.get("worked", "[]"))
+    worked = [(float(begin), float(end)) for begin, end in stored]  # in which any worker was running
     if not timed or not worked:
         return None
     now = worked[-1][1]
@@ -91,11 +92,6 @@ def in_turn(workers: Iterable[list[Bar]]) -> list[list[Bar]]:
         free = next(ended, None)
         places.append(own) if free is None else free.extend(own)
     return places
-
-
-def spans_of(attributes: Mapping[str, str]) -> list[Span]:
-    """Return the spans in which any worker was running, in epoch seconds."""
-    return [(float(begin), float(end)) for begin, end in json.loads(attributes.get("worked", "[]"))]
 
 
 def at_work(moment: float, worked: Sequence[Span]) -> float:

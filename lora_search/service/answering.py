@@ -66,7 +66,7 @@ def _score(
     lacking = [row for row in rows if not (is_known and has_answers(row, folder))]
     asker = Asker(engine, config, after_pass)
     if before is None or not is_known:
-        scores = asker.score_base(folder / ANSWERS)
+        (scores,) = asker.score([None], [folder / ANSWERS])
         before = Standing(setup=setup, num_rows=len(scores), base=float(np.mean(scores)), behind={})
         store_standing(config.study, before)
     for start in range(0, len(lacking), len(engine.slots)):
@@ -95,10 +95,6 @@ class Asker:
         self.prompts = [list(example.input_ids[: example.num_prompt_tokens]) for example in examples]
         self.references = [reference_of(engine, self.tokenizer, i) for i in range(count)]
 
-    def score_base(self, path: Path) -> list[float]:
-        """Return the base's score of each row; its answers go to the file."""
-        return self._score([None], [path])[0]
-
     def score_trials(self, view: StudyView, rows: Sequence[TrialRow], folder: Path) -> list[list[float]]:
         """Return the scores of trials that fit into the slots together; their answers go beside them."""
         engine = self.engine
@@ -107,12 +103,13 @@ class Asker:
             for number, row in enumerate(rows)
         ]
         try:
-            return self._score(slots, [folder / "trials" / str(row.number) / ANSWERS for row in rows])
+            return self.score(slots, [folder / "trials" / str(row.number) / ANSWERS for row in rows])
         finally:
             for slot in slots:
                 engine.bank.release(slot)
 
-    def _score(self, slots: Sequence[int | None], paths: Sequence[Path]) -> list[list[float]]:
+    def score(self, slots: Sequence[int | None], paths: Sequence[Path]) -> list[list[float]]:
+        """Return each slot's score of each row, None is the base; the answers go to the files."""
         limit, tokens = self.config.metric.max_new_tokens, self.engine.tokens_per_pass
         found = generate(self.engine.model, slots, self.prompts, self.ends, limit, tokens, self.after_pass)
         return [self._keep(ids, path) for ids, path in zip(found, paths, strict=True)]

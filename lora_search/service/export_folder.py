@@ -42,11 +42,11 @@ def merge_to(
 
     if config.model.quantization is not None:
         progress.event("the adapter was trained on the 4-bit base; it is merged into the unquantized base")
-    to.parent.mkdir(parents=True, exist_ok=True)
     rows, commit = read_again(config).splits.validation, identity_of(config).commit
-    merged = merge(config, commit, adapter, tokenizer, to, rows, expected)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    perplexity, dtype = merge(config, commit, adapter, tokenizer, to, rows, expected)
     progress.event(
-        f"merged weights in plain transformers, {merged.dtype}: validation perplexity "
-        f"{merged.perplexity:.4f}; the adapter's is {expected:.4f}"
+        f"merged weights in plain transformers, {dtype}: validation perplexity {perplexity:.4f}; "
+        f"the adapter's is {expected:.4f}"
     )
-    return merged.perplexity, merged.dtype
+    return perplexity, dtype

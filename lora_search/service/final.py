@@ -53,7 +53,7 @@ def train_final(
         slots = config.engine.slots
         sized = replace(config.engine, slots=min(slots, seeds) if isinstance(slots, int) else slots)
         room, more = Room.of([settings] * seeds), replace(inputs, splits=splits, content=wider)
-        engine = open_engine(replace(config, engine=sized), room, more)
+        engine, _ = open_engine(replace(config, engine=sized), room, more)
         if not (folder / "tokenizer").is_dir():  # a machine that never searched
             generation = engine.model.language_model.generation_config.to_diff_dict()
             write_serving(folder / "tokenizer", inputs.tokenizer, config.template, generation)

@@ -6,7 +6,7 @@ Does not use the packed engine, so it is an independent check. Imports torch.
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,20 +65,12 @@ def plain_perplexity(model: PreTrainedModel, rows: Sequence[Example]) -> float:
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A merged model on disk, with its perplexity in plain transformers."""
-
-    folder: Path
-    perplexity: float
-    dtype: str
-
-
 def merge(
     config: SweepConfig, commit: str | None, adapter: Path, serving: Path, to: Path,
     rows: Sequence[Example], expected: float,
-) -> Merged:  # fmt: skip
+) -> tuple[float, str]:  # fmt: skip
     """Write base plus adapter as one model, load it again, and compare its perplexity with the study's.
+    Return its perplexity and dtype.
 
     Raises StudyError, and leaves no files, if they differ by more than the rounding of the base's dtype. An
     adapter of a 4-bit base is merged into the unquantized base, where a difference is expected.
@@ -99,7 +91,7 @@ def merge(
         )
     shutil.rmtree(to, ignore_errors=True)
     fresh.rename(to)
-    return Merged(to, perplexity, str(model.dtype).removeprefix("torch."))
+    return perplexity, str(model.dtype).removeprefix("torch.")
 
 
 class Answerer:

@@ -34,7 +34,7 @@ def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int 
     """
     inputs = read_again(config)
     sized = replace(config, engine=replace(config.engine, slots=num_slots))
-    engine = open_engine(sized, Room.of(trials), inputs)
+    engine, _ = open_engine(sized, Room.of(trials), inputs)
     return Reopened(inputs.splits, engine, identity_of(config).id or "")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_search.engine.engine import Engine
 from lora_search.engine.generation import generate
 from lora_search.errors import DatabaseError, DoesNotFitError, InputError, WriteError
+from lora_search.failures import first_line
 from lora_search.output.terminal import Progress
 from lora_search.results.samples import Sample, read_samples, write_samples
 from lora_search.service.answering import decoded, reference_of, tokenizer_and_ends
@@ -48,7 +49,7 @@ def keep_samples_once(
         samples = answers(engine, config, StudyView(config.study), best, folder, chosen, after_pass)
         write_samples(folder, best, MAX_NEW_TOKENS, samples)
     except (*REPORTED, OSError, RuntimeError, ValueError) as error:
-        progress.event(f"no sample answers: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        progress.event(f"no sample answers: {first_line(error)}")
 
 
 def answers(
