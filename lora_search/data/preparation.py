@@ -26,6 +26,7 @@ from lora_search.data.splitting import (
     cap,
     remove_leakage,
     require_both_sides,
+    side_key,
     split,
     without_duplicates,
     words,
@@ -54,7 +55,7 @@ from lora_search.data.tokens import (
 )
 from lora_search.files.atomic import explained_writing, write_file
 from lora_search.reading.rows import Loaded, Row
-from lora_search.reading.text import is_indented, normal_answer, question_key
+from lora_search.reading.text import is_indented, normal_answer
 from lora_search.settings.schema import SweepConfig
 from lora_search.settings.train_schema import ALL_TOKENS
 from lora_search.watching import Watch, unwatched
@@ -100,9 +101,7 @@ def _store(
     rows, counts = loaded.rows, loaded.counts.copy()
     unique = without_duplicates(watch(rows, "comparing rows", len(rows)))
     counts["exact duplicates removed"] = len(rows) - len(unique)
-    counts["further answers kept beside their question"] = len(unique) - len(
-        {_short(question_key(row.question)) for row in unique}
-    )
+    counts["further answers kept beside their question"] = len(unique) - len(set(map(side_key, unique)))
     parts = split(unique, config.data, config.seed)
     if any(row.split for row in unique):
         remove_leakage(parts, config.data, counts)
@@ -177,10 +176,6 @@ def _rows_digest(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(repr(row).encode())
     return digest.hexdigest()
-
-
-def _short(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _hash(rows: Sequence[Row]) -> str:

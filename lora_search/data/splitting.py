@@ -29,7 +29,7 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
     own = {row.split for row in rows}
     to_validation = 0.0 if "validation" in own else config.validation_fraction
     to_test = 0.0 if "test" in own else config.test_fraction
-    keys = [_side_key(row) for row in rows]
+    keys = [side_key(row) for row in rows]
     sides = _sides(rows, keys)
     for row, key in zip(rows, keys, strict=True):
         digest = hashlib.sha256(f"{seed}\n{sides[key]}".encode()).hexdigest()
@@ -45,8 +45,14 @@ def split(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[
     return {name: _ordered(part) for name, part in parts.items()}
 
 
-def _side_key(row: Row) -> bytes:
-    return hashlib.blake2b(question_key(row.question).encode(), digest_size=16).digest()
+def short(text: str) -> bytes:
+    """Return a key of a text, for sets and mappings of a million of them."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def side_key(row: Row) -> bytes:
+    """Return a key of the row's question: rows that have the same are in the same split."""
+    return short(question_key(row.question))
 
 
 def _sides(rows: Sequence[Row], keys: Sequence[bytes]) -> dict[bytes, str]:
@@ -93,7 +99,7 @@ def _asked(row: Row) -> bytes:
     texts = [row.question]
     if row.messages:
         texts = [turn["content"] for turn in row.turns if turn["role"] == "user"]
-    return hashlib.blake2b(question_key("\n".join(texts)).encode(), digest_size=16).digest()
+    return short(question_key("\n".join(texts)))
 
 
 def _ordered(keyed: list[tuple[str, Row]]) -> list[Row]:
@@ -130,8 +136,7 @@ def without_duplicates(rows: Iterable[Row]) -> list[Row]:
     the rows. Each of the user's splits is handled separately."""
     unique: dict[bytes, Row] = {}
     for row in rows:
-        text = json.dumps((*identity(row), row.split))
-        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        key = short(json.dumps((*identity(row), row.split)))
         if key not in unique or _rank(row) < _rank(unique[key]):
             unique[key] = row
     return list(unique.values())
@@ -171,4 +176,4 @@ def require_both_sides(parts: dict[str, list[Row]], config: SweepConfig) -> None
 def _num_groups(rows: Sequence[Row]) -> int:
     """Return how many groups there are, those that share a question counted as one."""
     grouped = [row for row in rows if row.group]
-    return len(set(_sides(grouped, [_side_key(row) for row in grouped]).values()))
+    return len(set(_sides(grouped, [side_key(row) for row in grouped]).values()))

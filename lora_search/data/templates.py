@@ -48,7 +48,7 @@ def render(row: Row, template: TemplateConfig, tokenizer: PreTrainedTokenizerBas
 
 @dataclass(frozen=True)
 class Frame:
-    """The text of a template around messages of given roles, with a mark in the place of each message."""
+    """The text of a template around the messages, with a mark in the place of each."""
 
     prompt: str
     whole: str
@@ -72,7 +72,7 @@ class Renderer:
     def __init__(self, template: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.template, self.tokenizer = template, tokenizer
         self.counts: Counter[str] = Counter()
-        self._frames: dict[tuple[str, ...], Frame] = {}
+        self._kept: Frame | None = None
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.specials = (*tokenizer.all_special_tokens, *added)
 
@@ -85,22 +85,14 @@ class Renderer:
         if self.template.name == "inst":
             bos = first_token(self.tokenizer)
             return [self._inst(row, bos) for row in rows]
-        return self._chats([
-            [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.response}]
-            for row in rows
-        ], [row.source for row in rows])  # fmt: skip
-
-    def chat(self, messages: Sequence[Message], source: str) -> Pair:
-        """Return a conversation by the tokenizer's template: its last message is the completion."""
-        return self._chats([messages], [source])[0]
-
-    def _chats(self, chats: Sequence[Sequence[Message]], sources: Sequence[str]) -> list[Pair]:
-        """Render chats; those without a system message get the system prompt of the settings."""
-        if (text := self.template.system_prompt) is not None:
-            system = {"role": "system", "content": text}
-            chats = [chat if chat[0]["role"] == "system" else [system, *chat] for chat in chats]
-        prompts = self._apply_all([chat[:-1] for chat in chats], add_generation_prompt=True)
+        text = self.template.system_prompt
+        system = [] if text is None else [{"role": "system", "content": text}]
+        asked = [[*system, {"role": "user", "content": row.question}] for row in rows]
+        answers = [{"role": "assistant", "content": row.response} for row in rows]
+        chats = [[*turns, answer] for turns, answer in zip(asked, answers, strict=True)]
+        prompts = self._apply_all(asked, add_generation_prompt=True)
         wholes = self._apply_all(chats, add_generation_prompt=False)
+        sources = [row.source for row in rows]
         return [self._pair(*chat) for chat in zip(chats, prompts, wholes, sources, strict=True)]
 
     def _pair(self, messages: Sequence[Message], prompt: str, whole: str, source: str) -> Pair:
@@ -116,24 +108,19 @@ class Renderer:
 
     def _frame(self, messages: Sequence[Message], whole: str, source: str) -> Frame:
         """Return the frame, rendered once. Raises ConfigError if a text has no place in it."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._frames:
+        if self._kept is None:  # all rows have the same roles
             seen = f"{source}: the model would see {_both_ends(whole)!r}"
-            marks = tuple(MARK.format(i) for i in range(len(roles)))
-            marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            marked = [{**message, "content": MARK.format(i)} for i, message in enumerate(messages)]
             prompt = self._apply(marked[:-1], add_generation_prompt=True)
             whole = self._apply(marked, add_generation_prompt=False)
             self._check_frame(prompt, whole, marked, seen)
-            self._frames[roles] = Frame(prompt, whole, marks)
-        return self._frames[roles]
+            self._kept = Frame(prompt, whole, tuple(message["content"] for message in marked))
+        return self._kept
 
     def _check_frame(self, prompt: str, whole: str, marked: Sequence[Message], seen: str) -> None:
         for message in marked[:-1]:
             if message["content"] not in prompt:
                 raise self._fault(message["role"], f"leaves the {message['role']} message out ({seen})")
-        turns = [prompt.index(message["content"]) for message in marked[:-1] if message["role"] != "system"]
-        if turns != sorted(turns):
-            raise self._fault("user", f"puts the messages in another order ({seen})")
         self._check_beginning(prompt, whole, "")
         if marked[-1]["content"] not in whole:
             raise self._fault("assistant", f"leaves the answer out ({seen})")
@@ -152,18 +139,13 @@ class Renderer:
         expected = frame.fill(frame.prompt, [*contents, ""])
         if prompt == expected:
             return
-        end = 0  # of the last message: each comes after the one before it, but for the system prompt
         for message in messages:
             role, text = message["role"], message["content"]
-            start = 0 if role == "system" else end
-            if (place := prompt.find(text, start)) < 0:
-                text = text.strip()
-                place = prompt.find(text, start)
+            if text not in prompt:
                 self.counts[f"{role} texts whose outer white space the template trims"] += 1
-            if place < 0:
+            if text.strip() not in prompt:
                 difference = _difference(expected, prompt, "given", "the model would see")
                 raise self._fault(role, f"changes the {role} message ({source}: {difference})", SKIP)
-            end = end if role == "system" else place + len(text)
 
     def _completion(self, frame: Frame, seen: str, answer: str, source: str) -> str:
         """Return the answer as given, with the template's text before it, and an end token."""

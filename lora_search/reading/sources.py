@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.errors import DataError
-from lora_search.reading.encodings import DataFile
+from lora_search.reading.encodings import DataFile, digest_of
 from lora_search.reading.files import SUFFIXES, check_file, read_file, suffix_of
 from lora_search.reading.hub import fetch, is_hub_id, is_saved, load_hub, load_saved, table_records
 from lora_search.reading.rows import Record
@@ -31,6 +31,17 @@ SPLITS = {
 
 
 IN_FOLDERS = tuple(suffix for suffix in SUFFIXES if ".txt" not in suffix)  # .txt files there are often notes
+
+
+@dataclass(frozen=True)
+class Named:
+    """A path as the settings name it: by which key, with the split and weight of its rows."""
+
+    path: str
+    key: str
+    config: DataConfig
+    split: str = ""  # "": its own splits
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,10 @@ def find_sources(config: DataConfig, commits: Mapping[str, str] | None = None) -
     """Return every source, checked but not read. DataError: a missing file, or one that its name belies."""
     found = Found(commits=commits or {})
     for path, weight in zip(config.paths, config.weights or [1.0] * len(config.paths), strict=True):
-        found.sources += _find(path, "data.path", "", weight, config, found)
+        found.sources += _find(Named(path, "data.path", config, weight=weight), found)
     for split in ("validation", "test"):
         for path in config.own(split):
-            found.sources += _find(path, f"data.{split}_path", split, 1.0, config, found)
+            found.sources += _find(Named(path, f"data.{split}_path", config, split), found)
     if not any(source.split in ("", "train") for source in found.sources):
         raise DataError(f"data.path: {redact(config.name)} has no rows to train on, only other splits.")
     _check_heeded(config, found)
@@ -89,26 +100,25 @@ def _check_heeded(config: DataConfig, found: Found) -> None:
         require(value is None or name in found.heeded, f"data.{name}", value, rule, "Leave it out")
 
 
-def _find(path: str, key: str, split: str, weight: float, config: DataConfig, found: Found) -> list[Source]:
-    """Return the sources at one path; without ``split``, one for each of its splits."""
+def _find(named: Named, found: Found) -> list[Source]:
+    """Return the sources at one path; without a split of its own, one for each of its splits."""
+    path, key = named.path, named.key
     if "://" in path:
-        fetched = fetch(path, key)
-        return [
-            _file(fetched, key, config, split, weight, name=redact(path).partition("?")[0].rpartition("/")[2])
-        ]
+        name = redact(path).partition("?")[0].rpartition("/")[2]
+        return [_file(fetch(path, key), named, named.split, name)]
     local = _local(path, key)
     if local is None:
-        tables, commit = load_hub(path, config, key, found.commits.get(path, config.revision))
+        tables, commit = load_hub(path, named.config, key, found.commits.get(path, named.config.revision))
         found.revisions[path] = commit
         found.heeded |= {"subset", "revision"}
-        return _tables(tables, path, commit, key, config, split, weight, found)
+        return _tables(tables, path, commit, named, found)
     try:
         if local.is_dir() and is_saved(local):
             digest = _digest([p for p in sorted(local.rglob("*")) if p.is_file()])
-            return _tables(load_saved(local, key), local.name, digest, key, config, split, weight, found)
+            return _tables(load_saved(local, key), local.name, digest, named, found)
         if local.is_dir():
-            return _folder(local, key, config, split, weight, found)
-        return [_file(local, key, config, split, weight)]
+            return _folder(local, named, found)
+        return [_file(local, named, named.split, local.name)]
     except OSError as error:
         raise DataError(f"{key}: {local} cannot be read: {error.strerror or error}.") from None
 
@@ -141,35 +151,32 @@ def _local(text: str, key: str) -> Path | None:
     raise DataError(f"{key}: {path} does not exist. {hint}")
 
 
-def _file(
-    path: Path, key: str, config: DataConfig, split: str, weight: float, name: str | None = None
-) -> Source:
-    ending = suffix_of(name or path.name)
+def _file(path: Path, named: Named, split: str, name: str) -> Source:
+    ending = suffix_of(name)
     if path.is_file() and not ending:
-        known, shown = ", ".join(SUFFIXES), "".join(Path(name or path.name).suffixes)
-        what = f"{name or path.name} has an unknown ending {shown!r}; known are {known}"
-        raise DataError(f"{key}: {what}. Save it as one of them.")
-    file = DataFile(path, name or path.name, key, ending)
-    checked = check_file(file, config.encoding)
-    records = partial(read_file, file, checked.encoding, config.subset)
-    return Source(key, file.name, checked.digest, records, split, weight)
+        known, shown = ", ".join(SUFFIXES), "".join(Path(name).suffixes)
+        what = f"{name} has an unknown ending {shown!r}; known are {known}"
+        raise DataError(f"{named.key}: {what}. Save it as one of them.")
+    file = DataFile(path, name, named.key, ending)
+    checked = check_file(file, named.config.encoding)
+    records = partial(read_file, file, checked.encoding, named.config.subset)
+    return Source(named.key, name, checked.digest, records, split, named.weight)
 
 
-def _folder(
-    folder: Path, key: str, config: DataConfig, split: str, weight: float, found: Found
-) -> list[Source]:
+def _folder(folder: Path, named: Named, found: Found) -> list[Source]:
     files = sorted(p for p in folder.iterdir() if suffix_of(p.name) in IN_FOLDERS and p.is_file())
     if not files:
         known = ", ".join(IN_FOLDERS)
         raise DataError(
-            f"{key}: {folder} has no data: no {known} file, and no data set saved by save_to_disk."
+            f"{named.key}: {folder} has no data: no {known} file, and no data set saved by save_to_disk."
         )
+    split = named.split
     of_split = {file: split or split_of(file.name) for file in files}
     training = {_set_of(file.name) for file in files if of_split[file] == "train"}
-    if not split and (config.split is not None or len(training) > 1):
+    if not split and (named.config.split is not None or len(training) > 1):
         found.heeded.add("split")
         sets = dict.fromkeys(_set_of(file.name) for file in files)
-        chosen = _chosen(sets, folder.name, key, config, split)
+        chosen = _chosen(sets, folder.name, named)
         found.counts["files of other splits left unread"] += sum(_set_of(f.name) not in chosen for f in files)
         files = [file for file in files if _set_of(file.name) in chosen]
         of_split = {file: chosen[_set_of(file.name)] for file in files}
@@ -177,7 +184,7 @@ def _folder(
         left_out = [file for file in files if not of_split[file]]
         found.counts["files left unread beside train"] += len(left_out)
         files = [file for file in files if of_split[file]]
-    return [_file(file, key, config, of_split[file], weight) for file in files]
+    return [_file(file, named, of_split[file], file.name) for file in files]
 
 
 def _set_of(name: str) -> str:
@@ -191,43 +198,31 @@ def split_of(name: str) -> str:
     return SPLITS.get(first, "")
 
 
-def _tables(
-    tables: Mapping[str, Any],
-    name: str,
-    digest: str,
-    key: str,
-    config: DataConfig,
-    split: str,
-    weight: float,
-    found: Found,
-) -> list[Source]:
+def _tables(tables: Mapping[str, Any], name: str, digest: str, named: Named, found: Found) -> list[Source]:
     """Return the splits of a data set to use: the requested one, or those with common names."""
     found.heeded.add("split")
-    chosen = _chosen(tables, name, key, config, split)
+    chosen = _chosen(tables, name, named)
     found.counts["rows of other splits left unread"] += sum(
         len(t) for n, t in tables.items() if n not in chosen
     )
-    return [
-        Source(
-            key,
-            f"{name}/{table_name}" if table_name else name,
-            hashlib.sha256(f"{digest}\n{table_name}".encode()).hexdigest(),
-            partial(table_records, tables[table_name], f"{name}/{table_name}" if table_name else name),
-            kind,
-            weight,
-        )
-        for table_name, kind in chosen.items()
-    ]
+    sources = []
+    for table, split in chosen.items():
+        own = f"{name}/{table}" if table else name
+        own_digest = hashlib.sha256(f"{digest}\n{table}".encode()).hexdigest()
+        records = partial(table_records, tables[table], own)
+        sources.append(Source(named.key, own, own_digest, records, split, named.weight))
+    return sources
 
 
-def _chosen(tables: Mapping[str, Any], name: str, key: str, config: DataConfig, split: str) -> dict[str, str]:
+def _chosen(tables: Mapping[str, Any], name: str, named: Named) -> dict[str, str]:
     """Return table -> split of the tables to use. DataError if that cannot be told from their names."""
-    if config.split is not None and key == "data.path":
-        if config.split not in tables:
+    wanted, split = named.config.split, named.split
+    if wanted is not None and named.key == "data.path":
+        if wanted not in tables:
             there = ", ".join(tables) if list(tables) != [""] else "none"
-            raise DataError(f"data.split: {name} has no split {config.split!r}. There are: {there}.")
-        others = _beside(config.split, tables)
-        return {config.split: "train" if others else "", **others}
+            raise DataError(f"data.split: {name} has no split {wanted!r}. There are: {there}.")
+        others = _beside(wanted, tables)
+        return {wanted: "train" if others else "", **others}
     if split:
         kinds = {table: split_of(table) or split for table in tables}
         return {table: kind for table, kind in kinds.items() if kind == split} or dict.fromkeys(tables, split)
@@ -261,8 +256,5 @@ def _ending(table: str) -> str:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    listed = "".join(f"{path.name}\n{digest_of(path)}\n" for path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -308,18 +308,3 @@ def test_a_template_that_cuts_the_thinking_out_of_an_answer_is_refused() -> None
 def test_a_template_that_fails_is_one_message(template: str) -> None:
     with pytest.raises(ConfigError, match="template.name: the model's template refuses: "):
         render(ROW, TemplateConfig(), tokenizer_with(template))
-
-
-def test_a_conversation_keeps_its_own_system_prompt_and_its_order() -> None:
-    turns = ["Be kind.", "Why?", "So.", "And then?", "Then."]
-    roles = ["system", "user", "assistant", "user", "assistant"]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
-
-    pair = Renderer(TemplateConfig(system_prompt="Be brief."), make_tiny_tokenizer()).chat(messages, "a")
-
-    assert pair.prompt == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-        "<|im_start|>assistant\nSo.<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-    assert pair.completion == "Then.<|im_end|>"
