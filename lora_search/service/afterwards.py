@@ -19,7 +19,7 @@ from lora_search.output.terminal import Progress
 from lora_search.results.ranking import best_of
 from lora_search.service.answering import score_answers_once
 from lora_search.service.samples import keep_samples_once
-from lora_search.service.scoring import score_test_once
+from lora_search.service.scoring import Finished, score_test_once
 from lora_search.settings.schema import StudyConfig, SweepConfig
 from lora_search.study.stored_results import has_test_score
 from lora_search.study.view import StudyView
@@ -40,11 +40,12 @@ def score_and_share(
     with in_turn(config.study, progress, check) as after_pass:
         if engine.keeper.artifacts is not None and (known := best_of(rows)) is not None:
             bring_shared(known, folder, engine.keeper.artifacts)  # what another worker has just made
-        score_answers_once(engine, config, folder, progress, after_pass)
+        study = Finished(engine, config, folder, progress, after_pass)
+        score_answers_once(study)
         rows = rows if config.metric.name == "none" else StudyView(config.study).rows()
-        keep_samples_once(engine, config, folder, best_of(rows), progress, after_pass)
+        keep_samples_once(study, best_of(rows))
         if not may_change(config.study, engine, rows, progress):
-            score_test_once(engine, config.study, folder, best_of(rows), after_pass)
+            score_test_once(study, best_of(rows))
         share(folder, engine.keeper.artifacts)
 
 

@@ -6,7 +6,7 @@ trial that was scored with these settings is not scored again. Imports torch.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from lora_search.errors import DatabaseError, MetricError
 from lora_search.files.atomic import write_file
 from lora_search.model.loading import load_tokenizer, pin_model, resolve_model
 from lora_search.output.shared_files import bring_results
-from lora_search.output.terminal import Progress
 from lora_search.service.answer_metrics import Answer, named, score_answers
 from lora_search.service.reopen import identity_of
-from lora_search.service.scoring import adapter_of
+from lora_search.service.scoring import Finished, adapter_of
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.answer_metric import Setup, Standing, read_standing, store_score, store_standing
 from lora_search.study.view import StudyView
@@ -32,27 +31,20 @@ from lora_search.trial import TrialRow
 ANSWERS = "answers.jsonl"  # in a trial's folder, and in the study's for the base
 
 
-def score_answers_once(
-    engine: Engine,
-    config: SweepConfig,
-    folder: Path,
-    progress: Progress,
-    after_pass: Callable[[], None] = lambda: None,
-) -> None:
+def score_answers_once(study: Finished) -> None:
     """Score the base and every complete trial whose adapter is here or at artifacts.uri, unless that was done
     with the same settings. A metric that fails is one line, and the sweep concludes without it. Raises what
     ``after_pass`` does."""
-    if config.metric.name == "none":
+    if study.config.metric.name == "none":
         return
     try:
-        _score(engine, config, folder, progress, after_pass)
+        _score(study)
     except (MetricError, DatabaseError) as error:
-        progress.event(f"no score of the answers: {error}")
+        study.progress.event(f"no score of the answers: {error}")
 
 
-def _score(
-    engine: Engine, config: SweepConfig, folder: Path, progress: Progress, after_pass: Callable[[], None]
-) -> None:
+def _score(study: Finished) -> None:
+    engine, config, folder = study.engine, study.config, study.folder
     view, setup = StudyView(config.study), Setup.of(config.metric)
     before = read_standing(view.attributes())
     is_known = before is not None and before.setup == setup
@@ -64,7 +56,7 @@ def _score(
     if not rows or (is_known and all(row.metric is not None for row in rows)):
         return
     lacking = [row for row in rows if not (is_known and has_answers(row, folder))]
-    asker = Asker(engine, config, after_pass)
+    asker = Asker(study)
     if before is None or not is_known:
         (scores,) = asker.score([None], [folder / ANSWERS])
         before = Standing(setup=setup, num_rows=len(scores), base=float(np.mean(scores)), behind={})
@@ -78,7 +70,7 @@ def _score(
     score, best = max(scored)
     if -best in found:  # else it is on another disk, and so is who is how far behind it
         store_standing(config.study, replace(before, behind=behind_best(found)))
-    progress.event(
+    study.progress.event(
         f"{named(config.metric)} of the answers to {before.num_rows} validation rows: "
         f"trial {-best} {score:.1f}, base {before.base:.1f}"
     )
@@ -87,8 +79,9 @@ def _score(
 class Asker:
     """The engine with the questions of the validation rows."""
 
-    def __init__(self, engine: Engine, config: SweepConfig, after_pass: Callable[[], None]) -> None:
-        self.engine, self.config, self.after_pass = engine, config, after_pass
+    def __init__(self, study: Finished) -> None:
+        engine, config = study.engine, study.config
+        self.engine, self.config, self.after_pass = engine, config, study.after_pass
         self.tokenizer, self.ends = tokenizer_and_ends(engine, config)
         count = min(config.metric.max_rows, len(engine.splits.validation))
         examples = [engine.splits.validation[i] for i in range(count)]

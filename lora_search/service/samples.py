@@ -5,19 +5,15 @@ torch.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
-from lora_search.engine.engine import Engine
 from lora_search.engine.generation import generate
 from lora_search.errors import DatabaseError, DoesNotFitError, InputError, WriteError
 from lora_search.failures import first_line
-from lora_search.output.terminal import Progress
 from lora_search.results.samples import Sample, read_samples, write_samples
 from lora_search.service.answering import decoded, reference_of, tokenizer_and_ends
-from lora_search.service.scoring import adapter_of
-from lora_search.settings.schema import SweepConfig
+from lora_search.service.scoring import Finished, adapter_of
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
@@ -26,49 +22,40 @@ LONGEST_PROMPT = 4096  # characters
 REPORTED = (DatabaseError, DoesNotFitError, InputError, WriteError)  # an error of ``after_pass`` is none
 
 
-def keep_samples_once(
-    engine: Engine,
-    config: SweepConfig,
-    folder: Path,
-    best: TrialRow | None,
-    progress: Progress,
-    after_pass: Callable[[], None] = lambda: None,
-) -> None:
+def keep_samples_once(study: Finished, best: TrialRow | None) -> None:
     """Answer the first study.sample_answers questions with base and best trial, and write that to the
     study's folder, unless it is there or the adapter is not. A failure is reported and ends nothing,
     but for what ``after_pass`` raises."""
-    pairs = engine.splits.pairs.get("validation", ())
+    folder, progress, pairs = study.folder, study.progress, study.engine.splits.pairs.get("validation", ())
     short = (number for number, pair in enumerate(pairs) if len(pair.prompt) <= LONGEST_PROMPT)
-    chosen = list(islice(short, config.study.sample_answers))
+    chosen = list(islice(short, study.config.study.sample_answers))
     if best is None or best.state != "COMPLETE" or not chosen or not adapter_of(best, folder).is_dir():
         return
     if len(read_samples(folder, best)) >= len(chosen):
         return
     progress.event(f"base and trial {best.number} answer {len(chosen)} validation questions")
     try:
-        samples = answers(engine, config, StudyView(config.study), best, folder, chosen, after_pass)
-        write_samples(folder, best, MAX_NEW_TOKENS, samples)
+        write_samples(folder, best, MAX_NEW_TOKENS, answers(study, best, chosen))
     except (*REPORTED, OSError, RuntimeError, ValueError) as error:
         progress.event(f"no sample answers: {first_line(error)}")
 
 
-def answers(
-    engine: Engine,
-    config: SweepConfig,
-    view: StudyView,
-    best: TrialRow,
-    folder: Path,
-    chosen: Sequence[int],
-    after_pass: Callable[[], None],
-) -> list[Sample]:
+def answers(study: Finished, best: TrialRow, chosen: Sequence[int]) -> list[Sample]:
     """Return what base and trial answer to the prompts of these validation rows, as trained."""
-    tokenizer, ends = tokenizer_and_ends(engine, config)
+    engine, settings = study.engine, StudyView(study.config.study).settings_of(best.number)
+    tokenizer, ends = tokenizer_and_ends(engine, study.config)
     examples = [engine.splits.validation[number] for number in chosen]
     prompts = [list(example.input_ids[: example.num_prompt_tokens]) for example in examples]
-    slot = engine.place(view.settings_of(best.number), adapter_of(best, folder))
+    slot = engine.place(settings, adapter_of(best, study.folder))
     try:
         found = generate(
-            engine.model, [None, slot], prompts, ends, MAX_NEW_TOKENS, engine.tokens_per_pass, after_pass
+            engine.model,
+            [None, slot],
+            prompts,
+            ends,
+            MAX_NEW_TOKENS,
+            engine.tokens_per_pass,
+            study.after_pass,
         )
     finally:
         engine.bank.release(slot)

@@ -4,34 +4,42 @@ A second look would turn it into a second validation split: it needs --again and
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_search.engine.engine import Engine
 from lora_search.files.row_scores import TEST, write_scores
+from lora_search.output.terminal import Progress
 from lora_search.results.certainty import compare
-from lora_search.settings.schema import StudyConfig
+from lora_search.settings.schema import SweepConfig
 from lora_search.study.stored_results import TestScore, has_test_score, store_test_score
 from lora_search.study.view import StudyView
 from lora_search.trial import TrialRow
 
 
-def score_test_once(
-    engine: Engine,
-    config: StudyConfig,
-    folder: Path,
-    best: TrialRow | None,
-    after_pass: Callable[[], None] = lambda: None,
-) -> TestScore | None:
+@dataclass(frozen=True)
+class Finished:
+    """A finished study on its loaded base. ``after_pass`` is called after every pass, and may raise."""
+
+    engine: Engine
+    config: SweepConfig
+    folder: Path
+    progress: Progress
+    after_pass: Callable[[], None] = lambda: None
+
+
+def score_test_once(study: Finished, best: TrialRow | None) -> TestScore | None:
     """Score the best trial and the base on the test split, unless any worker has done so before.
 
     Returns None if there is nothing to score: no test rows, no complete trial, its adapter elsewhere.
     """
+    engine, folder, config = study.engine, study.folder, study.config.study
     if best is None or not engine.splits.test or not adapter_of(best, folder).is_dir():
         return None
     if has_test_score(config):
         return None
-    engine.after_pass = after_pass
+    engine.after_pass = study.after_pass
     return score_test(engine, StudyView(config), best, folder, before=None)
 
 

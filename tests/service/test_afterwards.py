@@ -27,7 +27,7 @@ from lora_search.service.afterwards import in_turn, score_and_share
 from lora_search.service.answering import read_scores, score_answers_once
 from lora_search.service.reopen import reopen
 from lora_search.service.samples import keep_samples_once
-from lora_search.service.scoring import score_test_once
+from lora_search.service.scoring import Finished, score_test_once
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.recorded import recorded_config
 from lora_search.settings.schema import StudyConfig, SweepConfig
@@ -63,7 +63,9 @@ class Machine:
             self.passes += 1
             check()
 
-        return score_test_once(self.engine, self.config.study, self.folder, self.best, after_pass)
+        return score_test_once(
+            Finished(self.engine, self.config, self.folder, Progress(), after_pass), self.best
+        )
 
 
 def unscored(finished: Path, tmp_path: Path) -> list[Machine]:
@@ -204,11 +206,12 @@ def test_what_is_raised_after_a_pass_is_no_failure_of_samples_or_scores(machines
     engine, config = machine.engine, machine.config
     config.study.sample_answers = 1
     config.metric = METRIC
+    study = Finished(engine, config, machine.folder, Progress(), gone)
 
     with pytest.raises(StudyError, match="gone for too long"):
-        keep_samples_once(engine, config, machine.folder, machine.best, Progress(), gone)
+        keep_samples_once(study, machine.best)
     with pytest.raises(StudyError, match="gone for too long"):
-        score_answers_once(engine, config, machine.folder, Progress(), gone)
+        score_answers_once(study)
 
 
 METRIC = MetricConfig(name="python", function=f"{__name__}.points", max_rows=3, max_new_tokens=6)
@@ -229,8 +232,9 @@ def test_an_interrupt_is_answered_between_two_calls_of_the_metric(machines: list
         if asked:
             raise KeyboardInterrupt
 
+    machine = machines[0]
     with pytest.raises(KeyboardInterrupt):
-        score_answers_once(machines[0].engine, machines[0].config, machines[0].folder, Progress(), interrupt)
+        score_answers_once(Finished(machine.engine, machine.config, machine.folder, Progress(), interrupt))
 
     assert len(asked) == 1
 
