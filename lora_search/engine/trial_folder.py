@@ -80,7 +80,7 @@ class Keeper:
             remove_staged(Path(run.folder))
             self.artifacts.fetch(run.number, Path(run.folder))
         layout, kinds = self.bank.rows[index].layout, self._kinds(index)
-        expected = {kind: layout.tensors(parts) for kind, parts in kinds.items()}
+        expected = {kind: layout.views(parts) for kind, parts in kinds.items()}
         expected |= {"best": self.bank.exported(index)}
         found, troubles = load_checkpoint(
             _checkpoints(run), self._origins(run), lambda found: _check_shapes(found, expected)

@@ -143,8 +143,8 @@ def check_biases(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) -> 
     layers = [layer for names in targets for layer in target_layers(model, names).values()]
     if layers and all(layer.bias is None for layer in layers):
         raise ModelError(
-            f"lora.bias: none of {in_words(targets[0])} of this {model.config.model_type} model has a bias. "
-            "Set lora.bias=none, or name layers that have one in lora.target_modules."
+            f"lora.bias: no layer of {in_words(targets[0])} has a bias in this {model.config.model_type} "
+            "model. Set lora.bias=none, or adapt layers that have one."
         )
 
 

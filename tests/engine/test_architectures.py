@@ -178,7 +178,15 @@ def test_a_listed_architecture_is_exact(architecture: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"neftune_alpha": 5.0}, {"use_dora": True, "dropout": 0.1}])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT unties
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"neftune_alpha": 5.0},
+        {"use_dora": True, "dropout": 0.1},
+        {"modules_to_save": ("embed_tokens", "lm_head")},
+    ],
+)
 @pytest.mark.parametrize("architecture", ["gemma3n_text", "gpt_neox", "qwen2"])
 def test_options_are_exact_where_embeddings_and_biases_are_of_another_kind(
     architecture: str, changes: dict[str, object], tmp_path: Path

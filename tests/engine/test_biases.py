@@ -132,7 +132,7 @@ def test_biases_of_layers_that_have_none_are_refused_before_weights_are_read(tmp
     room = Room.of(trials)
 
     with pytest.raises(
-        ModelError, match="lora.bias: none of 'o_proj', 'down_proj' of this qwen2 model has a"
+        ModelError, match="lora.bias: no layer of 'o_proj', 'down_proj' has a bias in this qwen2"
     ):
         check_outline(config.path, config, room.targets, biased=room.biased)
     check_outline(config.path, config, [("q_proj",)], biased=[*room.biased, ("q_proj",)])
