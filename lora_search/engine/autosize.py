@@ -2,7 +2,8 @@
 
 Costs up to ten training passes. Peak memory is modelled as c0 + c1 * tokens + c2 * slots: c2 is known, the
 line through the smallest and the largest pass gives c0 and c1. On a GPU the allocator reports what a pass
-took; on a CPU the tensors saved for the backward pass are counted.
+took; on a CPU the tensors saved for the backward pass are counted. Slots that are chosen are counted by what
+the space's trials take on average: `engine` lets a trial wait while what it takes is not free.
 
 A slot puts at most its effective batch into a pass, so few slots cannot fill a large pass, and many slots
 leave memory for a small one only: both are chosen together, for the highest speed.
@@ -39,6 +40,19 @@ class Fit:
     tokens_per_pass: int
     predicted_bytes: int | None = None
     note: str = ""
+    bank_bytes: int | None = None  # what the trials in the slots may take together; None: without a limit
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The bytes that a trial takes in a slot: the largest of the space, and the mean."""
+
+    largest: int
+    mean: float
+
+    def of(self, slots: int) -> int:
+        """Return what to keep for so many slots: the largest trial always finds room."""
+        return max(self.largest, math.ceil(slots * self.mean))
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,8 @@ class PassCost:
         rising = np.maximum.accumulate([self.speeds[size] for size in sizes])  # a slower one is noise
         return float(np.interp(tokens, sizes, rising))
 
-    def bytes(self, slots: int, tokens: int, bytes_per_slot: int) -> float:
-        return self.fixed_bytes + self.bytes_per_token * tokens + slots * bytes_per_slot
+    def bytes(self, slots: int, tokens: int, demand: Demand) -> float:
+        return self.fixed_bytes + self.bytes_per_token * tokens + demand.of(slots)
 
 
 def fit(
@@ -64,7 +78,7 @@ def fit(
     model: PackedModel,
     rows: Sequence[Example],
     batch_size: int,
-    bytes_per_slot: int,
+    demand: Demand,
     most_slots: int,
     free_bytes: int,
 ) -> Fit:
@@ -72,7 +86,8 @@ def fit(
 
     ``batch_size`` is the smallest effective one of the space: the rows that any trial can put into a pass.
     ``free_bytes`` is the free memory of the device, of several the least: what a pass and a slot take most on
-    any of them must fit it. Raises LoraSearchError if a single row does not fit.
+    any of them must fit it. Slots that are set can all hold the largest trial at once. Raises LoraSearchError
+    if a single row does not fit.
     """
     device = model.device.type
     room = MARGIN[device] * free_bytes
@@ -80,15 +95,17 @@ def fit(
     mean, longest = float(lengths.mean()), int(lengths.max())
     sizes = _sizes(config, mean, batch_size, device)
     cost = measure(model, rows, sizes)
-    least_slots = 1 if config.slots == "auto" else int(config.slots)
-    room_for_pass = room - least_slots * bytes_per_slot
+    if config.slots != "auto":
+        demand = Demand(demand.largest, demand.largest)
+    room_for_pass = room - demand.of(1 if config.slots == "auto" else int(config.slots))
     if config.gradient_checkpointing == "auto" and _fitting(cost, room_for_pass) < longest:
         recompute_layers(model.decoder)
         cost = measure(model, rows, sizes) if device == "cuda" else _recomputed(cost, model.decoder)
     limits = Limits(longest, batch_size * mean, min(most_slots, MOST_SLOTS[device]), MOST_TOKENS[device])
-    slots, tokens = choose(config, cost, room, bytes_per_slot, limits)
-    predicted = cost.bytes(slots, tokens, bytes_per_slot)
-    return Fit(slots, tokens, int(predicted), _note(slots, tokens, predicted, cost, limits))
+    slots, tokens = choose(config, cost, room, demand, limits)
+    predicted = cost.bytes(slots, tokens, demand)
+    note = _note(slots, tokens, predicted, cost, limits) + _note_on_largest(slots, demand)
+    return Fit(slots, tokens, int(predicted), note, demand.of(slots))
 
 
 @dataclass(frozen=True)
@@ -102,24 +119,24 @@ class Limits:
 
 
 def choose(
-    config: EngineConfig, cost: PassCost, room: float, bytes_per_slot: int, limits: Limits
+    config: EngineConfig, cost: PassCost, room: float, demand: Demand, limits: Limits
 ) -> tuple[int, int]:
     """Return the fewest slots, with the tokens that fit beside them, whose passes are about as fast as any.
 
     ``room`` is the memory to use, in bytes. Raises LoraSearchError if a single row does not fit."""
-    options = list(_options(config, cost, room, bytes_per_slot, limits))
+    options = list(_options(config, cost, room, demand, limits))
     speeds = [cost.speed(min(tokens, slots * limits.batch_tokens)) for slots, tokens in options]
     return next(o for o, speed in zip(options, speeds, strict=True) if speed >= ENOUGH * max(speeds))
 
 
 def _options(
-    config: EngineConfig, cost: PassCost, room: float, bytes_per_slot: int, limits: Limits
+    config: EngineConfig, cost: PassCost, room: float, demand: Demand, limits: Limits
 ) -> Iterator[tuple[int, int]]:
     """Yield slots and the most tokens that fit beside them; set tokens are taken for the fewest slots."""
     least = 1 if config.slots == "auto" else int(config.slots)
     most = max(least, limits.most_slots) if config.slots == "auto" else least
     for slots in range(least, most + 1):
-        left = room - slots * bytes_per_slot
+        left = room - demand.of(slots)
         if slots == least:
             yield slots, _tokens(config, cost, left, limits.longest, limits.most_tokens)
         elif (fitting := _fitting(cost, left)) < limits.longest:
@@ -199,6 +216,11 @@ def _note(slots: int, tokens: int, predicted: float, cost: PassCost, limits: Lim
         f"{slots} slots, {tokens} tokens per pass, about {predicted / 2**30:.1f} GiB plus the base; probe: "
         f"{packed:.0f} tokens/s, {alone:.0f} for one trial with the smallest batch ({packed / alone:.2f}x)"
     )
+
+
+def _note_on_largest(slots: int, demand: Demand) -> str:
+    together = demand.of(slots) // demand.largest
+    return f"; of the largest trials {together} at once" if together < slots else ""
 
 
 def _fill(rows: Sequence[Example], num_tokens: int) -> list[Example]:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from lora_search.data.rows import Splits
-from lora_search.engine.autosize import Fit, fit
+from lora_search.engine.autosize import Demand, Fit, fit
 from lora_search.engine.bank import SlotBank
 from lora_search.engine.digest import base_record
 from lora_search.engine.engine import Engine
@@ -33,14 +34,17 @@ ADAPTER_KEYS = (
     "lora.trainable_token_head", "lora.modules_to_save", "lora.bias",
 )  # fmt: skip
 
+TYPICAL = 64  # draws from a space to know a mean trial
+
 
 @dataclass(frozen=True)
 class Room:
     """What an engine must hold: all possible target modules, the largest rank, the smallest effective batch,
     trials. ``patterns``: the names of layers in lora.rank_pattern and alpha_pattern; ``tokens``: the lists of
     those whose embeddings are trained, and whether their rows of the head are; ``starts``: the inits
-    of PiSSA and OLoRA; ``extremes``: trials of which one is the largest; ``biased``: the targets of trials
-    that train biases; ``saved``: the modules that trials have copies of."""
+    of PiSSA and OLoRA; ``extremes``: trials of which one is the largest; ``typical``: trials as they will
+    be drawn; ``biased``: the targets of trials that train biases; ``saved``: the modules that trials have
+    copies of."""
 
     targets: tuple[tuple[str, ...], ...]
     max_rank: int
@@ -51,6 +55,7 @@ class Room:
     starts: tuple[str, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], bool], ...] = ()
     extremes: tuple[TrialSettings, ...] = ()
+    typical: tuple[TrialSettings, ...] = ()
     biased: tuple[tuple[str, ...], ...] = ()
     saved: tuple[tuple[str, ...], ...] = ()
 
@@ -67,6 +72,7 @@ class Room:
             starts=_once(trial.init for trial in trials if trial.has_start),
             tokens=_once((t.trainable_token_indices, t.trainable_token_head) for t in trials),
             extremes=tuple(trials),
+            typical=tuple(trials),
             biased=_once(trial.target_modules for trial in trials if trial.trains_biases),
             saved=_once(trial.modules_to_save for trial in trials),
         )
@@ -74,15 +80,17 @@ class Room:
     @classmethod
     def of_space(cls, config: SweepConfig, space: "Space") -> "Room":
         """Return the size needed for any trial of a space."""
-        from lora_search.settings.space import (
-            corners,
-            smallest,
-        )  # an engine alone needs no Hydra and no Optuna
+        # an engine alone needs no Hydra and no Optuna
+        from lora_search.search.forecast import drawn_params
+        from lora_search.settings.space import corners, smallest
 
         trials = corners(config, space, ADAPTER_KEYS)
         keys = ("train.batch_size", "train.gradient_accumulation_steps")
         min_batch = math.prod(smallest(config, space, key) for key in keys)
-        return replace(cls.of(trials), min_batch=min_batch, num_trials=config.study.most_trials)
+        drawn = drawn_params(space, TYPICAL, config.seed)
+        typical = tuple(trial_settings(config, params) for params in drawn)
+        room = cls.of(trials)
+        return replace(room, min_batch=min_batch, num_trials=config.study.most_trials, typical=typical)
 
 
 def require_exact(config: SweepConfig, room: Room, device: torch.device) -> None:
@@ -146,9 +154,14 @@ def build_engine(
         data_seed=config.seed,
         tokens_per_pass=chosen.tokens_per_pass,
         base=record,
-        resolve_targets=lambda targets: tuple(name for name in layers if matches(name, targets)),
+        resolve_targets=partial(_matching, layers),
+        bank_bytes=chosen.bank_bytes,
     )
     return engine, chosen.note
+
+
+def _matching(names: Iterable[str], targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if matches(name, targets))
 
 
 def _bank(base: Base, room: Room, layers: Mapping[str, nn.Linear], slots: int) -> SlotBank:
@@ -197,11 +210,20 @@ def _fit(config: SweepConfig, room: Room, base: Base, splits: Splits, layers: Ma
     heaviest = _heaviest(config, room)
     bank.make_room(0, heaviest, bank.names)  # zeros: values take no memory
     bank.refresh(0)
-    model, per_slot = PackedModel(base.model, bank), bank.bytes_of(heaviest, bank.names)
+    model, demand = PackedModel(base.model, bank), _demand(bank, room)
     sharing = (config.launcher.workers or 1) if base.device.type == "cpu" else 1  # one GPU each, one memory
     free, batch = available_bytes(devices_of(base.model)) // sharing, room.min_batch
     if base.device.type == "cpu":
         free -= bank.factor_bytes * len(room.starts)
-    chosen = fit(config.engine, model, splits.train, batch, per_slot, room.num_trials, free)
+    chosen = fit(config.engine, model, splits.train, batch, demand, room.num_trials, free)
     bank.remove(base.model)
     return chosen
+
+
+def _demand(bank: SlotBank, room: Room) -> Demand:
+    """Return what the room's trials take in a slot."""
+    largest, typical = (
+        [bank.bytes_of(trial, _matching(bank.names, trial.target_modules)) for trial in trials]
+        for trials in (room.extremes, room.typical)
+    )
+    return Demand(max(largest), sum(typical) / len(typical))

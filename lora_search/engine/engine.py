@@ -23,7 +23,7 @@ from lora_search.engine.evaluation import score_rows, shareable_tokens
 from lora_search.engine.optim import SlotAdamW, learning_rate
 from lora_search.engine.packed_model import PackedModel, SlotRows
 from lora_search.engine.packing import fill_pass
-from lora_search.engine.slot import Slot
+from lora_search.engine.slot import Queue, Slot
 from lora_search.engine.trial_folder import START, Keeper
 from lora_search.errors import DoesNotFitError, LoraSearchError
 from lora_search.failures import failure_reason, first_line
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 
 class Engine:
-    """S slots over one base. ``resolve_targets`` maps a trial's target modules to full layer names."""
+    """S slots over one base. ``resolve_targets`` maps a trial's target modules to full layer names;
+    ``bank_bytes`` is what the trials in slots may take together (`Queue`)."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Engine:
         tokens_per_pass: int,
         base: BaseRecord,
         resolve_targets: Callable[[tuple[str, ...]], tuple[str, ...]],
+        bank_bytes: int | None = None,
     ) -> None:
         self.model, self.bank, self.splits = model, bank, splits
         self.num_shared = shareable_tokens(model, splits.validation)
@@ -60,6 +62,7 @@ class Engine:
         self.tokens_per_pass = tokens_per_pass
         self.resolve_targets = resolve_targets
         self.slots: list[Slot | None] = [None] * bank.num_slots
+        self.queue = Queue(bank_bytes)
         self.throughput = Throughput()
         self.after_pass: Callable[[], None] = lambda: None  # called after every pass; may release trials
         self._suspects: list[Slot] = []  # trials of a pass that raised: each trains alone until its next step
@@ -81,7 +84,12 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        return self.slots.count(None)
+        """How many trials to bring; 0 while one waits for memory."""
+        return 0 if self.queue.waiting else self.slots.count(None)
+
+    @property
+    def busy(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot is not None]
 
     @property
     def tokens_per_second(self) -> float:
@@ -89,28 +97,48 @@ class Engine:
         return self.throughput.tokens_per_second
 
     def admit(self, runs: Sequence[TrialRun]) -> None:
-        """Give each trial a slot; a trial with a checkpoint resumes from it.
+        """Give each trial a slot as soon as there is memory for it; one with a checkpoint resumes from it.
 
         `advance` returns the measurements that the study lacks, and the trials that could not start.
         """
         for run in runs:
-            index = self.slots.index(None)
             slot = Slot(run, (), START, self.axis.total_steps(run.settings))
+            self._for_one(slot, partial(self._enqueue, slot))
+        self._seat()
+
+    def _enqueue(self, slot: Slot) -> None:
+        slot.names = self.resolve_targets(slot.settings.target_modules)
+        slot.num_bytes = self.bank.bytes_of(slot.settings, slot.names)
+        self.queue.waiting.append(slot)
+
+    def _seat(self) -> None:
+        """Give free slots to the trials that wait, as far as there is memory."""
+        while None in self.slots and (slot := self.queue.next(self.busy)) is not None:
+            index = self.slots.index(None)
             self.slots[index] = slot
-            self._for_one(slot, partial(self._begin, index, slot))
+            self._for_one(slot, partial(self._begin_or_wait, index, slot))
+
+    def _begin_or_wait(self, index: int, slot: Slot) -> None:
+        try:
+            self._begin(index, slot)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.busy == [slot]:
+                raise
+            logger.warning("trial %d waits: no memory beside the others", slot.run.number)
+            self.release([slot.run.number])
+            self.queue.push_back(slot, self.busy)
 
     def _begin(self, index: int, slot: Slot) -> None:
-        run = slot.run
-        slot.names = self.resolve_targets(run.settings.target_modules)
-        self.bank.admit(index, run.settings, slot.names, run.seed)
+        self.bank.admit(index, slot.settings, slot.names, slot.run.seed)
         self.optimizer.reset(index)
-        slot.position, slot.best, slot.recovery = self.keeper.resume(index, run, slot.names)
+        slot.position, slot.best, slot.recovery = self.keeper.resume(index, slot.run, slot.names)
         slot.train_tokens = slot.position.train_tokens
         self._outcomes += slot.missing_measurements()
         self._next_batch(slot)
 
     def release(self, trial_numbers: Sequence[int]) -> None:
-        """Empty the slots of these trials."""
+        """Empty the slots of these trials; those that wait go, too."""
+        self.queue.drop(trial_numbers)
         for index, slot in enumerate(self.slots):
             if slot is not None and slot.run.number in trial_numbers:
                 self.bank.release(index)
@@ -119,6 +147,7 @@ class Engine:
 
     def advance(self) -> list[Measurement]:
         """Run one packed pass; return the rungs reached in it, and the trials that ended."""
+        self._seat()
         packed = self._take_pass()
         if packed and self._forward_backward(packed):
             self.after_pass()
@@ -132,7 +161,7 @@ class Engine:
     def _take_pass(self) -> Packed:
         """Take the rows of the next pass: of all trials, or of one that may have made the last pass fail."""
         self._suspects = [slot for slot in self._suspects if slot in self.slots]
-        chosen = self._suspects[:1] or [slot for slot in self.slots if slot is not None]
+        chosen = self._suspects[:1] or self.busy
         active = [(self.slots.index(slot), slot) for slot in chosen]
         queues = [[len(row.input_ids) for row, _ in slot.batch.rows] for _, slot in active]
         taken = fill_pass(queues, self.tokens_per_pass)
@@ -144,8 +173,8 @@ class Engine:
 
     def views(self) -> list[SlotView]:
         """Return what each busy slot is doing."""
-        busy = [slot for slot in self.slots if slot is not None]
-        return [slot.view(self.axis.rung_examples(slot.settings, slot.position.rung + 1)) for slot in busy]
+        examples = self.axis.rung_examples
+        return [slot.view(examples(slot.settings, slot.position.rung + 1)) for slot in self.busy]
 
     def _forward_backward(self, packed: Packed) -> bool:
         """Add the pass's gradients to the bank; return False if memory ran out: repeat the pass."""
@@ -196,9 +225,8 @@ class Engine:
         """Return why a trial failed, None if memory ran out; raise errors that end the whole sweep."""
         if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
             remedy = "The trials return to the study; run the same command again."
-            raise LoraSearchError(
-                f"engine.device: the device failed: {first_line(error)}. {remedy}"
-            ) from None
+            message = f"engine.device: the device failed: {first_line(error)}. {remedy}"
+            raise LoraSearchError(message) from None
         if isinstance(error, DoesNotFitError):
             return str(error)
         if isinstance(error, LoraSearchError):
@@ -237,18 +265,12 @@ class Engine:
         self.bank.refresh(index)
         self._suspects = [suspect for suspect in self._suspects if suspect is not slot]
         if slot.watch.has_diverged:
-            self._diverge(slot)
+            self._outcomes.append(slot.diverge())
             return False
         if self._has_reached(slot, slot.position.rung + 1):
             return True
         self._next_batch(slot)
         return False
-
-    def _diverge(self, slot: Slot) -> None:
-        rung, step = slot.position.rung + 1, slot.position.optimizer_steps
-        detail = f"loss or gradient not finite at optimizer step {step}, before rung {rung}"
-        slot.position = replace(slot.position, rung=rung)
-        self._outcomes.append(slot.measurement(math.nan, slot.step_records(), "diverged", detail))
 
     def _has_reached(self, slot: Slot, rung: int) -> bool:
         return slot.position.examples_seen >= self.axis.rung_examples(slot.settings, rung)
@@ -292,8 +314,7 @@ class Engine:
 
     def scores(self, slots: Sequence[int | None], rows: Sequence[Example]) -> list[RowScores]:
         """Return each slot's scores of the rows; slot None is the bare base."""
-        is_known = rows is self.splits.validation
-        shared = self.num_shared if is_known else shareable_tokens(self.model, rows)
+        shared = self.num_shared if rows is self.splits.validation else shareable_tokens(self.model, rows)
         while True:
             try:
                 return score_rows(self.model, slots, rows, self.tokens_per_pass, shared, self.after_pass)

@@ -61,6 +61,7 @@ class Slot:
     names: tuple[str, ...]
     position: Position
     total_steps: int
+    num_bytes: int = 0  # of its row and moments
     batch: Batch = field(init=False)
     train_tokens: int = 0
     laps: list[tuple[Lap, float]] = field(default_factory=list)  # since the last rung
@@ -155,6 +156,13 @@ class Slot:
             recovery=recovery,
         )
 
+    def diverge(self) -> Measurement:
+        """Return the end of a trial whose numbers are no longer finite, before its next rung."""
+        rung, step = self.position.rung + 1, self.position.optimizer_steps
+        detail = f"loss or gradient not finite at optimizer step {step}, before rung {rung}"
+        self.position = replace(self.position, rung=rung)
+        return self.measurement(math.nan, self.step_records(), "diverged", detail)
+
     def missing_measurements(self) -> list[Measurement]:
         """Return the rungs that the checkpoint has and the study lacks: the worker died in between."""
         position, missing = self.position, []
@@ -193,3 +201,33 @@ class Slot:
             loss=self.last_loss,
             perplexity=self.last_perplexity,
         )
+
+
+class Queue:
+    """Trials that wait for a slot or for memory. The first goes first, so none waits for ever: it fits when
+    enough of the others have left, and beside none it always does. ``most_bytes``: what all trials in slots
+    may take together; None: without a limit."""
+
+    def __init__(self, most_bytes: int | None) -> None:
+        self.most_bytes = most_bytes
+        self.waiting: deque[Slot] = deque()
+
+    def next(self, busy: Sequence[Slot]) -> Slot | None:
+        """Take the first trial from the queue if it fits beside those in slots."""
+        if not self.waiting or not self._fits(self.waiting[0], busy):
+            return None
+        return self.waiting.popleft()
+
+    def push_back(self, slot: Slot, busy: Sequence[Slot]) -> None:
+        """Let a trial for which memory ran out wait until another has left."""
+        self.waiting.appendleft(slot)
+        self.most_bytes = sum(other.num_bytes for other in busy)
+
+    def drop(self, trial_numbers: Sequence[int]) -> None:
+        """Forget these trials."""
+        self.waiting = deque(slot for slot in self.waiting if slot.run.number not in trial_numbers)
+
+    def _fits(self, slot: Slot, busy: Sequence[Slot]) -> bool:
+        if not busy or self.most_bytes is None:
+            return True
+        return sum(other.num_bytes for other in busy) + slot.num_bytes <= self.most_bytes

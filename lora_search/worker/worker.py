@@ -66,15 +66,20 @@ class Worker:
         """Fill the free slots; return whether this worker has anything to do."""
         if self.engine.free_slots and self.outbox.flush():
             self.study.check_failures()
-            runs: list[TrialRun] = []
-            while len(runs) < self.engine.free_slots and (claimed := self.outbox.ask(self._claim)):
-                runs += claimed
-            for run in runs:
-                self.tracker.start(run)
-            self.engine.admit(runs)
+            self._fill(self.engine.free_slots)
         if self.study.held and self.engine.free_slots == len(self.engine.slots):
             self._wait(self.outbox.seconds_to_next_try)  # all trials have ended, and reports are pending
         return bool(self.study.held)
+
+    def _fill(self, most: int) -> None:
+        """Claim and admit up to so many trials, one by one: one that must wait for memory is the last."""
+        for _ in range(most):
+            runs = self.outbox.ask(self._claim) if self.engine.free_slots else None
+            if not runs:
+                return
+            for run in runs:
+                self.tracker.start(run)
+            self.engine.admit(runs)
 
     def _claim(self) -> list[TrialRun]:
         """Claim one trial: of several at once, some would be lost in a database error."""

@@ -7,16 +7,31 @@ from pathlib import Path
 import pytest
 
 from lora_search.engine import autosize as fitting
-from lora_search.engine.autosize import Limits, PassCost, choose, fit, measure
+from lora_search.engine.autosize import Demand, Limits, PassCost, choose, fit, measure
 from lora_search.errors import LoraSearchError
 from lora_search.settings.schema import EngineConfig
 from lora_search.trial import TrialRun
-from tests.benchmarks.sizes import AUTO, CARDS, GIB, MODELS, SPACES, cost_of, model_on, room_on
+from tests.benchmarks.sizes import (
+    AUTO,
+    CARDS,
+    GIB,
+    MODELS,
+    SPACES,
+    cost_of,
+    demand_of,
+    gib_of_slots,
+    model_on,
+    room_on,
+)
 from tests.conftest import make_run
 from tests.harness import build_engine, random_splits, train_all
 
 MIB = 2**20
 SPLITS = random_splits(num_train=40)
+
+
+def same(num_bytes: int) -> Demand:
+    return Demand(num_bytes, num_bytes)
 
 
 def probe(
@@ -25,8 +40,8 @@ def probe(
     engine = build_engine(folder, SPLITS, max_rank=8)
     settings, names = dataclasses.replace(run.settings, r=8), engine.bank.names
     engine.bank.admit(0, settings, names, seed=0)
-    per_slot = engine.bank.bytes_of(settings, names)
-    return fit(config, engine.model, SPLITS.train, 2, per_slot, most_slots, free_bytes)
+    demand = same(engine.bank.bytes_of(settings, names))
+    return fit(config, engine.model, SPLITS.train, 2, demand, most_slots, free_bytes)
 
 
 def test_auto_fills_what_memory_holds_and_no_more(tiny_llama: Path, tmp_path: Path) -> None:
@@ -70,7 +85,7 @@ def test_a_row_that_fits_only_with_its_layers_computed_again_gets_them_so(
     longest = max(len(row.input_ids) for row in SPLITS.train)
     short_of = int(2 * (cost.fixed_bytes + per_slot + 0.9 * longest * cost.bytes_per_token))
 
-    chosen = fit(config, engine.model, SPLITS.train, 2, per_slot, 1, short_of)
+    chosen = fit(config, engine.model, SPLITS.train, 2, same(per_slot), 1, short_of)
 
     assert chosen.tokens_per_pass >= longest
     assert all(isinstance(layer.forward, partial) for layer in engine.model.decoder.layers)
@@ -89,20 +104,20 @@ def test_the_fewest_slots_that_are_about_as_fast_as_the_most() -> None:
     cost = PassCost(0.0, 1.0, {200: 500.0, 400: 800.0, 800: 980.0, 1600: 1000.0})
     limits = Limits(longest=100, batch_tokens=200.0, most_slots=32, most_tokens=2048)
 
-    assert choose(AUTO, cost, 1e6, 1, limits) == (4, 2048)
-    assert choose(AUTO, cost, 1e6, 1, dataclasses.replace(limits, most_slots=3)) == (3, 2048)
-    assert choose(EngineConfig(slots=2, tokens_per_pass="auto"), cost, 1000.0, 1, limits) == (2, 998)
-    assert choose(EngineConfig(slots="auto", tokens_per_pass=500), cost, 503.0, 1, limits) == (3, 500)
+    assert choose(AUTO, cost, 1e6, same(1), limits) == (4, 2048)
+    assert choose(AUTO, cost, 1e6, same(1), dataclasses.replace(limits, most_slots=3)) == (3, 2048)
+    assert choose(EngineConfig(slots=2, tokens_per_pass="auto"), cost, 1000.0, same(1), limits) == (2, 998)
+    assert choose(EngineConfig(slots="auto", tokens_per_pass=500), cost, 503.0, same(1), limits) == (3, 500)
 
 
-def fastest(cost: PassCost, room: float, per_slot: int, limits: Limits) -> float:
+def fastest(cost: PassCost, room: float, demand: Demand, limits: Limits) -> float:
     """Try every number of slots with every size of a pass; 0 if none fits."""
     return max(
         (
             cost.speed(min(tokens, slots * limits.batch_tokens))
             for slots in range(1, limits.most_slots + 1)
             for tokens in range(limits.longest, limits.most_tokens + 1, 128)
-            if cost.bytes(slots, tokens, per_slot) <= room
+            if cost.bytes(slots, tokens, demand) <= room
         ),
         default=0.0,
     )
@@ -114,19 +129,60 @@ def fastest(cost: PassCost, room: float, per_slot: int, limits: Limits) -> float
 def test_slots_and_tokens_are_about_the_fastest_that_fit(name: str, card: str, space: str) -> None:
     model, limits = model_on(card, name), SPACES[space].limits
     room = room_on(card, model)
-    cost, per_slot = cost_of(model, room, limits.longest), int(model.slot * GIB)
-    best = fastest(cost, room, per_slot, limits)
+    cost = cost_of(model, room, limits.longest)
+    demand = demand_of(model, SPACES[space])
+    best = fastest(cost, room, demand, limits)
 
     if not best:
         with pytest.raises(LoraSearchError, match="a row of .* tokens needs"):
-            choose(AUTO, cost, room, per_slot, limits)
+            choose(AUTO, cost, room, demand, limits)
         return
-    slots, tokens = choose(AUTO, cost, room, per_slot, limits)
+    slots, tokens = choose(AUTO, cost, room, demand, limits)
 
     assert cost.speed(min(tokens, slots * limits.batch_tokens)) >= 0.94 * best
     assert 1 <= slots <= SPACES[space].trials
     assert limits.longest <= tokens <= limits.most_tokens
-    assert cost.bytes(slots, tokens, per_slot) <= room < CARDS[card] * 1e9 - model.weights * GIB
+    assert cost.bytes(slots, tokens, demand) <= room < CARDS[card] * 1e9 - model.weights * GIB
+
+
+def test_a_slot_of_rank_8_takes_a_quarter_of_one_of_rank_32() -> None:
+    small, large = gib_of_slots((8, 32))
+
+    assert large == pytest.approx(MODELS["8B, all linear"].slot, abs=0.005)
+    assert 4 * small == large
+
+
+def test_slots_are_counted_by_the_mean_trial_and_the_largest_always_fits() -> None:
+    cost = PassCost(0.0, 1.0, {200: 500.0, 400: 1000.0, 800: 2000.0})
+    limits = Limits(longest=100, batch_tokens=200.0, most_slots=4, most_tokens=800)
+
+    assert choose(AUTO, cost, 1200.0, Demand(300, 100.0), limits) == (4, 800)
+    assert choose(AUTO, cost, 1200.0, same(300), limits) == (2, 600)
+    assert [Demand(300, 100.5).of(slots) for slots in (1, 2, 3, 4)] == [300, 300, 302, 402]
+
+
+def test_slots_that_are_set_can_all_hold_the_largest_trial(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_llama, SPLITS)
+    engine.bank.admit(0, make_run(tmp_path).settings, engine.bank.names, seed=0)
+    demand = Demand(MIB, MIB / 4)
+
+    found = [
+        fit(
+            EngineConfig(slots=slots, tokens_per_pass="auto"),
+            engine.model,
+            SPLITS.train,
+            2,
+            demand,
+            4,
+            64 * MIB,
+        )
+        for slots in (4, "auto")
+    ]
+
+    assert found[0].bank_bytes == 4 * MIB
+    assert found[1].bank_bytes == max(MIB, found[1].slots * MIB // 4)
+    assert "of the largest trials" not in found[0].note
+    assert ("of the largest trials 1 at once" in found[1].note) == (found[1].slots > 1)
 
 
 def test_small_batches_get_slots_where_memory_would_only_do_for_tokens() -> None:
@@ -135,7 +191,9 @@ def test_small_batches_get_slots_where_memory_would_only_do_for_tokens() -> None
     room = room_on("H100", model)
     cost = cost_of(model, room, 256)
 
-    slots, tokens = choose(AUTO, cost, room, int(model.slot * GIB), SPACES["batch 4, rows of 100"].limits)
+    slots, tokens = choose(
+        AUTO, cost, room, same(int(model.slot * GIB)), SPACES["batch 4, rows of 100"].limits
+    )
 
     assert slots > 1
     assert tokens >= slots * 400

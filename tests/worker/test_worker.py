@@ -239,3 +239,57 @@ def test_two_workers_of_one_budget_both_leave(tmp_path: Path, monkeypatch: pytes
 
     assert not any(thread.is_alive() for thread in threads)
     assert sum(row.train_tokens for row in studies[0].rows()) <= 2000 + 2 * 2 * 100  # a rung of each slot
+
+
+class NarrowEngine(CurveEngine):
+    """Has memory for two trials, whatever its slots; others wait."""
+
+    def __init__(self, num_slots: int) -> None:
+        super().__init__(num_slots)
+        self.waiting: list[TrialRun] = []
+        self.most_waiting = 0
+
+    @property
+    def free_slots(self) -> int:
+        return 0 if self.waiting else super().free_slots
+
+    def admit(self, runs: Sequence[TrialRun]) -> None:
+        self.waiting += runs
+        while self.waiting and len(self.running) < 2:
+            super().admit([self.waiting.pop(0)])
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+
+    def release(self, numbers: Sequence[int]) -> None:
+        super().release(numbers)
+        self.waiting = [run for run in self.waiting if run.number not in numbers]
+
+    def advance(self) -> list[Measurement]:
+        self.admit([])
+        return super().advance()
+
+
+def test_a_worker_holds_one_trial_at_most_that_waits_for_memory(tmp_path: Path) -> None:
+    study, (progress, _), engine = open_study(make_config(tmp_path), tmp_path), quiet(), NarrowEngine(4)
+
+    work(study, engine, RecordingTracker(), progress)
+
+    assert engine.most_waiting == 1
+    assert study.summary().finished == 8
+
+
+def test_a_trial_that_waits_for_memory_is_handed_back_and_trained_later(tmp_path: Path) -> None:
+    study, (progress, _), interrupts = open_study(make_config(tmp_path), tmp_path), quiet(), Interrupts()
+
+    class Interrupted(NarrowEngine):
+        def advance(self) -> list[Measurement]:
+            interrupts.has_come = True
+            return super().advance()
+
+    with pytest.raises(KeyboardInterrupt):
+        work(study, Interrupted(4), RecordingTracker(), progress, interrupts.check)
+    left = states(study)
+    again = open_study(make_config(tmp_path), tmp_path)
+    work(again, NarrowEngine(4), RecordingTracker(), progress)
+
+    assert left == {"WAITING": 3}
+    assert again.summary().finished == 8
