@@ -67,12 +67,22 @@ def covariance(theta: Tensor, a: Cells, b: Cells) -> Tensor:
     return found
 
 
+def root_of(covariance_NN: Tensor, jitter: Tensor | float) -> Tensor:
+    """Return the Cholesky factor of a covariance with so much more on its diagonal, ten times as much
+    where rounding asks for it. Where it is not finite, nor is the factor."""
+    eye_NN = torch.eye(len(covariance_NN), dtype=torch.float64)
+    while True:
+        raised_NN = covariance_NN + jitter * eye_NN
+        factor_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+        if not failed or not raised_NN.isfinite().all():
+            found: Tensor = factor_NN
+            return found
+        jitter = 10 * jitter
+
+
 def factored(theta: Tensor, known: Cells) -> Tensor:
     """Return the Cholesky factor of the covariance with noise."""
-    noise = (2 * theta[-1]).exp() + JITTER
-    covariance_NN = covariance(theta, known, known) + noise * torch.eye(len(known.who_N)).double()
-    factor: Tensor = torch.linalg.cholesky(covariance_NN)
-    return factor
+    return root_of(covariance(theta, known, known), (2 * theta[-1]).exp() + JITTER)
 
 
 def cost(theta: Tensor, known: Cells, y_N: Tensor) -> Tensor:
@@ -97,7 +107,8 @@ def fit(theta: Tensor, known: Cells, y_N: Tensor) -> Tensor:
         return now
 
     optimizer.step(step)
-    return moving.detach()
+    found = moving.detach()
+    return found if bool(cost(found, known, y_N) < cost(theta, known, y_N)) else theta
 
 
 class Posterior:
@@ -124,7 +135,7 @@ class Posterior:
         """Return joint samples, [M, S]."""
         mean_M, learnt_NM = self.at(cells)
         joint_MM = covariance(self.theta, cells, cells) - learnt_NM.T @ learnt_NM
-        root_MM = torch.linalg.cholesky(joint_MM + 1e-5 * torch.eye(len(mean_M)).double())
+        root_MM = root_of(joint_MM, 1e-5)
         noise_MS = torch.randn(len(mean_M), SAMPLES, generator=generator, dtype=torch.float64)
         found: Tensor = mean_M[:, None] + root_MM @ noise_MS
         return found

@@ -135,18 +135,18 @@ class Pauses:
         return list(islice(here, MOST_PAUSED))
 
     def _resume(self, number: int) -> None:
-        self._move(number, {PAUSED: False, **UNSIGNED}, TrialState.WAITING)
+        self._move(number, TrialState.WAITING, {PAUSED: False, **UNSIGNED})
 
     def _settle(self, trial: FrozenTrial, *, may_be_best: bool = False) -> None:
         """End a paused trial as PRUNED; or as COMPLETE if it is better than all that are."""
         value = best_until(trial, trial.last_step or 0)
         is_best = may_be_best and value < self.ledger.best_perplexity
-        end = (TrialState.COMPLETE, value) if is_best else (TrialState.PRUNED, None)
-        if self._move(trial.number, {}, *end):
+        state = TrialState.COMPLETE if is_best else TrialState.PRUNED
+        if self._move(trial.number, state, {}, value if is_best else None):
             drop_checkpoint(self.trials_folder, trial.number)
 
     def _move(
-        self, number: int, attributes: Mapping[str, object], state: TrialState, value: float | None = None
+        self, number: int, state: TrialState, attributes: Mapping[str, object], value: float | None = None
     ) -> bool:
         """Change the state of a paused trial; return False if another worker has promoted or ended it."""
         with self.table.locked(number) as trial:

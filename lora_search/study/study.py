@@ -325,7 +325,8 @@ class SweepStudy:
 
     def _losers(self, judged: Sequence[FrozenTrial]) -> dict[int, str]:
         if self.pauses is not None and self.config.pruner.chooses:
-            at_rung = [trial for trial in judged if trial.number in self._at_rung]
+            first = self.config.pruner.first_rung
+            at_rung = [t for t in judged if t.number in self._at_rung and (t.last_step or 0) >= first]
             return self.pauses.losers(at_rung, self.num_slots - len(self.held))
         if self.ledger.standings is not None:
             return self.ledger.standings.losers(judged)

@@ -225,6 +225,7 @@ def test_next_steps_after_make_are_makes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_best_has_the_lowest_perplexity_of_those_complete_or_still_at_it_else_of_the_pruned() -> None:
     assert best_of([*ROWS, make_row(16, "PRUNED", 5.0), make_row(17, best=float("nan"))]) is BEST
     assert best_of([*ROWS, waiting := make_row(16, "WAITING", 5.0, 3)]) is waiting
+    assert best_of([*ROWS, paused := replace(make_row(16, "PRUNED", 5.0), is_paused=True)]) is paused
     assert best_of([make_row(0, "PRUNED", 6.0), pruned := make_row(1, "PRUNED", 5.0)]) is pruned
     assert best_of([make_row(0, "FAIL", 5.0), make_row(1, "WAITING", None, 0)]) is None
 

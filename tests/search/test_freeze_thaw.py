@@ -18,6 +18,7 @@ from lora_search.search.freeze_thaw import (
     fit,
     improvement,
     prior,
+    root_of,
     told_cells,
 )
 
@@ -223,3 +224,35 @@ def test_beyond_a_number_of_cells_the_best_keep_their_curves_and_others_first_an
     )
     assert sum(map(bool, rungs[60:])) > 80
     assert len(told_cells(spread(20, NUM_RUNGS))) == 20 * NUM_RUNGS
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[2.0], [2.0]],
+        [[2.0, 2.0, 2.0], [2.0, 2.0], [2.0]],
+        [[1e-6, 1e-6], [700.0, 700.0], [math.inf], [math.nan]],
+        [[math.inf], [math.inf], [3.0], [math.nan, math.nan]],
+        [[3.0 - 1e-9 * k for k in range(4)] for _ in range(30)],
+        [[math.nan, 5.0, math.nan, 4.0]],
+    ],
+)
+def test_odd_curves_lead_to_a_choice_all_the_same(values: list[list[float]]) -> None:
+    curves, new = trained(*values), np.random.default_rng(0).random((20, 3)).tolist()
+    curves.points[:] = [[0.5, 0.5, 0.5]] * len(values)
+    rule = FreezeThaw(3, NUM_RUNGS, 0)
+
+    for _ in range(3):
+        chosen = rule.choose(curves, new, [1.0] * 20, SLOTS)
+        rule.num_fitted = 0
+
+    assert len(set(chosen)) == SLOTS
+    assert bool(rule.theta.isfinite().all())
+
+
+def test_a_covariance_that_is_singular_by_rounding_has_a_root() -> None:
+    matrix = torch.ones(5, 5).double() - 1e-9 * torch.eye(5).double()
+
+    root = root_of(matrix, 1e-12)
+
+    np.testing.assert_allclose(root @ root.T, matrix, atol=1e-7)

@@ -204,6 +204,16 @@ def test_a_trial_between_two_rungs_is_not_judged(tmp_path: Path) -> None:
     assert bad.number not in [stop.trial_number for stop in stops]
 
 
+def test_before_the_first_rung_that_the_settings_name_nobody_makes_room(tmp_path: Path) -> None:
+    config = thawing_config(tmp_path)
+    study = opened(replace(config, pruner=PrunerConfig(name="freeze_thaw", first_rung=3)), tmp_path)
+
+    simulate(study, SLOTS, curve)
+
+    assert study.is_finished
+    assert min(len(row.perplexities) for row in study.rows()) == 3
+
+
 def test_a_paused_trial_without_its_checkpoint_here_is_not_resumed(tmp_path: Path) -> None:
     study = opened(thawing_config(tmp_path), tmp_path)
 
