@@ -81,7 +81,7 @@ def _run(arguments: Namespace, progress: Progress, interrupts: Interrupts) -> No
     if config.launcher.name != "inline" and config.launcher.worker is None:
         command = Command(
             sweep=name,
-            config_dir=folder and folder.resolve(),
+            config_dir=str(folder.resolve()) if folder else None,
             overrides=tuple(overrides),
             typed=typed_command(sys.argv),
         )

@@ -26,42 +26,27 @@ class Letter:
     error_file: str | None = None  # for the error that ends the worker
     environment: Mapping[str, str] = field(default_factory=dict)  # where the worker's own lacks it
 
-    def line(self) -> bytes:
-        return json.dumps(asdict(self)).encode() + b"\n"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """The sweep as requested on the command line."""
 
     sweep: str
-    config_dir: Path | None
+    config_dir: str | None
     overrides: tuple[str, ...]
     typed: str = ""
 
     def for_worker(self, number: int, config_dir: Path | None = None) -> list[str]:
         """Return the command line of a worker. It contains no settings: a worker needs a `letter` too."""
         folder = config_dir or self.config_dir
-        place = [] if folder is None else ["-cd", str(folder)]
-        return [
-            sys.executable,
-            "-m",
-            "lora_search.sweep",
-            "-cn",
-            self.sweep,
-            *place,
-            f"{WORKER_KEY}{number}",
-        ]
+        options = ["-cn", self.sweep, *([] if folder is None else ["-cd", str(folder)])]
+        return [sys.executable, "-m", "lora_search.sweep", *options, f"{WORKER_KEY}{number}"]
 
     def letter(self, error_file: Path, environment: Mapping[str, str] | None = None) -> bytes:
         """Return what to write to a worker's standard input, which it expects with LETTER_VARIABLE set."""
-        letter = Letter(
-            overrides=self.overrides,
-            typed=self.typed,
-            error_file=str(error_file),
-            environment=environment or {},
-        )
-        return letter.line()
+        given, file = environment or {}, str(error_file)
+        letter = Letter(overrides=self.overrides, typed=self.typed, error_file=file, environment=given)
+        return json.dumps(asdict(letter)).encode() + b"\n"
 
 
 @cache

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_search.database.sqlite_file import TO_A_SERVER
 from lora_search.errors import ConfigError, InputError
 from lora_search.failures import first_line
 from lora_search.settings.rules import require_devices
@@ -130,17 +131,14 @@ class RayTeam:
     def _placement(self) -> dict[str, Any]:
         """Return the options of a seat's actor. SQLite is a file of one machine: its seats stay here."""
         options = {"num_cpus": self._need["CPU"], "num_gpus": self._need["GPU"], "max_restarts": FOR_EVER}
-        size, most = self._config.engine.devices_per_worker, max(map(_gpus, self._nodes()), default=0)
+        most = max((int(node["Resources"].get("GPU", 0)) for node in self._nodes()), default=0)
+        size = self._config.engine.devices_per_worker
         require_devices(size, most, "the GPUs of the cluster's largest node", "the cluster has")
         if not self._config.study.storage.startswith("sqlite"):
             return {**options, "scheduling_strategy": "SPREAD"}
-        require(
-            len(self._nodes()) == 1,
-            "study.storage",
-            redact(self._config.study.storage),
-            f"must be a database server, since the Ray cluster has {len(self._nodes())} nodes",
-            "Give postgresql+psycopg://user@host/database (pip install 'lora-search[postgres]')",
-        )
+        count, storage = len(self._nodes()), redact(self._config.study.storage)
+        rule = f"must be a database server, since the Ray cluster has {count} nodes"
+        require(count == 1, "study.storage", storage, rule, TO_A_SERVER)
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         here = self._ray.get_runtime_context().get_node_id()
         return {**options, "scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(here, soft=False)}
@@ -166,10 +164,6 @@ class RayTeam:
 
     def _nodes(self) -> list[Mapping[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
-
-
-def _gpus(node: Mapping[str, Any]) -> int:
-    return int(node["Resources"].get("GPU", 0))
 
 
 def _seats(free: Mapping[str, float], need: Mapping[str, float]) -> int:

@@ -232,7 +232,7 @@ def stop_file(logs: Path) -> Path:
 @contextmanager
 def ordered(order: Order) -> Iterator[None]:
     """Inside, what is submitted gets the order in its environment, and no other trace of it is written."""
-    os.environ[ORDER_VARIABLE] = json.dumps({**asdict(order), "command": command_texts(order.command)})
+    os.environ[ORDER_VARIABLE] = json.dumps(asdict(order))
     try:
         yield
     finally:
@@ -240,15 +240,8 @@ def ordered(order: Order) -> Iterator[None]:
             del os.environ[ORDER_VARIABLE]
 
 
-def command_texts(command: Command) -> dict[str, Any]:
-    folder = None if command.config_dir is None else str(command.config_dir)
-    return {**asdict(command), "config_dir": folder}
-
-
 def read_order(text: str) -> Order:
     """Return the order of a job, from its environment."""
     content = json.loads(text)
-    command = content["command"]
-    folder = None if command["config_dir"] is None else Path(command["config_dir"])
-    command |= {"config_dir": folder, "overrides": tuple(command["overrides"])}
-    return Order(**{**content, "command": Command(**command)})
+    command = Command(**{**content["command"], "overrides": tuple(content["command"]["overrides"])})
+    return Order(**{**content, "command": command})

@@ -55,7 +55,7 @@ class Report:
 def make_order(command: Command, max_restarts: int, environment: Mapping[str, str]) -> Order:
     """Return the order for every seat, with the sweep files and variables that the settings name. Raises
     InputError if the user's folder of sweeps is something larger."""
-    files = {} if command.config_dir is None else sweep_files(command.config_dir)
+    files = {} if command.config_dir is None else sweep_files(Path(command.config_dir))
     named = {name for text in (*command.overrides, *files.values()) for name in NAMED.findall(text)}
     passed = {name: value for name, value in environment.items() if SERVICES.match(name) or name in named}
     return Order(

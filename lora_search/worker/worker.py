@@ -4,6 +4,7 @@ prune."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from lora_search.database.outbox import Outbox
@@ -44,23 +45,21 @@ def work(
         worker.leave()
 
 
+@dataclass
 class Worker:
     """The state of one worker between two passes."""
 
-    def __init__(
-        self,
-        study: SweepStudy,
-        engine: Engine,
-        tracker: Tracker,
-        progress: Progress,
-        check_interrupt: Callable[[], None],
-    ) -> None:
-        self.study, self.engine, self.tracker, self.progress = study, engine, tracker, progress
-        study.num_slots = len(engine.slots)
-        self.check_interrupt = check_interrupt
-        self.outbox = Outbox(study.config.study)
-        self.summary: StudySummary | None = None
-        self._claims = False
+    study: SweepStudy
+    engine: Engine
+    tracker: Tracker
+    progress: Progress
+    check_interrupt: Callable[[], None]
+    summary: StudySummary | None = None
+    _claims: bool = False
+
+    def __post_init__(self) -> None:
+        self.study.num_slots = len(self.engine.slots)
+        self.outbox = Outbox(self.study.config.study)
 
     def admit(self) -> bool:
         """Fill the free slots; return whether this worker has anything to do."""
@@ -107,7 +106,7 @@ class Worker:
         if self.study.was_silent:
             for number in self.outbox.ask(self.study.trials.drop_lost) or ():
                 self._let_go(number, "taken over by another worker while this one was silent")
-        self.outbox.ask(partial(_beat, self.study))
+        self.outbox.ask(self.study.heartbeat)
 
     def settle(self, measurements: Sequence[Measurement]) -> None:
         """Write all reports, end the trials that are finished, and only then ask which others to stop."""
@@ -193,8 +192,3 @@ class Worker:
         while (left := until - time.monotonic()) > 0:
             self.check_interrupt()
             time.sleep(min(left, NAP_SECONDS))
-
-
-def _beat(study: SweepStudy) -> bool:
-    study.heartbeat()
-    return True

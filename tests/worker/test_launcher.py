@@ -208,7 +208,7 @@ def test_more_workers_than_sqlite_can_hold_are_refused_and_a_server_takes_them()
 
 def test_a_workers_command_line_holds_no_setting_and_its_letter_holds_all_in_order() -> None:
     own = ("lora.r=8", f"study.storage={SECRET}", "++study.storage='mysql://u:hunter2@h/d'")
-    command = Command(sweep="smoke", config_dir=Path("/mine"), overrides=own)
+    command = Command(sweep="smoke", config_dir="/mine", overrides=own)
 
     line = command.for_worker(3)
 
