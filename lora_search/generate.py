@@ -50,9 +50,9 @@ def generate(arguments: argparse.Namespace, progress: Progress) -> None:
     numbers = [chosen_trial("trials", text, record).number for text in own["trials"].split(",")]
     bring_files(config, record, progress, numbers)
 
-    from lora_search.service.plain_peft import open_answerer
+    from lora_search.service.plain_peft import Answerer
 
-    answerer = open_answerer(config, record.folder, numbers, limits["max_new_tokens"])
+    answerer = Answerer(config, record.folder, numbers, limits["max_new_tokens"])
     if own["answers"]:
         answer_file(answerer, questions, numbers, limits["batch_size"], Path(own["answers"]), progress)
     else:

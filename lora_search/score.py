@@ -45,12 +45,12 @@ def score(arguments: argparse.Namespace, progress: Progress) -> None:
     from lora_search.service.reopen import reopen
     from lora_search.service.scoring import score_test
 
-    opened = reopen(config, [view.settings_of(best.number)], num_slots=1)
-    has_rows = bool(opened.splits.test)
-    found_score = score_test(opened.engine, view, best, record.folder, before) if has_rows else None
+    engine = reopen(config, [view.settings_of(best.number)], num_slots=1)
+    num_rows = len(engine.splits.test)
+    found_score = score_test(engine, view, best, record.folder, before) if num_rows else None
     if found_score is None:
         raise StudyError(
-            f"data.test_fraction: {len(opened.splits.test)} test rows give no score, or another command has "
+            f"data.test_fraction: {num_rows} test rows give no score, or another command has "
             "scored them meanwhile. `lora-search status` shows the score."
         )
     progress.event(line_of_test(found_score))

@@ -5,7 +5,7 @@ Does not use the packed engine, so it is an independent check. Imports torch.
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,20 +97,16 @@ def merge(
 class Answerer:
     """Answers with the base, loaded once, either bare (None) or with the adapter of a trial."""
 
-    def __init__(
-        self,
-        config: SweepConfig,
-        commit: str | None,
-        tokenizer: PreTrainedTokenizerBase,
-        adapters: Mapping[int, Path],
-        max_new_tokens: int,
-    ) -> None:
+    def __init__(self, config: SweepConfig, folder: Path, trials: Sequence[int], max_new_tokens: int) -> None:
+        """Raises StudyError if the adapter of one of these trials is missing."""
+        adapters = {str(number): adapter_here(folder, number) for number in trials}
+        source, commit = resolve_model(config.model), identity_of(config).commit
+        self.tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
         base = load_plain(config, commit)
         own = base.generation_config.to_diff_dict()
-        self.ends = end_tokens(config.template, tokenizer, own)
-        self.tuned = Tuned(base, {str(number): path for number, path in adapters.items()})
-        self.tokenizer, self.template, self.max_new_tokens = tokenizer, config.template, max_new_tokens
-        self.device = base.device
+        self.ends = end_tokens(config.template, self.tokenizer, own)
+        self.tuned = Tuned(base, adapters)
+        self.template, self.max_new_tokens, self.device = config.template, max_new_tokens, base.device
 
     def stream(self, question: str, trial: int | None) -> str:
         """Print the greedy answer as it comes, and return it."""
@@ -118,10 +114,7 @@ class Answerer:
 
     def answer_all(self, questions: Sequence[str], trial: int | None, batch_size: int) -> list[str]:
         """Return the greedy answers in the order of the questions."""
-        return self.complete([self._prompt(question) for question in questions], trial, batch_size)
-
-    def complete(self, prompts: Sequence[str], trial: int | None, batch_size: int = 8) -> list[str]:
-        """Return the greedy answers to rendered prompts, in the order of the prompts."""
+        prompts = list(map(self._prompt, questions))
         found: dict[int, str] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of similar length
         for start in range(0, len(order), batch_size):
@@ -148,14 +141,6 @@ class Answerer:
                 input_ids=padded, attention_mask=mask, generation_config=settings, streamer=streamer
             )
         return [str(self.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
-
-
-def open_answerer(config: SweepConfig, folder: Path, trials: Sequence[int], max_new_tokens: int) -> Answerer:
-    """Return the study's base with the adapters of these trials. Raises StudyError if one is missing."""
-    adapters = {number: adapter_here(folder, number) for number in trials}
-    source, commit = resolve_model(config.model), identity_of(config).commit
-    tokenizer = load_tokenizer(source, pin_model(source, config.model, commit))
-    return Answerer(config, commit, tokenizer, adapters, max_new_tokens)
 
 
 class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers has no types

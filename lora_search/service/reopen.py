@@ -4,9 +4,8 @@ Data or a base that have changed since are refused: their numbers would not be t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from lora_search.data.rows import Splits
 from lora_search.data.store import knows_rows
 from lora_search.engine.build import Room
 from lora_search.engine.engine import Engine
@@ -18,24 +17,14 @@ from lora_search.study.identity import Identity, find_identity
 from lora_search.trial import TrialSettings
 
 
-@dataclass(frozen=True)
-class Reopened:
-    """The engine and data to compute with a study's adapters."""
-
-    splits: Splits
-    engine: Engine
-    study_id: str
-
-
-def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int | str) -> Reopened:
+def reopen(config: SweepConfig, trials: Sequence[TrialSettings], num_slots: int | str) -> Engine:
     """Return an engine with room for these trials, ``num_slots`` at a time, or auto.
 
     Raises FingerprintError if rows, base or template have changed.
     """
-    inputs = read_again(config)
     sized = replace(config, engine=replace(config.engine, slots=num_slots))
-    engine, _ = open_engine(sized, Room.of(trials), inputs)
-    return Reopened(inputs.splits, engine, identity_of(config).id or "")
+    inputs = read_again(config)
+    return open_engine(sized, Room.of(trials), inputs)[0]
 
 
 def identity_of(config: SweepConfig) -> Identity:

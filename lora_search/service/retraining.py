@@ -21,7 +21,7 @@ from lora_search.output.shared_files import copies_of, told
 from lora_search.output.terminal import Progress
 from lora_search.results.confirmation import Confirmation, Repeat, read_confirmation, store_confirmation
 from lora_search.service.comparisons import duels_of
-from lora_search.service.reopen import reopen
+from lora_search.service.reopen import identity_of, reopen
 from lora_search.settings.schema import SweepConfig
 from lora_search.study.view import StudyView
 from lora_search.training import train_all
@@ -153,10 +153,11 @@ def train(
     """Train the runs packed. Raises StudyError at the end if some failed."""
     slots = config.engine.slots
     num_slots = min(slots, len(plans)) if isinstance(slots, int) else slots
-    opened = reopen(config, [plan.settings for plan in plans], num_slots)
-    runs = [plan.run(number, config, opened.study_id) for number, plan in enumerate(plans)]
+    engine = reopen(config, [plan.settings for plan in plans], num_slots)
+    study_id = identity_of(config).id or ""
+    runs = [plan.run(number, config, study_id) for number, plan in enumerate(plans)]
     failed: list[str] = []
-    for count, (plan, end, seconds) in enumerate(ended(opened.engine, runs, plans, progress), start=1):
+    for count, (plan, end, seconds) in enumerate(ended(engine, runs, plans, progress), start=1):
         name = f"trial {plan.trial}, seed {plan.seed}"
         if end.ended == "failed":
             failed.append(f"{name}: {end.detail}")

@@ -50,7 +50,7 @@ class Machine:
         assert best is not None
         self.best, self.passes = best, 0
         settings = [StudyView(config.study).settings_of(row.number) for row in self.rows]
-        self.engine: Engine = reopen(config, settings, num_slots=1).engine
+        self.engine: Engine = reopen(config, settings, num_slots=1)
 
     def end(self, check: Check) -> None:
         """Do what follows the search. ``check`` is called after every pass, and while it waits."""
