@@ -61,7 +61,7 @@ HOMES = {  # library -> the rooms or modules that may import it
     "pyarrow": {"reading.files", "data.store"},
     "peft": {"files.peft"},
     "fsspec": {"files.place"},
-    "filelock": {"output.conclusion", "files.lock"},
+    "filelock": {"files.lock"},
     "scipy": {"service.comparisons"},
     "rouge_score": {"service.answer_metrics"},
     "sacrebleu": {"service.answer_metrics"},

@@ -82,15 +82,11 @@ def prepare(
 
 def _stored(folder: Path) -> tuple[dict[str, StoredItems], dict[str, Any]] | None:
     """Return the content of the folder; delete an incomplete folder and return None."""
-    try:
-        meta = read_meta(folder)
-        items = {name: StoredItems(folder / f"{name}.arrow") for name in SPLITS}
-    except (OSError, ValueError):  # Arrow's errors among them
-        meta = None
-    if meta is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return items, meta
+    with contextlib.suppress(OSError, ValueError):  # Arrow's errors among them
+        if (meta := read_meta(folder)) is not None:
+            return {name: StoredItems(folder / f"{name}.arrow") for name in SPLITS}, meta
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def _store(

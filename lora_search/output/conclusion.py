@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock
-
 from lora_search.errors import LoraSearchError
 from lora_search.files.atomic import explained_writing
+from lora_search.files.lock import alone
 from lora_search.output.best_folder import export_best
 from lora_search.output.leaderboard import leaderboard
 from lora_search.output.shared_files import shared_results
@@ -39,7 +38,7 @@ def _conclude(record: StudyRecord, config: SweepConfig, progress: Progress, is_i
     progress.show(leaderboard(record, progress.console.width))
     if record.test is not None:
         progress.show(line_of_test(record.test, record.best))
-    with explained_writing(folder), one_at_a_time(folder):
+    with explained_writing(folder), alone(folder):  # other starts on the study often finish at the same time
         best = export_best(record)
         write_report(record)
     if "exhausted" in record.attributes and sum(r.state in FINISHED for r in rows) < config.study.most_trials:
@@ -65,9 +64,3 @@ def conclude_so_far(
             conclude(record, config, progress, is_interrupted=True)
     except LoraSearchError as error:
         progress.event(f"no answer so far: {error}")
-
-
-def one_at_a_time(folder: Path) -> BaseFileLock:
-    """Wait for other starts on the same study, which often finish at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".lock")

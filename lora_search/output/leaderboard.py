@@ -1,12 +1,12 @@
 """The leaderboard in a terminal: complete columns at any width, with ties."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lora_search.output.slot_table import measured, plain_table
 from lora_search.results.formatting import (
     short_names,
     show_change,
@@ -40,12 +40,14 @@ def leaderboard(record: StudyRecord, width: int, limit: int = 20) -> RenderableT
     rows = record.rows
     varying, same = split_keys(rows)
     whole = results_table(record, limit, varying)
-    if _width_of(whole) <= width:
+    if measured(whole).maximum <= width:
         parts: list[RenderableType] = [whole]
     else:
         parts = [results_table(record, limit, [])]
         parts += _settings_tables(ranked(rows)[:NARROW_TRIALS], varying, width)
-    notes = [same_line(same), tied_line(rows, record.certainty), metric_line(rows)]
+    shared = ", ".join(f"{key} {show_value(value)}" for key, value in same.items())
+    alike = f"the same in all trials: {shared}" if shared else ""
+    notes = [alike, tied_line(rows, record.certainty), metric_line(rows)]
     left_out = len(ranked(rows)) - limit
     notes += [f"{left_out} more trials in the report"] if left_out > 0 else []
     return Group(*parts, *(Text(note, style="dim") for note in notes if note))
@@ -91,12 +93,6 @@ def _cells(row: TrialRow, keys: Sequence[str], record: StudyRecord) -> list[Rend
     ]
 
 
-def same_line(same: Mapping[str, object]) -> str:
-    """Return the settings that all trials share, in one line; empty if there are none."""
-    listed = ", ".join(f"{key} {show_value(value)}" for key, value in same.items())
-    return f"the same in all trials: {listed}" if listed else ""
-
-
 def _settings_tables(best: Sequence[TrialRow], keys: Sequence[str], width: int) -> list[RenderableType]:
     """Return settings as rows and trials as columns, as many as fit the width, at least one."""
     for count in range(len(best), 0, -1):
@@ -107,18 +103,6 @@ def _settings_tables(best: Sequence[TrialRow], keys: Sequence[str], width: int) 
         for key in keys:
             values = [Text(show_value(row.params[key])) if key in row.params else "" for row in best[:count]]
             table.add_row(key, *values)
-        if count == 1 or _width_of(table) <= width:
+        if count == 1 or measured(table).maximum <= width:
             return ["", table]
     return []
-
-
-def plain_table(title: str = "") -> Table:
-    """Return an empty table without lines."""
-    return Table(
-        title=title or None, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
-
-
-def _width_of(table: Table) -> int:
-    console = Console(width=10_000)
-    return Measurement.get(console, console.options, table).maximum

@@ -1,6 +1,7 @@
 """The table of busy slots: the searched settings, as many as fit the width."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -21,15 +22,14 @@ def slot_table(slots: Sequence[SlotView], searched: Sequence[str] = (), width: i
     keys = [key for key in searched or USUAL if _field(key) in TrialSettings.__dataclass_fields__]
     for count in range(len(keys), -1, -1):
         table = _table(slots, keys[:count], [] if count == len(keys) else keys)
-        if count == 0 or Measurement.get(_wide(), _wide().options, table).minimum <= width:
+        if count == 0 or measured(table).minimum <= width:
             break
     return table
 
 
 def _table(slots: Sequence[SlotView], keys: Sequence[str], all_keys: Sequence[str]) -> Table:
     caption = f"searched as well: {', '.join(all_keys[len(keys) :])}" if all_keys else None
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True, caption=caption,
-                  caption_justify="left", caption_style="dim")  # fmt: skip
+    table = plain_table(expand=True, caption=caption, caption_justify="left", caption_style="dim")
     for name in ("trial", *short_names(keys), "loss", "perplexity", "rung"):
         table.add_column(SHORT.get(name, name), justify="right", no_wrap=True)
     table.add_column("next rung", ratio=1, min_width=BAR, no_wrap=True)
@@ -66,8 +66,17 @@ def _field(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _wide() -> Console:
-    return Console(width=10_000)
+def measured(table: Table) -> Measurement:
+    """Return how wide a table is, whatever the terminal."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table)
+
+
+def plain_table(title: str | None = None, **more: Any) -> Table:
+    """Return an empty table without lines."""
+    return Table(
+        title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim", **more
+    )
 
 
 def rungs_trained(slot: SlotView) -> float:

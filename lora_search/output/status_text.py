@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_search.output.leaderboard import leaderboard, plain_table
-from lora_search.output.slot_table import slot_table
+from lora_search.output.leaderboard import leaderboard
+from lora_search.output.slot_table import plain_table, slot_table
 from lora_search.results.confirmation import Confirmation
 from lora_search.results.confirmation_text import HEADS, confirmed_cells, verdicts
 from lora_search.results.formatting import show_change, show_perplexity, show_seconds

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lora_search.results.formatting import show_perplexity, show_value
+from lora_search.results.formatting import show_float, show_perplexity, show_value
 from lora_search.trial import TrialRow
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
@@ -57,7 +57,7 @@ class Axis:
             step = _step((self.high - self.low) / 5)
             first = math.ceil(self.low / step - 1e-9)
             values = [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return [(v, _label(v)) for v in values if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
+        return [(v, show_float(v)) for v in values if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
 
 
 def learning_curves(
@@ -256,11 +256,3 @@ def _star(radius: float) -> str:
 def _step(rough: float) -> float:
     scale = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     return next(scale * step for step in STEPS if scale * step >= rough * (1 - 1e-9)) if rough > 0 else 1.0
-
-
-def _label(value: float) -> str:
-    text = f"{value:.4g}"
-    if "e" not in text and (value == 0 or abs(value) >= 1e-3):
-        return text
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -40,12 +40,8 @@ def write_report(record: StudyRecord) -> Path:
     rows, attributes, best, listed = record.rows, record.attributes, record.best, ranked(record.rows)
     stopped = [row for row in listed if row.state in ("PRUNED", "FAIL")]
     page = template().render(
-        name=record.name,
-        attributes=attributes,
+        study=record,
         facts=facts(attributes),
-        base=record.base,
-        best=best,
-        is_final=record.is_final,
         rows=listed[:MOST_ROWS],
         rows_left=len(listed[MOST_ROWS:]),
         tiles=tiles(rows),
@@ -57,8 +53,6 @@ def write_report(record: StudyRecord) -> Path:
         saved=share_saved(rows),
         legend=[kind for kind in KINDS if kind in {kind_of(row, best) for row in rows}],
         sure=how_sure(record),
-        certainty=record.certainty,
-        places=record.places,
         metric=metric_name(rows),
         metric_base="".join(metric_base(rows)),
         confirmed_heads=HEADS,

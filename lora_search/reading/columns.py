@@ -42,7 +42,8 @@ def unknown_columns(
         return f"data.format: {config.format} needs the columns {absent} (there are: {listed(keys)})."
     missing = [part for part in ("instruction", "response") if part not in columns]
     parts = " and ".join(f"no {PARTS[part]}" for part in missing)
-    if all(isinstance(row.get(key), str | None) for row in rows[:1] for key in keys) and _is_sentence(keys):
+    is_text = all(isinstance(row.get(key), str | None) for row in rows[:1] for key in keys)
+    if is_text and any(len(key) > 30 or key.rstrip().endswith(("?", ".")) for key in keys):  # a sentence
         said = f"{place} does not name its columns in its first line ({'; '.join(keys)[:60]})."
         return f"{said} Put a line above it, e.g. question,answer."
     if len(keys) == 1 and any(mark in keys[0] for mark in ",;|\t:"):
@@ -108,7 +109,3 @@ def _alike(name: str, keys: Sequence[str]) -> list[str]:
 
 def listed(keys: Iterable[object]) -> str:
     return ", ".join(map(str, keys))
-
-
-def _is_sentence(keys: Sequence[str]) -> bool:
-    return any(len(key) > 30 or key.rstrip().endswith(("?", ".")) for key in keys)

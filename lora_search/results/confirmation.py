@@ -5,7 +5,7 @@ Each retraining is stored as it ends, the comparison of the settings at the end 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -115,15 +115,12 @@ class Confirmation:
 
     def fresh(self) -> list[Fresh]:
         """Return the results of each trial's seeds, the best mean first, diverged ones last."""
-        found = [fresh_of(number, self.repeats) for number in dict.fromkeys(r.trial for r in self.repeats)]
+        found = []
+        for trial in dict.fromkeys(repeat.trial for repeat in self.repeats):
+            own = [repeat.perplexity for repeat in self.repeats if repeat.trial == trial]
+            finite = tuple(perplexity for perplexity in own if perplexity is not None)
+            found.append(Fresh(trial=trial, perplexities=finite, num_diverged=len(own) - len(finite)))
         return sorted(found, key=lambda fresh: (fresh.num_diverged > 0, fresh.mean, fresh.trial))
-
-
-def fresh_of(trial: int, repeats: Sequence[Repeat]) -> Fresh:
-    """Return the results of one trial's seeds."""
-    own = [repeat.perplexity for repeat in repeats if repeat.trial == trial]
-    finite = tuple(perplexity for perplexity in own if perplexity is not None)
-    return Fresh(trial=trial, perplexities=finite, num_diverged=len(own) - len(finite))
 
 
 def read_confirmation(attributes: Mapping[str, str]) -> Confirmation:

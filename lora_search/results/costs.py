@@ -19,7 +19,7 @@ def costs(record: StudyRecord) -> dict[str, str]:
         "of it training": show_seconds(sum(row.train_seconds for row in rows)),
         "tokens trained": show_count(trained),
         "tokens that pruning saved": _saved(record, trained),
-        "peak memory": _memory(attributes.get(PEAK)),
+        "peak memory": f"{float(attributes[PEAK]) / 2**30:.1f} GiB" if PEAK in attributes else "",
         "price": attributes.get("cost", ""),
         **compared(record),
     }
@@ -76,7 +76,3 @@ def _saved(record: StudyRecord, trained: int) -> str:
 
 def _hours(text: str | None) -> str:
     return show_seconds(float(text) * 3600) if text else ""
-
-
-def _memory(text: str | None) -> str:
-    return f"{float(text) / 2**30:.1f} GiB" if text else ""
