@@ -9,20 +9,14 @@ from rich.text import Text
 from lora_search.output.slot_table import measured, plain_table
 from lora_search.results.formatting import (
     short_names,
-    show_change,
-    show_difference,
-    show_perplexity,
     show_value,
 )
 from lora_search.results.ranking import ranked
 from lora_search.results.record import StudyRecord
 from lora_search.results.verdict import (
-    metric_base,
+    board,
     metric_line,
-    metric_name,
-    metric_text,
     split_keys,
-    state_of,
     tied_line,
 )
 from lora_search.trial import TrialRow
@@ -54,43 +48,14 @@ def leaderboard(record: StudyRecord, width: int, limit: int = 20) -> RenderableT
 
 
 def results_table(record: StudyRecord, limit: int, keys: Sequence[str]) -> Table:
-    rows, metric = record.rows, metric_name(record.rows)
-    against = ["against best"] if record.certainty.against_best else []
-    table = plain_table("Leaderboard")
-    for name in (
-        "trial",
-        "perplexity",
-        "change",
-        *against,
-        *short_names(keys),
-        *filter(None, [metric]),
-        "rungs",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    blanks = ["" for _ in (*against, *keys)] + metric_base(rows)
-    base = show_perplexity(record.base, record.places)
-    table.add_row("-", base, "", *blanks, "", "base model", style="bold")
-    for row in ranked(rows)[:limit]:
-        style = "bold green" if row is record.best else ""
-        cells = _cells(row, keys, record)
-        table.add_row(*cells[:-2], *([metric_text(row)] if metric else []), *cells[-2:], style=style)
+    table, (heads, lines) = plain_table("Leaderboard"), board(record, keys, short_names(keys))
+    for head in heads:
+        table.add_column(head, justify="left" if head == "state" else "right", no_wrap=True)
+    for row, cells in lines[: limit + 1]:  # the base first
+        style = "bold" if row is None else "bold green" if row is record.best else ""
+        state = Text(cells[-1], style="" if row is None else STATE_STYLES.get(row.state, ""))
+        table.add_row(*map(Text, cells[:-1]), state, style=style)
     return table
-
-
-def _cells(row: TrialRow, keys: Sequence[str], record: StudyRecord) -> list[RenderableType]:
-    certainty = record.certainty
-    to_base, to_best = certainty.against_base.get(row.number), certainty.against_best.get(row.number)
-    against = [show_difference(to_best.change, to_best.change_error) if to_best else ""]
-    return [
-        str(row.number),
-        show_perplexity(row.perplexity, record.places),
-        show_change(record.base, row.perplexity, to_base.change_error if to_base else 0.0),
-        *(against if certainty.against_best else []),
-        *(Text(show_value(row.params[key])) if key in row.params else "" for key in keys),
-        str(len(row.perplexities)),
-        Text(state_of(row, certainty), style=STATE_STYLES.get(row.state, "")),
-    ]
 
 
 def _settings_tables(best: Sequence[TrialRow], keys: Sequence[str], width: int) -> list[RenderableType]:

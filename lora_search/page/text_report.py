@@ -8,12 +8,11 @@ from dataclasses import asdict
 from lora_search.results.confirmation_text import verdicts
 from lora_search.results.costs import costs
 from lora_search.results.findings import facts, hints, how_sure
-from lora_search.results.formatting import show_change, show_perplexity, show_value
 from lora_search.results.importance import importances
 from lora_search.results.ranking import ranked, searched_keys
 from lora_search.results.record import StudyRecord
 from lora_search.results.samples import read_samples
-from lora_search.results.verdict import metric_base, metric_name, metric_text, state_of
+from lora_search.results.verdict import board
 from lora_search.study.stored_results import read_finals
 from lora_search.trial import TrialRow
 
@@ -57,18 +56,9 @@ def finite(value: float) -> float | None:
 
 def report_markdown(record: StudyRecord) -> str:
     """Return the report's content as Markdown."""
-    rows, places, keys = record.rows, record.places, searched_keys(record.rows)
-    metric = [name] if (name := metric_name(rows)) else []
-    table = [["trial", "perplexity", "change", *keys, *metric, "rungs", "state"]]
-    blanks = ["" for _ in keys]
-    base = [show_perplexity(record.base, places), "", *blanks, *metric_base(rows)]
-    table.append(["-", *base, "", "base model"])
-    for row in ranked(rows):
-        values = [show_value(row.params[key]) if key in row.params else "" for key in keys]
-        result = [show_perplexity(row.perplexity, places), show_change(record.base, row.perplexity)]
-        values += [metric_text(row)] if metric else []
-        ending = [str(len(row.perplexities)), state_of(row, record.certainty)]
-        table.append([str(row.number), *result, *values, *ending])
+    rows, keys = record.rows, searched_keys(record.rows)
+    heads, below = board(record, keys, keys)
+    table = [heads, *(cells for _, cells in below)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     sure = [f"- {sentence}" for sentence in how_sure(record)]

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 from lora_search.results.certainty import SURE, Certainty
-from lora_search.results.formatting import show_difference, show_perplexity
+from lora_search.results.formatting import show_change, show_difference, show_perplexity, show_value
 from lora_search.results.ranking import best_of, ranked, searched_keys
+from lora_search.results.record import StudyRecord
 from lora_search.study.stored_results import FinalAdapter, TestScore
 from lora_search.trial import TrialRow
 
@@ -82,6 +83,33 @@ def metric_base(rows: Sequence[TrialRow]) -> list[str]:
 def metric_text(row: TrialRow) -> str:
     """Return the trial's score in the column of the metric."""
     return "" if row.metric is None else f"{row.metric.score:.1f}"
+
+
+def board(
+    record: StudyRecord, keys: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], list[tuple[TrialRow | None, list[str]]]]:
+    """Return the leaderboard as text: heads, and the cells of the base (None) and of each trial, the best
+    first. ``names``: what the settings ``keys`` are called."""
+    rows, certainty, places = record.rows, record.certainty, record.places
+    against = ["against best"] if certainty.against_best else []
+    metric = [name] if (name := metric_name(rows)) else []
+    heads = ["trial", "perplexity", "change", *against, *names, *metric, "rungs", "state"]
+    blanks = ["" for _ in (*against, *keys)]
+    base = ["-", show_perplexity(record.base, places), "", *blanks, *metric_base(rows), "", "base model"]
+    lines: list[tuple[TrialRow | None, list[str]]] = [(None, base)]
+    for row in ranked(rows):
+        to_base, to_best = certainty.against_base.get(row.number), certainty.against_best.get(row.number)
+        lines.append((row, [
+            str(row.number),
+            show_perplexity(row.perplexity, places),
+            show_change(record.base, row.perplexity, to_base.change_error if to_base else 0.0),
+            *([show_difference(to_best.change, to_best.change_error) if to_best else ""] if against else []),
+            *(show_value(row.params[key]) if key in row.params else "" for key in keys),
+            *([metric_text(row)] if metric else []),
+            str(len(row.perplexities)),
+            state_of(row, certainty),
+        ]))  # fmt: skip
+    return heads, lines
 
 
 def line_of_final(final: FinalAdapter) -> str:
