@@ -300,7 +300,8 @@ def _best_rung(trial: FrozenTrial) -> int:
     return min(values, key=lambda rung: values[rung])
 
 
-OURS, ASHA = "ours: tpe, first trials, asha", (1, 2)  # first rung, reduction factor
+OURS, FREEZE_THAW = "ours: tpe, first trials, asha", "freeze-thaw, first trials"
+ASHA = (1, 2)  # first rung, reduction factor
 RULES = {
     "factor 2": Contender(rule=ASHA),
     "factor 3": Contender(rule=(1, 3)),
@@ -337,5 +338,5 @@ def contenders(*, slow: bool = False) -> dict[str, Any]:
     """Return all contenders that can run here, ours first."""
     there = {name: cls for name, (module, cls) in OTHERS.items() if importlib.util.find_spec(module)}
     rules = {f"rule: {name}": one for name, one in RULES.items() if name != "factor 2"}
-    frozen = {"freeze-thaw, first trials": FreezeThawSearch}
+    frozen = {FREEZE_THAW: FreezeThawSearch}
     return {OURS: RULES["factor 2"], **RIVALS, **there, **frozen, **rules, **(SLOW if slow else {})}

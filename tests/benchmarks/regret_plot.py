@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lora_search.page.charts import Axis, svg
-from tests.benchmarks.contenders import OURS
+from tests.benchmarks.contenders import FREEZE_THAW, OURS
 
 LINES = {  # Okabe and Ito's colours
-    OURS: "#0072b2", "random": "#999999", "tpe": "#000000", "tpe, hyperband": "#e69f00",
-    "tpe, successive halving": "#56b4e9", "grid 3x3x2": "#cc79a7", "Syne Tune's ASHA": "#009e73",
-    "SMAC3's Hyperband": "#d55e00",
+    OURS: "#0072b2", FREEZE_THAW: "#d55e00", "random": "#999999", "tpe": "#000000",
+    "tpe, hyperband": "#e69f00", "tpe, successive halving": "#56b4e9", "grid 3x3x2": "#cc79a7",
+    "Syne Tune's ASHA": "#009e73", "SMAC3's Hyperband": "#b5a900",
 }  # fmt: skip
 WIDE, HIGH, ACROSS = 400, 260, 2
 STYLE = (
@@ -26,11 +26,13 @@ def plot(found: Mapping[str, Mapping[str, np.ndarray]], budgets: Sequence[int]) 
         place = f"translate({i % ACROSS * WIDE} {i // ACROSS * HIGH})"
         parts.append(f'<g transform="{place}">{"".join(_panel(family, regrets, budgets))}</g>')
     foot = -(-len(found) // ACROSS) * HIGH
-    for i, (name, colour) in enumerate(LINES.items()):
+    shown = [name for name in LINES if any(name in regrets for regrets in found.values())]
+    for i, name in enumerate(shown):
         x, y = 20 + i % 4 * 195, foot + 14 + i // 4 * 18
-        parts.append(f'<path class="line" stroke="{colour}" d="M{x} {y - 4}h22"/>')
+        parts.append(f'<path class="line" stroke="{LINES[name]}" d="M{x} {y - 4}h22"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{name}</text>')
-    text = svg(WIDE * min(ACROSS, len(found)), foot + 44, "Mean regret over training tokens", parts)
+    legend = 8 + 18 * -(-len(shown) // 4)
+    text = svg(WIDE * min(ACROSS, len(found)), foot + legend, "Mean regret over training tokens", parts)
     return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
