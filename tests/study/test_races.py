@@ -126,6 +126,15 @@ def promote(folder: Path, storage: str) -> Arranged:
     return rival, study, lambda: study.claim(1)
 
 
+def thaw(folder: Path, storage: str) -> Arranged:
+    """The rule chooses the one trial that may go on: the other has ended, and no new one may begin."""
+    rival, study = opened(folder, storage, pruner=PrunerConfig(name="freeze_thaw"), n_trials=2)
+    runs = study.claim(2)
+    study.report([at(runs[0], 1, 9.0), at(runs[1], 1, 8.0), at(runs[1], 2, 7.0)])
+    study.prune(Stop(trial_number=1, reason="rung 2: paused"))
+    return rival, study, lambda: study.claim(1)
+
+
 def settle(folder: Path, storage: str) -> Arranged:
     rival, study, runs = paused(folder, storage, num_worse=0)
     study.finish(at(runs[0], RUNGS, 9.0, is_last=True))
@@ -161,7 +170,7 @@ HELD = [report, judge, prune, pause, finish, fail, note_recovery, hand_back, put
 NEW = [draw, refuse, promote]  # the rival may as well draw a trial of its own
 CASES = [
     *(pytest.param(arrange, take_and_end) for arrange in HELD),
-    pytest.param(settle, take_up),
+    *(pytest.param(arrange, take_up) for arrange in (settle, thaw)),
     *(pytest.param(arrange, strike, marks=slow) for arrange in HELD for strike in (take, put_back)),
     *(pytest.param(arrange, strike, marks=slow) for arrange in NEW for strike in (take, take_and_end)),
 ]
