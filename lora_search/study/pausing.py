@@ -130,9 +130,10 @@ class Pauses:
         return sorted(paused, key=lambda t: (best_until(t, t.last_step or 0), t.number))
 
     def _resumable(self) -> list[FrozenTrial]:
-        """Return the best paused trials whose checkpoint is on this disk."""
+        """Return the paused trials whose checkpoint is on this disk, the best first, no more than freeze_thaw
+        compares."""
         here = (t for t in self._ranked() if checkpoint_bytes(self.trials_folder, t.number))
-        return list(islice(here, MOST_PAUSED))
+        return list(islice(here, None if self.thaw is None else MOST_PAUSED))
 
     def _resume(self, number: int) -> None:
         self._move(number, TrialState.WAITING, {PAUSED: False, **UNSIGNED})

@@ -130,7 +130,8 @@ class SweepStudy:
         runs: list[TrialRun] = []
         while len(runs) < max_trials and (run := self._claim_one()) is not None:
             runs.append(run)
-        if self.pauses is not None and not runs and not self.held and self.budget.has_room(()):
+        is_idle = not runs and not self.held and not self.draws.outdated
+        if self.pauses is not None and is_idle and self.budget.has_room(()):
             self.pauses.end()
             self.draws.has_room()  # notes it where the space is exhausted
         return runs

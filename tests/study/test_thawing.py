@@ -20,7 +20,7 @@ from lora_search.search.trials import PAUSED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, SweepConfig
 from lora_search.settings.space import parse_space
 from lora_search.study.study import BASE_WIDTH, SweepStudy
-from lora_search.trial import EndReason, Measurement, TrialRun
+from lora_search.trial import EndReason, Measurement, Stop, TrialRun
 from tests.benchmarks.families import families
 from tests.benchmarks.in_study import regret_in_replay, regret_in_study
 from tests.benchmarks.surrogate import Surrogate
@@ -281,6 +281,25 @@ def test_a_study_with_trials_gets_a_wider_range_and_more_choices_and_goes_on(tmp
     assert {row.params["lora.r"] for row in before} == {8, 16}
     assert 64 in {row.params["lora.r"] for row in after}
     assert max(row.params["optim.lr"] for row in after) > 1e-4  # type: ignore[type-var]
+
+
+def test_a_worker_that_does_not_know_new_choices_leaves_what_is_paused_to_those_that_do(
+    tmp_path: Path,
+) -> None:
+    grown = {"lora": {"r": "choice(8, 16, 32, 64)"}, "optim": {"lr": "tag(log, interval(1e-5, 1e-2))"}}
+    old = opened(thawing_config(tmp_path), tmp_path)
+    runs = old.claim(4)
+    old.report([at(run, 1, 10.0 + run.number) for run in runs])
+    for run in runs:
+        old.prune(Stop(trial_number=run.number, reason="rung 1: paused"))
+        shutil.rmtree(Path(run.folder) / "checkpoint")  # so that this worker can only begin new ones
+    new = opened(replace(thawing_config(tmp_path), space=grown), tmp_path)
+
+    claims = [old.claim(1) for _ in range(3)]
+
+    assert claims == [[], [], []]
+    assert old.draws.outdated
+    assert [row.number for row in new.rows() if row.is_paused] == [0, 1, 2, 3]
 
 
 def test_a_diverged_trial_is_never_resumed(tmp_path: Path) -> None:
