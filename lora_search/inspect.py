@@ -47,8 +47,7 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     if config.train.loss_on == ALL_TOKENS:
         pairs = [(Pair("", pair.prompt + pair.completion), example) for pair, example in pairs]
     rows = [shown_row(pair, len(example.input_ids)) for pair, example in pairs]
-    for line in lines:
-        progress.event(line)
+    progress.events(lines)
     print_plain = progress.console.print
     print_plain("\nTokens in a training row", markup=False)
     for line in [*histogram(lengths), "", *cut_table(lengths)]:

@@ -123,8 +123,7 @@ def _engine(config: SweepConfig, space: Space, progress: Progress) -> "Engine":
     require_exact(config, room, pick_devices(config.engine.device, config.engine.devices_per_worker)[0])
     rows = load_rows(config.data, is_known=knows_rows, watch=progress.watch)
     inputs = read_inputs(config, rows, None, watch=progress.watch)
-    for line in describe_rows(config, inputs.splits):
-        progress.event(line)
+    progress.events(describe_rows(config, inputs.splits))
     check_inputs(config, space, inputs, None)
     engine, sizes = open_engine(config, room, inputs)
     if split := describe_split(engine.model.language_model):

@@ -225,30 +225,25 @@ def prepare_sweep(
     room = Room.of_space(config, space)
     device, *_ = pick_devices(config.engine.device, config.engine.devices_per_worker)
     require_exact(config, room, device)
-    for line in notes_on_cores() if device.type == "cpu" else ():
-        progress.event(line)
+    progress.events(notes_on_cores() if device.type == "cpu" else ())
     identity = check_places(config)
     keep_rule(config.pruner, identity)
     commits = identity.commits_of(config.data) if identity is not None else {}
     rows = load_rows(config.data, None, knows_rows, progress.watch, commits)
-    for note in rows.notes:
-        progress.event(note)
+    progress.events(rows.notes)
     progress.event(f"base model {config.model.path}: reading")
     inputs = read_inputs(config, rows, identity, room, progress.watch)
-    for line in [*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))]:
-        progress.event(line)
+    progress.events([*describe_rows(config, inputs.splits), *warn_of_few(len(inputs.splits.validation))])
     check_inputs(config, space, inputs, identity)
     base = load_base(inputs.source, inputs.model, config.engine)
     control = control_tokens_of(used_tokens(inputs.splits.parts), inputs.tokenizer)
-    for line in warn_of_untrained(base, control, room.tokens, room.saved):
-        progress.event(line)
+    progress.events(warn_of_untrained(base, control, room.tokens, room.saved))
     notes = (
         note_row_by_row(base.model),
         note_left_out(base.model, room.targets),
         note_untied(base, room.saved),
     )
-    for line in itertools.chain(*notes):
-        progress.event(line)
+    progress.events(itertools.chain(*notes))
     content = content_of(inputs.content, base, inputs.model, inputs.tokenizer)
     engine, sizes = build_engine(config, room, base, inputs.splits, content)
     if sizes:

@@ -114,8 +114,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
     is_alone = config.launcher.worker is None
     progress.searched = list(space.expressions)
     with closing(make_tracker(config, facts_of_sweep(config))) as tracker:
-        for line in describe_search(config, space):
-            progress.event(line)
+        progress.events(describe_search(config, space))
         engine, study = prepare_sweep(config, sweep_name, space, progress)
         known = study.attributes()
         tracker.begin(base_of(known), tracked_facts(known))
@@ -130,8 +129,7 @@ def run_sweep(config: SweepConfig, sweep_name: str, progress: Progress, interrup
                         rows, folder = study.rows(), study.folder
                         score_and_share(config, rows, folder, engine, progress, interrupts.check)
                 if study.is_finished and config.launcher.worker in (None, 0):
-                    for line in check_best_export(engine, config.study, study.folder):
-                        progress.event(line)
+                    progress.events(check_best_export(engine, config.study, study.folder))
         except (KeyboardInterrupt, LoraSearchError):
             if is_alone:
                 conclude_so_far(lambda: SweepStudy.read(config.study), config, progress)

@@ -95,10 +95,8 @@ class Artifacts:
     def share(self, name: str, folder: Path) -> None:
         """Copy a file of the folder, or a folder in it with its files, in place of an older copy. Raises
         ArtifactError."""
-        path = folder / name
-        files = [path] if path.is_file() else files_of(path)
         with self.place.explained(WRITE):
-            named = {file.relative_to(folder).as_posix(): file for file in files}
+            named = {file.relative_to(folder).as_posix(): file for file in files_of(folder / name)}
             self._send(f"{self.root}/shared/{name}", named, 0)
 
     def bring(self, names: Iterable[str], folder: Path) -> None:
@@ -112,7 +110,7 @@ class Artifacts:
         """Copy a file, or a folder with its files, for people, under the names they have. Raises
         ArtifactError."""
         with self.place.explained(WRITE):
-            for file in [path] if path.is_file() else files_of(path):
+            for file in files_of(path):
                 inner = "" if file == path else f"/{file.relative_to(path).as_posix()}"
                 self.place.write(f"{self.root}/{name}{inner}", file.read_bytes())
 
@@ -274,8 +272,8 @@ def _stage(folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files below a folder, without unfinished ones."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Return the files below a folder, without unfinished ones; of a file, itself."""
+    found = (path for path in (folder, *sorted(folder.rglob("*"))) if path.is_file())
     return [path for path in found if not path.name.endswith(TEMPORARY)]
 
 

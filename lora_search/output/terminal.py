@@ -116,6 +116,11 @@ class Progress:
             elapsed + Text(clean(shorten(redact(text)))), soft_wrap=not self.console.is_interactive
         )
 
+    def events(self, lines: Iterable[str]) -> None:
+        """Print a permanent line for each."""
+        for line in lines:
+            self.event(line)
+
     def refuse(self, error: Exception) -> None:
         """Print the one message that ends a command."""
         self.log.write(str(error))

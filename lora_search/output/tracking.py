@@ -298,19 +298,11 @@ def quiet_settings(is_online: bool) -> "Settings":
 def history_rows(measurement: Measurement) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield (examples seen, values) in rising order; the validation joins the last optimizer step's row."""
     for step in measurement.steps:
-        yield (
-            step.examples_seen,
-            {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm},
-        )
-    yield (
-        measurement.examples_seen,
-        {
-            LOSS: measurement.validation_loss,
-            PERPLEXITY: measurement.perplexity,
-            "train_tokens": measurement.train_tokens,
-            "tokens_per_second": measurement.tokens_per_second,
-        },
-    )
+        train = {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm}
+        yield step.examples_seen, train
+    quality = {LOSS: measurement.validation_loss, PERPLEXITY: measurement.perplexity}
+    amounts = {name: getattr(measurement, name) for name in ("train_tokens", "tokens_per_second")}
+    yield measurement.examples_seen, quality | amounts
 
 
 def best_so_far(last: Measurement | None, base: float | None = None) -> dict[str, Any]:

@@ -97,26 +97,17 @@ def resolve(
 ) -> When:
     """Return the branches of a key that depends on one of those ``searched``. Raises ConfigError."""
     full_key, branches = f"space.{key}", dict[object, BaseDistribution]()
-    require(
-        bool(call.branches) and len(call.branches) % 2 == 0,
-        full_key,
-        text,
-        "must pair choices and sweeps",
-        WHEN,
-    )
+    is_paired = bool(call.branches) and len(call.branches) % 2 == 0
+    require(is_paired, full_key, text, "must pair choices and sweeps", WHEN)
     parent, choices = _parent(key, text, call, searched)
     for value, sweep in zip(call.branches[::2], call.branches[1::2], strict=True):
         if isinstance(value, Sweep | WhenCall):
             rule = f"must have a choice of {parent}, not a sweep, before each sweep"
             raise ConfigError(full_key, text, rule, WHEN)
-        choice = _own_choice(full_key, parent, without_quotes(value), choices)
-        require(
-            choice not in branches,
-            full_key,
-            without_quotes(value),
-            "the choices must differ",
-            "Remove the repeated one.",
-        )
+        typed = without_quotes(value)
+        choice = _own_choice(full_key, parent, typed, choices)
+        is_new = choice not in branches
+        require(is_new, full_key, typed, "the choices must differ", "Remove the repeated one.")
         branches[choice] = _distribution(config, key, sweep, text, {parent: choice})
     first = next(iter(branches.values()))
     for other in branches.values():

@@ -46,13 +46,9 @@ def plan_workers(config: SweepConfig, num_gpus: int, environment: Mapping[str, s
     most = num_gpus // size
     count = workers or most or 1
     check_workers(config, count)
-    require(
-        num_gpus == 0 or count <= most,
-        "launcher.workers",
-        workers,
-        f"must be at most {most}, the visible GPUs" + (f" by {size}" if size > 1 else ""),
-        "Lower it" + (", or set engine.device=cpu" if size == 1 else ""),
-    )
+    rule = f"must be at most {most}, the visible GPUs" + (f" by {size}" if size > 1 else "")
+    remedy = "Lower it" + (", or set engine.device=cpu" if size == 1 else "")
+    require(num_gpus == 0 or count <= most, "launcher.workers", workers, rule, remedy)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
     threads = str(max(1, num_cores() // count))
@@ -72,8 +68,7 @@ def run_workers(config: SweepConfig, command: Command, progress: Progress, check
     with team, progress:
         progress.event(f"workers: {team.places}; they write to {folder / LOGS}")
         while team.is_at_work:
-            for news in team.look():
-                progress.event(news)
+            progress.events(team.look())
             overview.show()
             check()
             time.sleep(LOOK_SECONDS)

@@ -24,20 +24,13 @@ ENDED = {0: "done", 1: "failed", 2: "wrong input", 130: "interrupted"}
 
 def check_workers(config: SweepConfig, count: int) -> None:
     """Raise ConfigError where the workers cannot share one device, or SQLite cannot hold so many."""
-    require(
-        config.engine.device in ("auto", "cpu", "cuda"),
-        "engine.device",
-        config.engine.device,
-        f"must be auto, cpu or cuda with launcher={config.launcher.name}, which gives each worker its GPU",
-        "Choose GPUs with CUDA_VISIBLE_DEVICES",
-    )
-    require(
-        count <= MOST_WORKERS or not config.study.storage.startswith("sqlite"),
-        "launcher.workers",
-        count,
-        f"must be at most {MOST_WORKERS} with SQLite, which lets one worker write at a time",
-        TO_A_SERVER,
-    )
+    device, launcher = config.engine.device, config.launcher.name
+    rule = f"must be auto, cpu or cuda with launcher={launcher}, which gives each worker its GPU"
+    remedy = "Choose GPUs with CUDA_VISIBLE_DEVICES"
+    require(device in ("auto", "cpu", "cuda"), "engine.device", device, rule, remedy)
+    fits = count <= MOST_WORKERS or not config.study.storage.startswith("sqlite")
+    rule = f"must be at most {MOST_WORKERS} with SQLite, which lets one worker write at a time"
+    require(fits, "launcher.workers", count, rule, TO_A_SERVER)
 
 
 @dataclass
