@@ -131,13 +131,14 @@ class Draws:
 
     def _sign(self, drawn: optuna.Trial, worker: str) -> bool:
         """Sign the trial unless another worker has; return whether it is this worker's. Its parameters and
-        first heartbeat are written with the signature, so that a signed trial always has them."""
+        first heartbeat are written with the signature, so that a signed trial always has them. One that was
+        put back because this took long is taken again: beyond the total nobody else would end it."""
         self.table.know(drawn.number, drawn._trial_id)
         with self.table.locked(drawn.number) as trial:
-            is_free = trial.seen.state == TrialState.RUNNING and not trial.seen.user_attrs.get("worker")
+            is_free = not trial.seen.state.is_finished() and not trial.seen.user_attrs.get("worker")
             if is_free:
                 trial.draw(self.storage.drawn)
-                trial.write({"worker": worker})
+                trial.write({"worker": worker}, TrialState.RUNNING)
         return is_free or is_held_by(trial.seen, worker)
 
     def has_room(self) -> bool:

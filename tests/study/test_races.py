@@ -240,6 +240,29 @@ def test_a_write_that_comes_too_late_changes_nothing(tmp_path: Path, arrange: An
     assert hits >= 1
 
 
+def test_a_surplus_draw_that_was_put_back_before_it_was_signed_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rival, study = opened(tmp_path, f"sqlite:///{tmp_path}/study.db", n_trials=1)
+    rival.config.study.heartbeat_seconds = 0  # it takes whoever has not signed yet for dead
+    ask = study.draws._ask
+
+    def slowly() -> object:
+        (run,) = rival.claim(1)
+        drawn = ask()
+        rival.reclaim_stale()
+        assert rival.study.get_trials()[1].state == TrialState.WAITING
+        rival.report([measure(run, RUNGS, "finished")])
+        rival.finish(measure(run, RUNGS, "finished"))
+        return drawn
+
+    monkeypatch.setattr(study.draws, "_ask", slowly)
+
+    assert study.claim(1) == []
+    assert [t.state for t in rival.study.get_trials()] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert rival.is_finished
+
+
 @pytest.mark.parametrize("transaction", [1, 2, 3])
 def test_two_starts_at_once_put_the_first_trials_in_line_once(tmp_path: Path, transaction: int) -> None:
     config = config_of(tmp_path, f"sqlite:///{tmp_path}/study.db")

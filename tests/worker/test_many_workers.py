@@ -26,6 +26,7 @@ from sqlalchemy import Engine, event
 
 from lora_search.database.storage import open_storage
 from lora_search.output.conclusion import conclude
+from lora_search.results.record import StudyRecord
 from lora_search.search.trials import FINISHED
 from lora_search.settings.schema import PrunerConfig, SamplerConfig, StudyConfig, SweepConfig, TrainConfig
 from lora_search.study.view import StudyView
@@ -173,10 +174,10 @@ def test_invocations_that_end_at_the_same_moment_conclude_one_after_the_other(
     adapter = Path(run.folder) / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
-    told = study.rows(), {**study.attributes(), "base_perplexity": "20.0"}, study.config
+    record = StudyRecord(study.rows(), {**study.attributes(), "base_perplexity": "20.0"}, study.folder)
 
     with ThreadPoolExecutor(8) as pool:
-        ends = [pool.submit(conclude, *told, quiet()[0]) for _ in range(8)]
+        ends = [pool.submit(conclude, record, study.config, quiet()[0]) for _ in range(8)]
 
     assert [end.result() for end in ends] == [None] * 8
     assert (tmp_path / "runs/s/best/adapter/adapter_config.json").read_text() == "{}"
