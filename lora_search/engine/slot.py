@@ -219,9 +219,10 @@ class Queue:
         return self.waiting.popleft()
 
     def push_back(self, slot: Slot, busy: Sequence[Slot]) -> None:
-        """Let a trial for which memory ran out wait until another has left."""
+        """Let a trial for which memory ran out wait until another has left: together they are too much."""
         self.waiting.appendleft(slot)
-        self.most_bytes = sum(other.num_bytes for other in busy)
+        together = sum(other.num_bytes for other in busy) + slot.num_bytes
+        self.most_bytes = min(together - 1, self.most_bytes or together)
 
     def drop(self, trial_numbers: Sequence[int]) -> None:
         """Forget these trials."""

@@ -12,6 +12,8 @@ from lora_search.files.peft import pattern_key, refused_by_peft, taken_by_expert
 from lora_search.settings.schema import ALL_LINEAR
 from lora_search.trial import LAYERS, MODULES, PATTERN
 
+READ_BIAS = "dt_proj"  # by Mamba, Falcon-Mamba and Jamba, whose step sizes it makes
+
 
 def target_layers(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
     """Return full name -> layer, in model order, for targets as TrialSettings has them. The output head
@@ -138,10 +140,16 @@ def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def check_biases(model: PreTrainedModel, targets: Sequence[tuple[str, ...]]) -> None:
-    """Raise ModelError where lora.bias would train nothing: none of the layers that trials adapt has a
-    bias."""
-    layers = [layer for names in targets for layer in target_layers(model, names).values()]
-    if layers and all(layer.bias is None for layer in layers):
+    """Raise ModelError where lora.bias would train nothing: none of the layers that trials adapt has a bias,
+    or the model reads it past them."""
+    layers = {name: layer for names in targets for name, layer in target_layers(model, names).items()}
+    read = [name for name, layer in layers.items() if _last(name) == READ_BIAS and layer.bias is not None]
+    if read:
+        raise ModelError(
+            f"lora.bias: this {model.config.model_type} model takes the bias of {READ_BIAS} past the layer, "
+            f"so a trial's own would do nothing. Set lora.bias=none, or adapt layers without {READ_BIAS}."
+        )
+    if layers and all(layer.bias is None for layer in layers.values()):
         raise ModelError(
             f"lora.bias: no layer of {in_words(targets[0])} has a bias in this {model.config.model_type} "
             "model. Set lora.bias=none, or adapt layers that have one."

@@ -6,7 +6,7 @@ trial that was scored with these settings is not scored again. Imports torch.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,8 +61,7 @@ def _score(study: Finished) -> None:
         (scores,) = asker.score([None], [folder / ANSWERS])
         before = Standing(setup=setup, num_rows=len(scores), base=float(np.mean(scores)), behind={})
         store_standing(config.study, before)
-    for start in range(0, len(lacking), len(engine.slots)):
-        chunk = lacking[start : start + len(engine.slots)]
+    for chunk in _together(engine, view, lacking):
         for row, scores in zip(chunk, asker.score_trials(view, chunk, folder), strict=True):
             store_score(config.study, row.number, setup, float(np.mean(scores)), row.best_rung or 0)
     found = {row.number: read_scores(folder / "trials" / str(row.number)) for row in rows}
@@ -74,6 +73,22 @@ def _score(study: Finished) -> None:
         f"{named(config.metric)} of the answers to {before.num_rows} validation rows: "
         f"trial {-best} {score:.1f}, base {before.base:.1f}"
     )
+
+
+def _together(engine: Engine, view: StudyView, rows: Sequence[TrialRow]) -> Iterator[list[TrialRow]]:
+    """Yield the rows in parts whose adapters fit into the slots, and into their memory."""
+    most = math.inf if engine.queue.most_bytes is None else engine.queue.most_bytes
+    part, left = list[TrialRow](), most
+    for row in rows:
+        settings = view.settings_of(row.number)
+        num_bytes = engine.bank.bytes_of(settings, engine.resolve_targets(settings.target_modules))
+        if part and (len(part) == len(engine.slots) or num_bytes > left):
+            yield part
+            part, left = [], most
+        left -= num_bytes
+        part.append(row)
+    if part:
+        yield part
 
 
 class Asker:

@@ -58,7 +58,6 @@ class Worker:
     _claims: bool = False
 
     def __post_init__(self) -> None:
-        self.study.num_slots = len(self.engine.slots)
         self.outbox = Outbox(self.study.config.study)
 
     def admit(self) -> bool:
@@ -85,6 +84,7 @@ class Worker:
         if self._claims:
             self.study.trials.put_back_unheld()
         self._claims = True
+        self._count_slots()
         runs = self.study.claim(1)
         self._claims = False
         return runs
@@ -115,11 +115,19 @@ class Worker:
         for m in measurements:
             self.outbox.put(partial(self._follow, m))
         if self.outbox.flush() and measurements:
-            for stop in self.outbox.ask(self.study.judge) or ():
+            for stop in self.outbox.ask(self._judge) or ():
                 self.engine.release([stop.trial_number])
                 self.outbox.put(partial(self._stop, stop))
             self.outbox.flush()
             self._keep_to_budget([m.trial_number for m in measurements if not m.ended])
+
+    def _judge(self) -> list[Stop]:
+        self._count_slots()
+        return self.study.judge()
+
+    def _count_slots(self) -> None:
+        """Tell the study how many trials this worker can train: fewer where one waits for memory."""
+        self.study.num_slots = len(self.study.held) + self.engine.free_slots
 
     def _keep_to_budget(self, at_rung: Sequence[int]) -> None:
         """Put back the trials at a rung that cannot reach the next one within the budget."""

@@ -138,6 +138,15 @@ def test_biases_of_layers_that_have_none_are_refused_before_weights_are_read(tmp
     check_outline(config.path, config, [("q_proj",)], biased=[*room.biased, ("q_proj",)])
 
 
+@pytest.mark.wrong_input
+@pytest.mark.parametrize("architecture", ["mamba", "jamba"])
+def test_biases_that_a_model_reads_past_the_layer_are_refused(architecture: str, tmp_path: Path) -> None:
+    config = make_model(tmp_path, architecture)
+
+    with pytest.raises(ModelError, match=f"lora.bias: this {architecture} model takes the bias of dt_proj"):
+        check_outline(config.path, config, [("all-linear",)], biased=[("all-linear",)])
+
+
 def test_a_resumed_trial_with_biases_goes_on_bitwise(tmp_path: Path) -> None:
     folder = biased(tmp_path / "model", "qwen2")
     changes = {"bias": "lora_only", "dropout": 0.1, "use_dora": True}

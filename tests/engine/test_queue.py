@@ -1,12 +1,14 @@
 """Trials that wait for memory: in order, none for ever, and with the numbers that they would have had."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lora_search.engine.engine import Engine
+from lora_search.engine.slot import Queue
 from lora_search.trial import Measurement, TrialRun
 from tests.conftest import make_run
 from tests.engine.test_engine import losses
@@ -126,3 +128,18 @@ def test_a_trial_for_which_there_is_no_memory_at_all_fails(tiny_llama: Path, tmp
     assert engine.free_slots == 3
     assert not engine.bank.rows
     assert not engine.optimizer.moments
+
+
+@pytest.mark.parametrize(("most", "left"), [(None, 59), (100, 59), (40, 40)])
+def test_memory_that_ran_out_for_a_large_trial_lets_small_ones_share_what_there_is(
+    most: int | None, left: int
+) -> None:
+    queue, large, small, other = Queue(most), *(SimpleNamespace(num_bytes=n) for n in (50, 10, 10))
+
+    queue.push_back(large, [small])  # type: ignore[list-item, arg-type]
+
+    assert queue.most_bytes == left
+    assert queue.next([small]) is None  # type: ignore[list-item]
+    assert queue.next([]) is large
+    queue.waiting.append(other)  # type: ignore[arg-type]
+    assert queue.next([small]) is other  # type: ignore[list-item]

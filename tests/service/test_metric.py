@@ -5,6 +5,8 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from lora_search.errors import ConfigError, StudyError
 from lora_search.results.ranking import best_of, ranked
 from lora_search.results.verdict import metric_line
 from lora_search.service.answer_metrics import Answer, check_metric, score_answers
-from lora_search.service.answering import paired
+from lora_search.service.answering import _together, paired
 from lora_search.settings.composition import compose
 from lora_search.settings.metric_schema import MetricConfig
 from lora_search.settings.schema import StudyConfig, SweepConfig
@@ -224,3 +226,15 @@ def test_trials_whose_answers_are_on_another_disk_answer_again_beside_new_ones(
     assert answers.read_text() == before
     assert len(complete) == 3
     assert all(row.metric is not None for row in complete)
+
+
+@pytest.mark.parametrize(("most", "parts"), [(None, [3, 1]), (25, [2, 2]), (5, [1, 1, 1, 1])])
+def test_adapters_that_answer_together_fit_into_slots_and_memory(most: int | None, parts: list[int]) -> None:
+    engine: Any = SimpleNamespace(
+        slots=range(3), queue=SimpleNamespace(most_bytes=most), resolve_targets=lambda targets: targets,
+        bank=SimpleNamespace(bytes_of=lambda settings, names: settings.num_bytes),
+    )  # fmt: skip
+    view: Any = SimpleNamespace(settings_of=lambda number: SimpleNamespace(target_modules=(), num_bytes=10))
+    rows: Any = [SimpleNamespace(number=number) for number in range(4)]
+
+    assert [len(part) for part in _together(engine, view, rows)] == parts
