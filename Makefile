@@ -29,8 +29,8 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY)  ## run a sweep: make sweep ARGS="-cn NAME key=value ..." (as long as the sweep takes)
 	@$(BIN)/python -m lora_search.sweep $(ARGS)
 
-test: $(READY)  ## run the fast tests, every promise at small size (about 3 minutes on 2 free cores)
-	@echo "fast tests: about 3 minutes on 2 free cores; make test-all adds the slow ones"
+test: $(READY)  ## run the fast tests, every promise at small size (about 4 minutes on 2 cores)
+	@echo "fast tests: about 4 minutes on 2 cores; make test-all adds the slow ones"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=5 $(ARGS)
 
 test-all: $(READY)  ## run all tests, with storms of kills and real servers (20 to 40 minutes on 2 cores)
