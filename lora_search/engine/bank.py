@@ -121,17 +121,7 @@ class SlotBank:
         self.products = known.pop() if len(known) == 1 else PLAIN
         self.num_slots, self.dtype, self.max_rank = num_slots, dtype, max_rank
         self.rows: dict[int, Row] = {}  # of the slots that have a trial
-        self.sites = [
-            Site(
-                index,
-                name,
-                base.in_features,
-                base.out_features,
-                self.devices.index(base.weight.device),
-                base.bias is not None,
-            )
-            for index, (name, base) in enumerate(layers.items())
-        ]
+        self.sites = [self._site(index, name, base) for index, (name, base) in enumerate(layers.items())]
         self.embedding = Embedding(model) if trains_rows else None
         self.factors = Factors(self._bases, max_rank)
         self.anchors = [torch.zeros(0, device=device, requires_grad=True) for device in self.devices]
@@ -156,6 +146,10 @@ class SlotBank:
         for site, base in zip(self.sites, self._bases, strict=True):
             parent, _, child = site.name.rpartition(".")
             setattr(model.get_submodule(parent), child, SlotLinear(base, self, site.index, site.part))
+
+    def _site(self, index: int, name: str, base: nn.Linear) -> Site:
+        part, has_bias = self.devices.index(base.weight.device), base.bias is not None
+        return Site(index, name, base.in_features, base.out_features, part, has_bias)
 
     @property
     def factor_bytes(self) -> int:
