@@ -325,6 +325,19 @@ def test_inst_writes_conversations_as_it_writes_questions() -> None:
     assert said(item.example, renderer.tokenizer) == [" So it is.<|im_end|>", " Then too. Always.<|im_end|>"]
 
 
+def test_a_conversation_keeps_its_own_system_prompt_and_its_order() -> None:
+    renderer = Renderer(TemplateConfig(system_prompt="Be long."), make_tiny_tokenizer())
+
+    (item,) = tokenize_rows([row_of([SYSTEM, USER, ANSWER, *MORE])], renderer)
+
+    seen = renderer.tokenizer.decode(list(item.example.input_ids))
+    turns = [turn["content"] for turn in (SYSTEM, USER, ANSWER, *MORE)]
+    places = [seen.find(turn) for turn in turns]
+    assert "Be long." not in seen
+    assert places == sorted(places)
+    assert min(places) >= 0
+
+
 def test_a_template_that_refuses_a_conversation_is_one_message_with_the_row() -> None:
     with pytest.raises(ConfigError, match=r"refuses the conversation: Only user and .*\(chat.jsonl:1\)"):
         tokenized("mistral", [SYSTEM, USER, ANSWER])
